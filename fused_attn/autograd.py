@@ -1,0 +1,166 @@
+"""Autograd Functions around the ops: what is saved, what is recomputed.
+
+Saved: the inputs, the output, lse and row statistics, O(length) in all, and the probabilities only where the caller asked for them.
+Double backward recomputes through eager on the same normal form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn import ops
+from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
+from fused_attn.backends import eager
+from fused_attn.backends.base import AuxTensors, Forward, Incoming
+from fused_attn.dropout import Dropout
+from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.masks import Dense
+from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem
+from fused_attn.score_mods import SCORE_MODS
+
+_NO_OUTPUT = AuxOutput()
+
+
+def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
+    """Runs a problem on a kernel backend, differentiably."""
+    call, request = problem.lower(), problem.aux or NOTHING
+    if torch.is_grad_enabled() and problem.requires_grad:
+        tensors, static = _split(call.terms)
+        out, *aux = _Attention.apply(static, request.flags, backend, call.q, call.k, call.v, *tensors)  # type: ignore[no-untyped-call]
+        return out, AuxOutput(*aux)
+    forward = ops.attention_fwd(call, backend)
+    if request is NOTHING:
+        return forward.out, _NO_OUTPUT
+    extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
+    return forward.out, _aux_output(forward, extra, request)
+
+
+def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
+    """Runs a problem on a kernel backend, differentiably."""
+    call = problem.lower()
+    if torch.is_grad_enabled() and problem.requires_grad:
+        tensors, static = _split(call.terms)
+        result: Tensor = _Softmax.apply(static, (call.log, call.uniform_empty), backend, call.scores, *tensors)  # type: ignore[no-untyped-call]
+        return result
+    return ops.softmax_fwd(call, backend)[0]
+
+
+Static = tuple[tuple[int, ...], tuple[float, ...], str]
+
+
+def _split(terms: Terms) -> tuple[tuple[Tensor | None, ...], Static]:
+    """Terms as (sinks, q_offset, kv_start, kv_end, keep, seed, *mod tensors) and the rest, which autograd need not see."""
+    q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = terms.flatten()
+    return (sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors), (tuple(ints), tuple(floats), mods)
+
+
+def _join(tensors: tuple[Tensor | None, ...], static: Static) -> Terms:
+    sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors = tensors
+    return Terms.unflatten((q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *static))
+
+
+def _place(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of (sinks, *mod tensors) in the places of ``_split``'s tensors."""
+    return (grads[0], None, None, None, None, None, *grads[1:])
+
+
+def _aux_output(forward: Forward, extra: AuxTensors, request: AuxRequest) -> AuxOutput:
+    return AuxOutput(extra.probs, extra.scores, forward.lse if request.lse else None, extra.max_scores, extra.column_sums, extra.entropy)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, static: Static, flags: tuple[bool, ...], backend: str, q: Tensor, k: Tensor, v: Tensor, *tensors: Any) -> Any:
+        call, request = LoweredAttention(q, k, v, _join(tensors, static)), AuxRequest(*flags) if any(flags) else NOTHING
+        forward = ops.attention_fwd(call, backend)
+        extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
+        aux = _aux_output(forward, extra, request)
+        ctx.save_for_backward(q, k, v, *tensors, *forward, aux.probs)
+        ctx.static, ctx.backend = static, backend
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in (aux.max_scores, aux.column_sums, aux.entropy) if t is not None))
+        return forward.out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dprobs: Any, dscores: Any, dlse: Any, *_: Any) -> Any:
+        device = next((g.device.type for g in (dout, dprobs, dscores, dlse) if g is not None), None)
+        if device is not None and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return _Attention.backward(ctx, dout, dprobs, dscores, dlse)
+        q, k, v, *tensors, out, lse, stats, probs = ctx.saved_tensors
+        call = LoweredAttention(q, k, v, _join(tuple(tensors), ctx.static))
+        needs = (*ctx.needs_input_grad[3:7], *ctx.needs_input_grad[12:])
+        incoming = Incoming(dout, dlse, dprobs, dscores, probs if dprobs is not None else None)
+        if all(g is None for g in (dout, dlse, dprobs, dscores)):
+            return (None,) * (6 + len(tensors))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _attention_through_eager(call, incoming, needs)
+        else:
+            grads = ops.attention_bwd(call, Forward(out, lse, stats), incoming, needs, ctx.backend)
+        return None, None, None, *grads[:3], *_place(grads[3:])
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, static: Static, switches: tuple[bool, bool], backend: str, scores: Tensor, *tensors: Any) -> Tensor:
+        call = LoweredSoftmax(scores, _join(tensors, static), *switches)
+        out, probs = ops.softmax_fwd(call, backend)
+        ctx.save_for_backward(scores, *tensors, out if probs is None else probs)
+        ctx.static, ctx.switches, ctx.backend = static, switches, backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any) -> Any:
+        scores, *tensors, result = ctx.saved_tensors
+        call = LoweredSoftmax(scores, _join(tuple(tensors), ctx.static), *ctx.switches)
+        needs = (ctx.needs_input_grad[3], *ctx.needs_input_grad[10:])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _softmax_through_eager(call, dout, needs)
+        else:
+            grads = ops.softmax_bwd(call, result, dout, needs, ctx.backend)
+        return None, None, None, grads[0], *_place((None, *grads[1:]))
+
+
+def _modifiers(terms: Terms, grid: Grid) -> Modifiers:
+    """The normal form back as vocabulary, so that eager can evaluate it."""
+    keep = terms.mask.dense(grid)
+    mods = tuple(SCORE_MODS[score.name].from_kernel(score) for score in terms.mods)
+    dropout = None if terms.dropout is None else Dropout(*terms.dropout)
+    return Modifiers(None if keep is None else Dense(keep), terms.scale, terms.q_offset, mods, terms.sinks, dropout)
+
+
+def _grad(
+    outputs: tuple[Any, ...], arriving: tuple[Any, ...], inputs: tuple[Any, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of the outputs that something arrives at, None for the inputs that want none."""
+    pairs = [(o, g) for o, g in zip(outputs, arriving, strict=True) if g is not None]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    found = iter(grads)
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _aliased(terms: Terms) -> Terms:
+    """The same terms on fresh views of their parameters: one tensor passed twice must get its gradient once per place."""
+    mods = tuple(replace(m, tensors=tuple(t.view_as(t) for t in m.tensors)) for m in terms.mods)
+    return replace(terms, mods=mods, sinks=None if terms.sinks is None else terms.sinks.view_as(terms.sinks))
+
+
+def _attention_through_eager(call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    q, k, v = (t.view_as(t) for t in (call.q, call.k, call.v))
+    call = LoweredAttention(q, k, v, _aliased(call.terms))
+    request = AuxRequest(probs=incoming.dprobs is not None, scores=incoming.dscores is not None, lse=incoming.dlse is not None)
+    problem = AttentionProblem(call.q, call.k, call.v, _modifiers(call.terms, call.grid), request)
+    out, aux = eager.attention(problem)
+    arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores)
+    return _grad((out, aux.lse, aux.probs, aux.scores), arriving, (call.q, call.k, call.v, *call.terms.parameters), needs)
+
+
+def _softmax_through_eager(call: LoweredSoftmax, dout: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    call = replace(call, scores=call.scores.view_as(call.scores), terms=_aliased(call.terms))
+    problem = SoftmaxProblem(call.scores, _modifiers(call.terms, call.grid), call.log, call.uniform_empty)
+    return _grad((eager.softmax(problem),), (dout,), (call.scores, *call.terms.parameters[1:]), needs)

@@ -1,0 +1,141 @@
+"""Which backend runs a problem: the order, the choice, and the explanation of it.
+
+``auto`` takes the first of triton, cpu, eager whose refusal list is empty. An explicit backend runs or raises
+``UnsupportedError`` with every reason; it never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fused_attn.checks import described
+from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
+
+if TYPE_CHECKING:
+    from fused_attn.backends.base import Backend
+
+EAGER = "eager"
+# Module and class of each built-in backend, fastest first; imported when a backend is first considered.
+_BUILT_IN = {"triton": "fused_attn.backends.triton:TritonBackend", "cpu": "fused_attn.backends.cpu:CpuBackend"}
+_registered: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend of your own, tried before the built-in ones (and replaces one of the same name)."""
+    _registered.pop(backend.name, None)
+    _registered[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Removes a backend added with ``register``."""
+    _registered.pop(name, None)
+
+
+_loaded: dict[str, Backend] = {}
+
+
+def _load() -> bool:
+    if not _loaded:
+        _loaded.update(
+            {name: getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1])() for name, path in _BUILT_IN.items()}
+        )
+    return True
+
+
+# torch.compile runs it while tracing instead of tracing through imports (what torch.compiler.assume_constant_result sets);
+# it loads all at once because the dictionary may not change once a trace has seen it.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def get(name: str) -> Backend:
+    """The kernel backend of that name."""
+    if name in _registered:
+        return _registered[name]
+    _load()
+    return _loaded[name]
+
+
+def _candidates() -> list[Backend]:
+    """The kernel backends in the order ``auto`` tries them."""
+    _load()
+    return [*(b for n, b in _registered.items() if n not in _BUILT_IN), *(_registered.get(n, _loaded[n]) for n in _BUILT_IN)]
+
+
+def names() -> tuple[str, ...]:
+    """Backend names in the order ``auto`` tries them."""
+    return (*(n for n in _registered if n not in _BUILT_IN), *_BUILT_IN, EAGER)
+
+
+def resolve(problem: AttentionProblem | SoftmaxProblem, backend: str) -> str:
+    """The name of the backend that runs the problem.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        UnsupportedError: the backend asked for cannot run the problem.
+    """
+    if isinstance(backend, str) and backend == EAGER:
+        return EAGER
+    if not isinstance(backend, str) or backend != "auto":
+        if not isinstance(backend, str) or backend not in names():
+            raise ValueError(
+                f"backend must be 'auto' or one of {', '.join(names())}; got {described(backend)}. See fused_attn.explain for what can run."
+            )
+        reasons = get(backend).refusals(problem)
+        if reasons:
+            raise UnsupportedError(
+                f"backend {backend!r} must support the problem; got these refusals: {'; '.join(reasons)}. Use backend='auto' or change the problem."
+            )
+        return backend
+    for candidate in _candidates():
+        if candidate.reluctance(problem) is None and not candidate.refusals(problem):
+            return candidate.name
+    if problem.device.type == "cuda":
+        _warn_quadratic(tuple(f"{row.backend}: {row.reason}" for row in explain(problem).rows if row.reason))
+    return EAGER
+
+
+@functools.cache
+def _warn_quadratic(reasons: tuple[str, ...]) -> None:
+    warnings.warn(f"fused_attn falls back to eager, which needs O(q_len * kv_len) memory ({'; '.join(reasons)})", stacklevel=4)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One backend's answer: the reason why it does not run, or an empty string."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a backend runs a problem; ``print`` shows a table."""
+
+    chosen: str
+    rows: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        width = max(len(row.backend) for row in self.rows)
+        lines = [f"  {'->' if row.backend == self.chosen else '  '} {row.backend:<{width}}  {row.reason or 'can run'}" for row in self.rows]
+        return "\n".join([f"backend: {self.chosen}", *lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
+    """Asks every backend, in order."""
+    rows = []
+    for name in names()[:-1]:
+        backend = get(name)
+        reasons = backend.refusals(problem)
+        reluctance = backend.reluctance(problem) if not reasons else None
+        rows.append(Verdict(name, "; ".join(reasons) or (f"can run, but only when asked for: {reluctance}" if reluctance else "")))
+    rows.append(Verdict(EAGER, ""))
+    chosen = next(row.backend for row in rows if not row.reason)
+    notes = ["the definition; needs O(q_len * kv_len) memory"] if chosen == EAGER else []
+    if chosen != EAGER and problem.requires_grad:
+        notes.append("double backward recomputes through eager and needs O(q_len * kv_len) memory")
+    return Explanation(chosen, tuple(rows), tuple(notes))

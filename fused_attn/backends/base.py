@@ -1,0 +1,82 @@
+"""What a backend is: a name, reasons to refuse, and kernels for the normal form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax
+from fused_attn.problem import AttentionProblem, SoftmaxProblem
+
+
+class Forward(NamedTuple):
+    """What attention's forward leaves: out [batch, heads, q_len, value_dim], lse [batch, heads, q_len] and backend-private row statistics."""
+
+    out: Tensor
+    lse: Tensor
+    stats: Tensor
+
+
+class AuxTensors(NamedTuple):
+    """What the auxiliary pass produces; None where not asked for."""
+
+    probs: Tensor | None = None
+    scores: Tensor | None = None
+    max_scores: Tensor | None = None
+    column_sums: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """Gradients that arrive at attention's backward; None means zero. ``probs`` is the forward's own output, saved for ``dprobs``."""
+
+    dout: Tensor | None
+    dlse: Tensor | None = None
+    dprobs: Tensor | None = None
+    dscores: Tensor | None = None
+    probs: Tensor | None = None
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Backend(Protocol):
+    """Kernels for the normal form on some devices.
+
+    ``needs`` says which of (q, k, v, sinks, *mod_tensors) or (scores, *mod_tensors) want a gradient; the result has one entry
+    for each, None where not wanted. Outputs are laid out as ``lowering.empty_out`` says; row statistics are the backend's own
+    business, but their shape must be ``stats_shape``.
+    """
+
+    name: str
+
+    def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+        """Every reason why this backend cannot run the problem; empty when it can."""
+
+    def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
+        """Why ``auto`` should pass over this backend although it could run the problem; None when it should not."""
+
+    def attention_fwd(self, call: LoweredAttention) -> Forward: ...
+
+    def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors: ...
+
+    def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients: ...
+
+    def stats_shape(self, call: LoweredAttention) -> tuple[int, ...]: ...
+
+    def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
+        """The result, and the probabilities before dropout where there is dropout."""
+
+    def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
+        """``result`` holds the probabilities before dropout (their logarithms with ``log``)."""
+
+
+def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    """The reason shared by every kernel backend: kernels cannot be traced through by torch's functional transforms."""
+    if problem.transform is None:
+        return []
+    return [f"{problem.transform} is followed through plain torch operations only (eager)"]

@@ -1,0 +1,350 @@
+"""Attention on the CPU, tile by tile in plain torch operations; O(length) memory, forward, auxiliary outputs and backward.
+
+The backward recomputes every row's maximum and sum as the forward did, so it is exact where a stored lse would lose log S next to
+huge logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
+from fused_attn.backends.cpu import flash
+from fused_attn.backends.cpu.tiles import Operands, Tile
+from fused_attn.dropout import keep_factor
+from fused_attn.lowering import Grid, LoweredAttention, empty_out, stat_dtype
+from fused_attn.score_mods import SCORE_MODS
+
+
+def attention_fwd(call: LoweredAttention) -> Forward:
+    """The output and lse [batch, heads, q_len]."""
+    if flash.suits(call):
+        return flash.forward(call)
+    work = Operands(call)
+    out, lse = empty_out(call.q, call.v.shape[-1]), _no_keys(call)
+    if call.shape[3] == 0:
+        out.zero_()
+    for tile in work.plan:
+        scores = _scores(work, tile)
+        top = _normalise(scores)
+        sinks = _sinks(work, tile)
+        sums = _row_sums(scores).log_().add_(top) if sinks is None else _add_sinks(scores, top, sinks)[0]
+        lse[tile.rows] = sums[..., 0]
+        _clear_masked(work, tile, scores)
+        if call.terms.dropout is not None:
+            scores.mul_(keep_factor(call.terms.dropout, call.grid.at(*tile.region), work.dtype))
+        out[tile.rows] = _weighted_values(work, tile, scores)
+    return Forward(out, lse, flash.NO_STATS[lse.dtype])
+
+
+def attention_aux(call: LoweredAttention, request: AuxRequest) -> AuxTensors:
+    """What is asked for besides, by the same tiles."""
+    work = Operands(call)
+    aux = AuxTensors(
+        call.q.new_empty(call.shape) if request.probs else None,
+        call.q.new_empty(call.shape) if request.scores else None,
+        call.q.new_full(call.shape[:3], -torch.inf, dtype=work.dtype) if request.max_scores else None,
+        call.q.new_zeros((*call.shape[:2], call.shape[3]), dtype=work.dtype) if request.column_sums else None,
+        call.q.new_zeros(call.shape[:3], dtype=work.dtype) if request.entropy else None,
+    )
+    for tile in work.plan:
+        _fill_aux(work, tile, aux)
+    return aux
+
+
+def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients of q, k, v, the sinks and the modifications' tensors; None where not needed."""
+    if incoming.dout is not None and flash.suits_backward(call, forward, incoming):
+        return flash.backward(call, forward, incoming.dout, needs)
+    backward = _Backward.of(call, incoming, needs)
+    for tile in backward.work.plan:
+        backward.add(tile)
+    return backward.finish()
+
+
+def _no_keys(call: LoweredAttention) -> Tensor:
+    """lse [batch, heads, q_len] of rows without keys: -inf, or the sink."""
+    lse = call.q.new_full(call.shape[:3], -torch.inf, dtype=stat_dtype(call.q.dtype))
+    return lse if call.terms.sinks is None or call.shape[3] else lse.copy_(call.terms.sinks[:, None])
+
+
+def _sinks(work: Operands, tile: Tile) -> Tensor | None:
+    sinks = work.call.terms.sinks
+    return None if sinks is None else sinks[slice(*tile.region[1]), None, None].to(work.dtype)
+
+
+def _raw_scores(work: Operands, tile: Tile) -> Tensor:
+    """scale * q k^T, [batch, heads, rows, keys]."""
+    scores = work.buffer("scores", tile)
+    keys = work.k_clean[tile.keys]
+    torch.baddbmm(scores, work.rows(work.q, tile), keys.mT, beta=0, alpha=work.call.terms.scale, out=scores)
+    if work.is_careful:
+        scores.add_(torch.zeros_like(keys[..., 0]).masked_fill_(~work.k[tile.keys].isfinite().all(-1), torch.nan)[:, None])
+    return scores.view(tile.shape)
+
+
+def _scores(work: Operands, tile: Tile) -> Tensor:
+    """Modified scores, -inf where masked, [batch, heads, rows, keys]."""
+    raw = scores = _raw_scores(work, tile)
+    grid = work.call.grid.at(*tile.region)
+    for score in work.call.terms.mods:
+        scores = SCORE_MODS[score.name].from_kernel(score).apply(scores, grid)
+    return _mask(work, tile, raw if scores is raw else raw.copy_(scores))
+
+
+def _mask(work: Operands, tile: Tile, scores: Tensor) -> Tensor:
+    for columns, limit in tile.limits:
+        part = scores[..., columns]
+        if work.is_careful:
+            part.masked_fill_(limit < 0, -torch.inf)
+        else:  # a tenth of masked_fill's time, and inf in a masked score is harmless; only NaN needs the other way
+            torch.minimum(part, limit, out=part)
+    return scores
+
+
+def _clear_masked(work: Operands, tile: Tile, values: Tensor) -> None:
+    """Zeros where masked; they are there already unless a NaN spread along the row."""
+    if work.is_careful:
+        for columns, limit in tile.limits:
+            values[..., columns].masked_fill_(limit < 0, 0.0)
+
+
+def _normalise(scores: Tensor) -> Tensor:
+    """Turns scores into probabilities in place, zeros in rows without keys; the rows' maxima [batch, heads, rows, 1].
+
+    torch.softmax takes 0.5 ns per element whatever the values; exp_ alone takes 1.1, and 2.5 to 13 where it meets -inf or denormals.
+    """
+    top = scores.amax(-1, keepdim=True)
+    torch.softmax(scores, -1, out=scores)
+    empty = top == -torch.inf
+    if bool(empty.any()):
+        scores.masked_fill_(empty, 0.0)
+    return top
+
+
+def _row_sums(probs: Tensor) -> Tensor:
+    """The rows' sums of exp(scores - maximum): one over the largest probability; 1 in rows without keys."""
+    peak = probs.amax(-1, keepdim=True)
+    return peak.masked_fill_(peak == 0, 1.0).reciprocal_()
+
+
+def _add_sinks(probs: Tensor, top: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes room for the sinks in the probabilities; lse and the sinks' own probability, [batch, heads, rows, 1].
+
+    Only exp and log: torch's sigmoid and logaddexp give other bits at the end of an array than inside it.
+    """
+    floor = torch.finfo(top.dtype)
+    base = torch.maximum(top, sinks).clamp_(min=floor.min)
+    sums = _row_sums(probs).mul_((top - base).exp_())
+    share = (sinks - base).exp_()
+    total = sums + share
+    divisor = total.clamp(min=floor.tiny)
+    probs.mul_(sums.div_(divisor))
+    return total.log_().add_(base), share.div_(divisor)
+
+
+def _weighted_values(work: Operands, tile: Tile, weights: Tensor) -> Tensor:
+    """weights v [batch, heads, rows, value_dim]; a NaN or infinity in a value reaches only the rows that may attend to it."""
+    matrices = weights.view(tile.pairs.stop - tile.pairs.start, -1, tile.shape[3])
+    values = work.v[tile.keys]
+    out = torch.bmm(matrices, work.v_clean[tile.keys])
+    if work.v_clean is not work.v:
+        allowed = _mask(work, tile, torch.ones_like(weights)).clamp_(min=0.0).view(matrices.shape)
+        reached = torch.bmm(allowed, (~values.isfinite()).to(work.dtype)) > 0
+        out = torch.where(reached, torch.bmm(matrices, values), out)
+    return out.view(*tile.shape[:3], -1)
+
+
+def _fill_aux(work: Operands, tile: Tile, aux: AuxTensors) -> None:
+    values = _scores(work, tile)
+    if aux.max_scores is not None:
+        aux.max_scores[tile.rows] = values.amax(-1)
+    if aux.scores is not None:
+        _write_row_block(aux.scores, tile, values, -torch.inf)
+    if aux.probs is None and aux.column_sums is None and aux.entropy is None:
+        return
+    top, sinks = _normalise(values), _sinks(work, tile)
+    if sinks is not None:
+        _add_sinks(values, top, sinks)
+    _clear_masked(work, tile, values)
+    if aux.probs is not None:
+        _write_row_block(aux.probs, tile, values, 0.0)
+    if aux.column_sums is not None:
+        aux.column_sums[tile.index[0], tile.index[1], tile.index[3]] += values.sum(-2)
+    if aux.entropy is not None:
+        aux.entropy[tile.rows] = torch.special.entr(values).sum(-1)
+
+
+def _write_row_block(full: Tensor, tile: Tile, values: Tensor, outside: float) -> None:
+    """Whole rows: the tile's values, and ``outside`` left and right of its reach."""
+    rows, (k0, k1) = full[tile.rows], tile.region[3]
+    rows[..., :k0] = outside
+    rows[..., k0:k1] = values
+    rows[..., k1:] = outside
+
+
+class _CroppedGrid(Grid):
+    """A region whose parameters were cropped beforehand, so that autograd's gradients are no larger than the tile."""
+
+    __slots__ = ()
+
+    def crop(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaves:
+    """Modified scores of a tile with their graph: the raw scores and the parameters' parts as leaves."""
+
+    raw: Tensor
+    parts: tuple[Tensor, ...]
+    result: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """Gradients under construction; ``dq``, ``dk``, ``dv`` are None where not wanted, ``dmods`` likewise."""
+
+    work: Operands
+    incoming: Incoming
+    dout: Tensor | None
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dsinks: Tensor | None
+    dmods: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> _Backward:
+        work = Operands(call, incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores)
+        dk, dv = (torch.zeros_like(t) if need else None for t, need in zip((work.k, work.v), needs[1:3], strict=True))
+        dq = torch.zeros_like(call.q, memory_format=torch.contiguous_format) if needs[0] else None
+        sinks = call.terms.sinks
+        dsinks = torch.zeros_like(sinks, dtype=work.dtype) if needs[3] and sinks is not None else None
+        if dsinks is not None and call.shape[3] == 0 and incoming.dlse is not None:
+            dsinks.add_(incoming.dlse.sum((0, 2)))
+        tensors = [t for m in call.terms.mods for t in m.tensors]
+        # A parameter without broadcasting gets every element once: its own dtype loses nothing and needs no second copy.
+        dmods = tuple(
+            torch.zeros(t.shape, dtype=t.dtype if t.shape == call.shape else work.dtype) if need else None
+            for t, need in zip(tensors, needs[4:], strict=True)
+        )
+        return cls(work, incoming, None if incoming.dout is None else work.grouped(incoming.dout), dq, dk, dv, dsinks, dmods)
+
+    def finish(self) -> Gradients:
+        call = self.work.call
+        if self.dk is not None and self.work.is_careful:
+            self.dk.masked_fill_(~self.work.k.isfinite(), 0.0)
+        shaped = (g if g is None else g.view(t.shape).to(t.dtype) for g, t in ((self.dk, call.k), (self.dv, call.v)))
+        parameters = [
+            g if g is None or t is None else g.to(t.dtype) for g, t in zip((self.dsinks, *self.dmods), call.terms.parameters, strict=True)
+        ]
+        return self.dq, *shaped, *parameters
+
+    def add(self, tile: Tile) -> None:
+        """Adds one tile's contribution to every gradient."""
+        work, leaves = self.work, None
+        if work.call.terms.mods:
+            leaves = self._modified(tile)
+            probs = _mask(work, tile, work.buffer("probs", tile).view(tile.shape).copy_(leaves.result.detach()))
+        else:
+            probs = _scores(work, tile)
+        top, sinks = _normalise(probs), _sinks(work, tile)
+        share = None if sinks is None else _add_sinks(probs, top, sinks)[1]
+        _clear_masked(work, tile, probs)
+        dprobs = self._dprobs(tile, probs)
+        if self.dsinks is not None and share is not None:
+            self._add_dsinks(tile, (probs, dprobs), share)
+        dscores = self._dscores(tile, probs, dprobs)
+        if leaves is not None:
+            dscores = self._through_mods(tile, leaves, dscores)
+        self._add_products(tile, dscores)
+
+    def _dprobs(self, tile: Tile, probs: Tensor) -> Tensor:
+        """Gradient of the probabilities; adds to dv on the way."""
+        work, dropout = self.work, self.work.call.terms.dropout
+        dprobs = work.buffer("dprobs", tile)
+        if self.dout is None:
+            dprobs.zero_()
+        else:
+            dout = work.rows(self.dout, tile)
+            torch.bmm(dout, work.v[tile.keys].mT, out=dprobs)
+            factor = None if dropout is None else keep_factor(dropout, work.call.grid.at(*tile.region), work.dtype).view(dprobs.shape)
+            if factor is not None:
+                dprobs.mul_(factor)
+            if self.dv is not None:
+                weights = probs.view(dprobs.shape)
+                self.dv[tile.keys].baddbmm_((weights if factor is None else weights * factor).mT, dout)
+        dprobs = dprobs.view(tile.shape)
+        if self.incoming.dprobs is not None:
+            dprobs.add_(self.incoming.dprobs[tile.index])
+        _clear_masked(work, tile, dprobs)
+        return dprobs
+
+    def _add_dsinks(self, tile: Tile, pair: tuple[Tensor, Tensor], share: Tensor) -> None:
+        """``share`` [batch, heads, rows, 1] is the sinks' probability; nothing arrives at it but through the rows' sums."""
+        assert self.dsinks is not None
+        arriving = (pair[0] * pair[1]).sum(-1, keepdim=True).neg_()
+        if self.incoming.dlse is not None:
+            arriving.add_(self.incoming.dlse[tile.rows][..., None])
+        self.dsinks[tile.index[1]] += arriving.mul_(share).sum((0, 2, 3))
+
+    def _dscores(self, tile: Tile, probs: Tensor, dprobs: Tensor) -> Tensor:
+        """Gradient of the modified scores: probs * (dprobs - sum(probs * dprobs)) and what arrives at lse and scores directly."""
+        dscores: Tensor = torch._softmax_backward_data(dprobs, probs, -1, self.work.dtype, grad_input=dprobs)
+        if self.incoming.dlse is not None:
+            dscores.addcmul_(probs, self.incoming.dlse[tile.rows][..., None])
+        _clear_masked(self.work, tile, dscores)
+        if self.incoming.dscores is not None:
+            direct = self.incoming.dscores[tile.index].to(self.work.dtype, copy=True)
+            for columns, limit in tile.limits:
+                direct[..., columns].masked_fill_(limit < 0, 0.0)
+            dscores.add_(direct)
+        return dscores
+
+    def _modified(self, tile: Tile) -> _Leaves:
+        """The modified scores with a graph of this tile alone."""
+        call = self.work.call
+        parts: list[Tensor] = []
+        grid, wants = call.grid.at(*tile.region), iter(self.dmods)
+        raw = scores = _raw_scores(self.work, tile).requires_grad_()
+        with torch.enable_grad():
+            for score in call.terms.mods:
+                is_cut = _broadcasts(score.tensors, call.shape)
+                tensors = tuple((grid.crop(t) if is_cut else t).detach().to(self.work.dtype) for t in score.tensors)
+                tensors = tuple(t.requires_grad_() if next(wants) is not None else t for t in (t.view_as(t) for t in tensors))
+                parts += tensors
+                here = _CroppedGrid(grid.shape, grid.device, grid.q_offset, grid.region) if is_cut else grid
+                scores = SCORE_MODS[score.name].from_kernel(replace(score, tensors=tensors)).apply(scores, here)
+        return _Leaves(raw, tuple(parts), scores)
+
+    def _through_mods(self, tile: Tile, leaves: _Leaves, dscores: Tensor) -> Tensor:
+        """Gradient of the raw scores; adds to the parameters' gradients on the way."""
+        if not leaves.result.requires_grad:
+            return torch.zeros_like(dscores)
+        wanted = [t for t in leaves.parts if t.requires_grad]
+        targets = [g for g in self.dmods if g is not None]
+        draw, *grads = torch.autograd.grad(leaves.result, [leaves.raw, *wanted], dscores, allow_unused=True)
+        for target, grad in zip(targets, grads, strict=True):
+            if grad is not None:
+                part = self.work.call.grid.at(*tile.region).crop(target) if target.shape != grad.shape else target
+                part.add_(grad)
+        return torch.zeros_like(dscores) if draw is None else draw
+
+    def _add_products(self, tile: Tile, dscores: Tensor) -> None:
+        work, scale = self.work, self.work.call.terms.scale
+        matrices = dscores.reshape(tile.pairs.stop - tile.pairs.start, -1, tile.shape[3])
+        if self.dk is not None:
+            self.dk[tile.keys].baddbmm_(matrices.mT, work.rows(work.q, tile), alpha=scale)
+        if self.dq is not None:
+            product = torch.baddbmm(matrices.new_empty(1, 1, 1), matrices, work.k_clean[tile.keys], beta=0, alpha=scale)
+            self.dq[tile.rows] = product.view(*tile.shape[:3], -1)
+
+
+def _broadcasts(tensors: tuple[Tensor, ...], shape: tuple[int, int, int, int]) -> bool:
+    """Whether every tensor is [batch|1, heads|1, q_len|1, kv_len|1], so that its part in a tile is known."""
+    return all(t.dim() == 4 and all(n in (1, full) for n, full in zip(t.shape, shape, strict=True)) for t in tensors)

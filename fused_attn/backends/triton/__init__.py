@@ -1,0 +1,102 @@
+"""The Triton backend: NVIDIA GPUs from compute capability 8.0 on, and CPU tensors under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, transform_refusal
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax
+from fused_attn.problem import AttentionProblem, SoftmaxProblem
+
+MAX_HEAD_DIM = 256
+
+
+_INSTALLED = importlib.util.find_spec("triton") is not None  # not a cached function, so that torch.compile can trace what reads it
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonBackend:
+    """Kernels written in Triton; see the modules beside this one."""
+
+    name = "triton"
+
+    def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+        """Every reason why these kernels cannot run the problem."""
+        device = problem.device
+        if device.type == "cpu" and not _interpreted():
+            return ["tensors are on the CPU (set TRITON_INTERPRET=1 before the first use to run the interpreter)"]
+        if device.type not in ("cpu", "cuda"):
+            return [f"there are no kernels for {device.type} devices"]
+        if not _INSTALLED:
+            return ["Triton is not installed (pip install triton)"]
+        reasons = transform_refusal(problem)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            reasons.append(f"kernels need compute capability 8.0; the device has {torch.cuda.get_device_capability(device)}")
+        dtype = problem.inputs[0].dtype
+        if dtype == torch.float64:
+            reasons.append("float64 is computed by cpu and eager only")
+        if isinstance(problem, AttentionProblem):
+            reasons += _head_size_refusals(problem)
+        return reasons + _mod_refusals(problem)
+
+    def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
+        """The interpreter is for debugging."""
+        return "the interpreter is slow and meant for debugging" if problem.device.type == "cpu" else None
+
+    def stats_shape(self, call: LoweredAttention) -> tuple[int, ...]:
+        # Two statistics per row; where 16-bit outputs would cost the sinks' gradient its accuracy, the float32 output as well.
+        wide = call.terms.sinks is not None and call.q.dtype.itemsize < 4
+        return (2 + call.v.shape[-1] * wide, *call.shape[:3])
+
+    def attention_fwd(self, call: LoweredAttention) -> Forward:
+        from fused_attn.backends.triton.attention_fwd import attention_fwd
+
+        return Forward(*attention_fwd(call, self.stats_shape(call)))
+
+    def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
+        from fused_attn.backends.triton.attention_aux import attention_aux
+
+        return attention_aux(call, forward, request)
+
+    def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
+        from fused_attn.backends.triton.attention_bwd import attention_bwd
+
+        return attention_bwd(call, forward, incoming, needs)
+
+    def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
+        from fused_attn.backends.triton.softmax import softmax_fwd
+
+        return softmax_fwd(call)
+
+    def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
+        from fused_attn.backends.triton.softmax import softmax_bwd
+
+        return softmax_bwd(call, result, dout, needs)
+
+
+def _head_size_refusals(problem: AttentionProblem) -> list[str]:
+    sizes = (problem.q.shape[-1], problem.v.shape[-1])
+    if all(1 <= size <= MAX_HEAD_DIM for size in sizes):
+        return []
+    return [f"head_dim and value_dim must be in [1, {MAX_HEAD_DIM}]; got {sizes[0]} and {sizes[1]}"]
+
+
+def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    from fused_attn.backends.triton import score_mods
+
+    reasons = []
+    for mod in problem.modifiers.score_mods:
+        kernels = mod.kernels or (mod.name,)
+        if not set(kernels) <= set(score_mods.FUNCTIONS):
+            reasons.append(f"{type(mod).__name__} has no Triton functions (fused_attn.backends.triton.score_mods.register)")
+        elif not set(kernels) <= score_mods.ADDITIVE and any(t.requires_grad for t in mod.tensors):
+            reasons.append(f"{type(mod).__name__} has no gradient for its tensor in Triton")
+    return reasons

@@ -1,0 +1,176 @@
+"""Kernel arguments as named tuples, and how the normal form becomes them.
+
+Triton passes named tuples through to device functions; a ``tl.constexpr`` inside one is a compile-time constant and None removes the
+code that would use the part. So every kernel takes the same handful of arguments whatever is switched on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fused_attn.backends.triton import score_mods
+from fused_attn.backends.triton.config import TileConfig
+from fused_attn.dropout import threshold
+from fused_attn.lowering import LoweredAttention, Terms
+
+# 1 / ln 2: exp(x) = exp2(x * LOG2E), and the hardware has exp2.
+LOG2E = 1.4426950408889634
+# Windows and offsets beyond this reach every key; clamping keeps index arithmetic in 32 bits.
+_FAR = 2**30
+
+
+class Matrix(NamedTuple):
+    """A [batch, heads, rows, cols] tensor: pointer and strides in elements, 0 along dimensions of size 1."""
+
+    ptr: Any
+    batch: Any
+    head: Any
+    row: Any
+    col: Any
+
+
+class MaskArgs(NamedTuple):
+    """A KernelMask with its alignment and the per-tile summary of ``keep``; absent parts are None."""
+
+    left: Any
+    right: Any
+    shift: Any
+    shifts: Any
+    kv_start: Any
+    kv_end: Any
+    keep: Any
+    summary: Any
+
+
+class ScoreArgs(NamedTuple):
+    """How scores come from the product: scale, modifications, and the factor that turns their unit into log2 for exp2."""
+
+    scale: Any
+    factor: Any
+    mods: Any
+    functions: Any
+    gradients: Any
+    raw: Any
+    precision: Any
+
+
+class DropoutArgs(NamedTuple):
+    """Seed pointer, the smallest 32-bit word that stays, and 1 / (1 - p)."""
+
+    seed: Any
+    limit: Any
+    factor: Any
+
+
+class Sizes(NamedTuple):
+    """heads, query heads per key head, q_len, kv_len."""
+
+    heads: Any
+    group: Any
+    q_len: Any
+    kv_len: Any
+
+
+class Tile(NamedTuple):
+    """Compile-time sizes: tile of queries and keys, padded and true head and value dimensions; wide where operands are float32."""
+
+    q: Any
+    kv: Any
+    d: Any
+    dv: Any
+    head_dim: Any
+    value_dim: Any
+    wide: Any
+
+
+def matrix(tensor: Tensor | None) -> Matrix | None:
+    """A 4-D tensor as an argument; bool tensors are read as bytes."""
+    if tensor is None:
+        return None
+    data = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    return Matrix(data, *(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that a head dimension is padded to inside a kernel."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def tile(call: LoweredAttention, config: TileConfig) -> Tile:
+    """The compile-time sizes of a pass."""
+    head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
+    values = (config.block_q, config.block_kv, padded(head_dim), padded(value_dim), head_dim, value_dim, call.q.dtype == torch.float32)
+    return Tile(*(tl.constexpr(v) for v in values))
+
+
+def sizes(call: LoweredAttention) -> Sizes:
+    """The run-time sizes of a call."""
+    _, heads, q_len, kv_len = call.shape
+    return Sizes(heads, heads // call.k.shape[1], q_len, kv_len)
+
+
+def _rows(tensor: Tensor | None) -> Matrix | None:
+    """Per-row int32 values [batch|1, q_len] as a matrix with one column and one head."""
+    return None if tensor is None else matrix(tensor[:, None, :, None])
+
+
+def _shifts(q_offset: int | Tensor) -> tuple[int, Matrix | None]:
+    """Alignment as a number and as one value per batch; the kernels add both."""
+    if isinstance(q_offset, Tensor):
+        return 0, matrix(q_offset.to(torch.int32)[:, None, None, None])
+    return max(-_FAR, min(_FAR, q_offset)), None
+
+
+def mask(terms: Terms, summary: Tensor | None) -> MaskArgs:
+    """The mask and its alignment; windows that reach everything are left out."""
+    form = terms.mask
+    left, right = (None if x is None or x >= _FAR else x for x in (form.left, form.right))
+    return MaskArgs(left, right, *_shifts(terms.q_offset), _rows(form.kv_start), _rows(form.kv_end), matrix(form.keep), matrix(summary))
+
+
+def unit_is_raw(terms: Terms) -> bool:
+    """Whether row statistics can stay in the unit of the product: nothing but a positive scale before the softmax."""
+    return not terms.mods and terms.sinks is None and terms.scale > 0
+
+
+def scores(terms: Terms, dtype: torch.dtype) -> ScoreArgs:
+    """Scale, modifications with their device functions, and how products are computed."""
+    raw = unit_is_raw(terms)
+    functions = [score_mods.FUNCTIONS[m.name] for m in terms.mods]
+    return ScoreArgs(
+        terms.scale,
+        terms.scale * LOG2E if raw else LOG2E,
+        tuple((*m.scalars, *(matrix(t) for t in m.tensors)) for m in terms.mods),
+        tuple(value for value, _ in functions),
+        tuple(gradient for _, gradient in functions),
+        tl.constexpr(raw),
+        tl.constexpr(_precision(dtype)),
+    )
+
+
+def allows_tf32() -> bool:
+    """Whether torch's switch for float32 matrix products says TF32."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return bool(precision == "tf32" if precision not in (None, "none") else torch.backends.cuda.matmul.allow_tf32)
+
+
+def dropout(terms: Terms) -> DropoutArgs | None:
+    """Seed, threshold and factor, or None without dropout."""
+    if terms.dropout is None:
+        return None
+    p = terms.dropout.p
+    # The largest word is 2^32 - 1; with p = 1 the factor 0 removes what the comparison leaves.
+    return DropoutArgs(terms.dropout.seed, min(threshold(p), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products of tiles are computed; 16-bit inputs are exact in float32 whatever this says.
+
+    bf16x6 splits each float32 into three bfloat16 and adds the six products that matter: float32's accuracy on tensor cores. Triton's
+    scalar alternative ("ieee") keeps whole rows in registers and spills kilobytes from head size 128 on.
+    """
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "bf16x6" if dtype == torch.float32 else "ieee"

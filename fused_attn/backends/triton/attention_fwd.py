@@ -1,0 +1,207 @@
+"""Flash attention forward (arXiv 2205.14135, 2307.08691): one program per tile of queries walks over the keys it can reach.
+
+Row statistics stay in the unit of the product where nothing but a positive scale sits before the softmax (``score.raw``): scaling then
+costs one fused multiply-add per element, and backward recomputes exactly the same exponent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_attn.backends.triton import arguments
+from fused_attn.backends.triton.launch import Plan
+from fused_attn.lowering import LoweredAttention, empty_out
+
+from .masks import allowed, mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
+from .primitives import LOG2E, any_true, contract, dot, is_finite, keep_tile, load_rows, store_rows
+from .score_mods import apply
+
+
+@triton.jit
+def product(q, k, q_source, k_source, score, tile):
+    """q k^T, times the scale unless the exponent takes it."""
+    scores = contract(q, k, q_source, k_source, score.precision, tile.wide, tile.head_dim, tile.d)
+    if not score.raw:
+        scores = scores * score.scale
+    return scores
+
+
+@triton.jit
+def exponentials(scores, m, score):
+    """exp(scores - m); ``m`` broadcasts and is finite."""
+    if score.raw:
+        return tl.exp2(scores * score.factor - m * score.factor)
+    else:
+        # With modifications scores may be huge and equal (finite mask values): the exact difference comes first.
+        return tl.exp2((scores - m) * score.factor)
+
+
+@triton.jit
+def tile_scores(q, k, q_source, k_source, interval, place, mask, score, sizes, MASKED: tl.constexpr, tile):
+    """Scores of one tile [tile.q, tile.kv], -inf where a query may not attend."""
+    b, h, q_idx, shift, q_tile = place
+    kv_idx, kv_ok = k_source[3], k_source[4]
+    inside = (q_idx < sizes.q_len)[:, None] & kv_ok[None, :]
+    at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
+    scores = apply(product(q, k, q_source, k_source, score, tile), score, at, len(score.functions))
+    if MASKED:
+        state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
+        ok = allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], state)
+        scores = tl.where(ok & inside, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, MASKED: tl.constexpr, tile):
+    """One key tile of the online softmax: carry is (acc [tile.q, tile.dv], m [tile.q], l [tile.q])."""
+    acc, m, l = carry
+    b, h, q_idx = place[0], place[1], place[2]
+    kv_idx = first + tl.arange(0, tile.kv)
+    # Keys beyond the tile's reach are never read, so garbage in padding cannot get in.
+    kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
+    if not MASKED:
+        kv_ok = kv_idx < sizes.kv_len
+    k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
+    k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
+    scores = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, MASKED, tile)
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = exponentials(scores, m_safe[:, None], score)
+    # The same rounding as in p, so that sums of earlier tiles stay sums of the same exponentials.
+    alpha = exponentials(m, m_safe, score)
+    l = l * alpha + tl.sum(p, 1)
+    if dropout is not None:
+        kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
+        p = tl.where(kept, p, 0.0)
+    v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
+    acc = dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], score.precision)
+    return acc, m_new, l
+
+
+@triton.jit
+def _second_look(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, COUNT: tl.constexpr, tile):
+    """Values of the allowed keys once more without NaN and infinities, or (COUNT) how many of those each row really attends to."""
+    b, h, q_idx = place[0], place[1], place[2]
+    acc = tl.zeros([tile.q, tile.dv], tl.float32)
+    for first in range(span[0], span[1], tile.kv):
+        kv_idx = first + tl.arange(0, tile.kv)
+        kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
+        k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
+        v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
+        k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
+        scores = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
+        if COUNT:
+            weights = tl.where(scores == float("-inf"), 0.0, 1.0)
+            values = tl.where(is_finite(v_tile), 0.0, 1.0).to(v_tile.dtype)
+        else:
+            weights = exponentials(scores, m[:, None], score) * inverse[:, None]
+            values = tl.where(is_finite(v_tile), v_tile, 0.0).to(v_tile.dtype)
+            if dropout is not None:
+                kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
+                weights = tl.where(kept, weights, 0.0)
+        acc = dot(weights.to(v_tile.dtype), values, acc, score.precision)
+    return acc
+
+
+@triton.jit
+def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout, sizes, tile):
+    """lse [1, batch, heads, q_len] and stats [2, batch, heads, q_len] are matrices whose ``batch`` is the first dimension."""
+    tiles = tl.cdiv(sizes.q_len, tile.q)
+    # The last query tiles come first: with a causal mask they are the longest.
+    q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = bh // sizes.heads, bh % sizes.heads
+    q_idx = q_tile * tile.q + tl.arange(0, tile.q)
+    rows = q_idx < sizes.q_len
+    interval = row_intervals(mask, b, q_idx, sizes)
+    near = reach(interval[0], interval[1], sizes)
+    low, split, resume, high = tile_bounds(interval[0], interval[1], q_idx, sizes, mask.keep is not None, tile.kv)
+    place = (b, h, q_idx, query_shift(mask, b), q_tile)
+    q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
+    q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
+
+    acc = tl.zeros([tile.q, tile.dv], tl.float32)
+    m = tl.full([tile.q], float("-inf"), tl.float32)
+    l = tl.zeros([tile.q], tl.float32)
+    for first in range(split, resume, tile.kv):
+        acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, False, tile)
+    n_left, n_right = mixed_tiles(low, split, resume, high, tile.kv)
+    for i in range(n_left + n_right):
+        first = tl.where(i < n_left, low + i * tile.kv, resume + (i - n_left) * tile.kv)
+        if mask.keep is None:
+            acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, True, tile)
+        elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
+            acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, True, tile)
+
+    if sinks is not None:
+        # Only now: probabilities next to a sink that takes nearly all the weight would vanish in 16 bits before they meet the values.
+        sink = tl.load(sinks + h).to(tl.float32)
+        highest = tl.maximum(m, sink)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink = exponentials(m, base, score)
+        acc = acc * shrink[:, None]
+        l = l * shrink + exponentials(sink, base, score)
+        m = highest
+    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
+    if dropout is not None:
+        inverse = inverse * dropout.factor
+    result = acc * inverse[:, None]
+    store_rows(out, b, h, q_idx, rows, result, tile.value_dim, tile.dv)
+    unit = score.factor / LOG2E
+    top = tl.where(m == float("-inf"), 0.0, m)
+    tl.store(
+        lse + bh.to(tl.int64) * sizes.q_len + q_idx,
+        tl.where(l == 0.0, float("-inf"), top * unit + tl.log(tl.where(l == 0.0, 1.0, l))),
+        mask=rows,
+    )
+    total = tl.num_programs(0).to(tl.int64) // tiles * sizes.q_len
+    tl.store(stats + bh.to(tl.int64) * sizes.q_len + q_idx, m, mask=rows)
+    tl.store(stats + total + bh.to(tl.int64) * sizes.q_len + q_idx, l, mask=rows)
+
+    if mask.left is not None or mask.right is not None or mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None:
+        # 0 * NaN is NaN: a broken value reaches rows of its tile that may not attend to it. It is rare, so look only afterwards.
+        if any_true((result != result) & (rows & (l == l))[:, None]):
+            _mend(q_rows, q_source, k, v, out, top, inverse, (low, high), interval, near, place, mask, score, dropout, sizes, tile)
+
+
+@triton.jit
+def _mend(q, q_source, k, v, out, m, inverse, span, interval, near, place, mask, score, dropout, sizes, tile):
+    """Replaces NaNs of the output that came from keys a row may not attend to."""
+    b, h, q_idx = place[0], place[1], place[2]
+    rows = q_idx < sizes.q_len
+    hits = _second_look(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, True, tile)
+    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv)
+    marked = tl.where((before != before) & (hits == 0.0), 0.0, before)
+    tl.debug_barrier()
+    store_rows(out, b, h, q_idx, rows, marked, tile.value_dim, tile.dv)
+    tl.debug_barrier()
+    clean = _second_look(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, False, tile)
+    # Zeros are what was marked, or rows whose clean value is a zero anyway; nothing else needs to stay alive over the second loop.
+    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv)
+    store_rows(out, b, h, q_idx, rows, tl.where(before == 0.0, clean, before.to(tl.float32)), tile.value_dim, tile.dv)
+
+
+def wide_output(stats: Tensor) -> Tensor | None:
+    """The float32 output [batch, heads, q_len, value_dim] kept behind the two row statistics, where there is one.
+
+    With a sink nearly all of a row's weight may lie on it; the rest is then below float16's range, and the sink's gradient is made of it.
+    """
+    return stats[2:].permute(1, 2, 3, 0) if stats.shape[0] > 2 else None
+
+
+def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and stats (row maximum in the kernel's unit, sum of exponentials, and see ``wide_output``)."""
+    batch, heads, q_len, _ = call.shape
+    out = empty_out(call.q, call.v.shape[-1])
+    lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    stats = call.q.new_empty(stats_shape, dtype=torch.float32)
+    wide = wide_output(stats)
+    plan = Plan.make(call, "fwd")
+    kernel: Any = _attention_fwd_kernel
+    tensors = (call.q, call.k, call.v, out if wide is None else wide)
+    plan.launch(kernel, plan.q_tiles * batch * heads, (*(arguments.matrix(t) for t in tensors), lse, stats, call.terms.sinks))
+    return out if wide is None else out.copy_(wide), lse, stats

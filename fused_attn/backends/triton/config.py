@@ -1,0 +1,153 @@
+"""Tile configurations: one table per (chip, head size, dtype, pass).
+
+Every entry was chosen as the largest tile that compiles without spilling more than 64 bytes and within the chip's shared memory, and
+tests/test_triton_compile.py holds it to that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class TileConfig(NamedTuple):
+    """Queries and keys per tile, warps per block, pipeline stages."""
+
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+
+class Pass(NamedTuple):
+    """A kernel's stage, and whether tiles besides q, k and v are live in it (modifications, dense masks, dropout): those need registers."""
+
+    stage: str
+    heavy: bool
+
+
+# The interpreter's cost is per operation, not per element; small tiles only make sure that every loop runs more than once.
+_INTERPRETER = TileConfig(64, 64, 4, 1)
+
+# Shared memory per block in bytes, by row of the table.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+STAGES = ("fwd", "aux", "bwd_dq", "bwd_dkdv", "bwd_bias")
+# An entry serves padded head sizes up to this.
+HEAD_SIZES = (64, 128, 256)
+
+_Row = tuple[TileConfig, TileConfig, TileConfig]
+
+
+def _row(*entries: tuple[int, int, int, int]) -> _Row:
+    small, middle, large = (TileConfig(*entry) for entry in entries)
+    return small, middle, large
+
+
+# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120).
+_WARP_MMA: dict[tuple[str, bool, int], _Row] = {
+    ("fwd", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("fwd", True, 16): _row((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("fwd", False, 32): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    ("fwd", True, 32): _row((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("aux", False, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    ("aux", False, 32): _row((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    ("bwd_dq", True, 16): _row((64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("bwd_dq", False, 32): _row((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("bwd_dq", True, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
+    ("bwd_dkdv", True, 16): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dkdv", False, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("bwd_dkdv", True, 32): _row((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("bwd_bias", True, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    ("bwd_bias", True, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+}
+# What chips with warpgroup products and more shared memory (sm_90, sm_100) do differently.
+_WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
+    ("fwd", False, 16): _row((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    ("fwd", True, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("fwd", False, 32): _row((64, 32, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1)),
+    ("fwd", True, 32): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
+    ("bwd_dq", True, 16): _row((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("bwd_dq", False, 32): _row((64, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("bwd_dq", True, 32): _row((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+    ("bwd_dkdv", True, 16): _row((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+}
+_TABLE = {80: _WARP_MMA, 90: _WARP_MMA | _WARPGROUP_MMA, 100: _WARP_MMA | _WARPGROUP_MMA, 120: _WARP_MMA}
+# Entries that one chip needs differently: (chip, stage, heavy, bits, head size).
+_EXCEPTIONS = {
+    (90, "bwd_dq", False, 32, 256): TileConfig(16, 16, 8, 1),  # four warps: 72 bytes of stack
+    (90, "bwd_bias", True, 32, 128): TileConfig(16, 16, 8, 1),  # 32 x 32: 72 bytes
+    (100, "fwd", True, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 96 bytes
+    (100, "fwd", True, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: above 64 bytes
+    (100, "bwd_dq", True, 32, 64): TileConfig(16, 16, 8, 1),  # four warps: 72 bytes
+    (100, "bwd_dkdv", False, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: 96 bytes
+    (120, "fwd", True, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: 96 bytes
+    (120, "bwd_dq", True, 32, 64): TileConfig(16, 16, 4, 1),  # eight warps: 72 bytes
+    (120, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # four warps: 80 bytes
+}
+
+
+def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileConfig:
+    """The configuration of a pass.
+
+    Args:
+        chip: compute capability as major * 10 + minor, or 0 for the interpreter.
+        which: the pass.
+        dtype: the inputs' dtype.
+        head_size: the larger of the two head dimensions, at most 256.
+
+    Example:
+        >>> lookup(90, Pass("fwd", heavy=False), torch.bfloat16, 128)
+        TileConfig(block_q=128, block_kv=64, num_warps=8, num_stages=2)
+    """
+    if chip == 0:
+        return _INTERPRETER
+    heavy = (which.heavy and which.stage != "aux") or which.stage == "bwd_bias"
+    row, bits = nearest_chip(chip), dtype.itemsize * 8
+    size = next(s for s in HEAD_SIZES if head_size <= s)
+    exception = _EXCEPTIONS.get((row, which.stage, heavy, bits, size))
+    return exception or _TABLE[row][which.stage, heavy, bits][HEAD_SIZES.index(size)]
+
+
+def nearest_chip(chip: int) -> int:
+    """The table's row for a chip: 8.6, 8.9 and 12.x have 99 KB of shared memory per block, 8.0 163 KB, 9.0 and 10.x 227 KB.
+
+    Example:
+        >>> nearest_chip(86), nearest_chip(103)
+        (120, 100)
+    """
+    if chip in (86, 89) or chip >= 120:
+        return 120
+    return max(c for c in (80, 90, 100) if c <= chip)
+
+
+@functools.cache
+def chip_of(device: torch.device) -> int:
+    """Compute capability of a device as major * 10 + minor; 0 for the interpreter's CPU tensors."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+# Rows longer than this are read twice: 16 warps hold 16384 float32 scores in 32 registers per thread, which leaves room for dropout's counters.
+_LONGEST_RESIDENT_ROW = 16384
+
+
+def softmax(kv_len: int) -> TileConfig:
+    """Rows per program and columns per step for rows of ``kv_len``: about 2048 elements per program, whole rows where they fit.
+
+    Example:
+        >>> softmax(100)
+        TileConfig(block_q=16, block_kv=128, num_warps=8, num_stages=1)
+    """
+    if kv_len > _LONGEST_RESIDENT_ROW:
+        return TileConfig(1, 4096, 8, 1)
+    columns = max(16, 1 << (kv_len - 1).bit_length())
+    rows = max(1, min(128, 2048 // columns))
+    return TileConfig(rows, columns, 8 if rows * columns <= 4096 else 16, 1)

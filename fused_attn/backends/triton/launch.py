@@ -1,0 +1,82 @@
+"""From a lowered call to a kernel launch: tile configuration, shared arguments, grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_attn.backends.triton import arguments, config, masks
+from fused_attn.lowering import LoweredAttention
+
+# Set by tests that compile for chips this machine does not have; 0 means the device's own.
+target_chip = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one pass of one call runs."""
+
+    call: LoweredAttention
+    config: config.TileConfig
+    mask: arguments.MaskArgs
+    score: arguments.ScoreArgs
+
+    @classmethod
+    def make(cls, call: LoweredAttention, stage: str, more_tiles: bool = False) -> Plan:
+        """``more_tiles`` says that the pass reads tiles of the score matrix besides those of the call's own terms."""
+        terms, head_size = call.terms, max(call.q.shape[-1], call.v.shape[-1])
+        heavy = more_tiles or bool(terms.mods) or terms.dropout is not None or terms.mask.keep is not None
+        chip = target_chip or config.chip_of(call.q.device)
+        chosen = config.lookup(chip, config.Pass(stage, heavy), call.q.dtype, head_size)
+        return cls(call, chosen, arguments.mask(call.terms, _summary(call, chosen)), arguments.scores(call.terms, call.q.dtype))
+
+    @property
+    def q_tiles(self) -> int:
+        return -(-self.call.shape[2] // self.config.block_q)
+
+    @property
+    def kv_tiles(self) -> int:
+        return -(-self.call.shape[3] // self.config.block_kv)
+
+    def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], **constants: Any) -> None:
+        """Runs ``kernel(*tensors, mask, score, dropout, sizes, tile)`` on a one-dimensional grid, which alone has room for 2^31 programs."""
+        if programs == 0:
+            return
+        call = self.call
+        with on_device(call.q.device):
+            kernel[(programs,)](
+                *tensors, self.mask, self.score, arguments.dropout(call.terms), arguments.sizes(call), arguments.tile(call, self.config),
+                num_warps=self.config.num_warps, num_stages=self.config.num_stages, **constants,
+            )  # fmt: skip
+
+
+def on_device(device: torch.device) -> Any:
+    """Makes the tensors' device current while a kernel starts; Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else _NOWHERE
+
+
+class _Nowhere:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_NOWHERE = _Nowhere()
+
+
+def _summary(call: LoweredAttention, chosen: config.TileConfig) -> torch.Tensor | None:
+    """Per-tile summary of a dense mask, int8 [batch|1, heads|1, q tiles|1, kv tiles|1]."""
+    keep = call.terms.mask.keep
+    if keep is None:
+        return None
+    batch, heads, q_len, kv_len = keep.shape
+    q_tiles, kv_tiles = -(-q_len // chosen.block_q), -(-kv_len // chosen.block_kv)
+    summary = torch.empty((batch, heads, q_tiles, kv_tiles), dtype=torch.int8, device=keep.device)
+    if summary.numel():
+        sizes = arguments.Sizes(heads, 1, q_len, kv_len)
+        kernel: Any = masks._tile_summary_kernel
+        with on_device(keep.device):
+            kernel[(summary.numel(),)](arguments.matrix(keep), arguments.matrix(summary), sizes, arguments.tile(call, chosen), num_warps=4)
+    return summary

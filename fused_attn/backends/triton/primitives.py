@@ -1,0 +1,139 @@
+"""Device functions shared by every kernel: addressing, exponentials, tanh, Philox.
+
+Offsets are 64-bit, so tensors and strides beyond 2^31 elements work.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def base(t, b, h):
+    """Pointer to [b, h] of a matrix argument."""
+    return t.ptr + b.to(tl.int64) * t.batch + h.to(tl.int64) * t.head
+
+
+@triton.jit
+def pointers(t, b, h, rows, cols):
+    """Pointers to rows x cols; rows and cols are index vectors that broadcast against each other."""
+    return base(t, b, h) + (rows.to(tl.int64) * t.row + cols.to(tl.int64) * t.col)
+
+
+@triton.jit
+def load_rows(t, b, h, rows, ok, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK], zeros where ``ok`` is False and beyond COLS columns."""
+    cols = tl.arange(0, BLOCK)
+    inside = ok[:, None]
+    if COLS < BLOCK:
+        inside = inside & (cols < COLS)[None, :]
+    return tl.load(pointers(t, b, h, rows[:, None], cols[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(t, b, h, rows, ok, values, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes [rows, BLOCK] where ``load_rows`` would read."""
+    cols = tl.arange(0, BLOCK)
+    inside = ok[:, None]
+    if COLS < BLOCK:
+        inside = inside & (cols < COLS)[None, :]
+    tl.store(pointers(t, b, h, rows[:, None], cols[None, :]), values.to(t.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in float32."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as integers and would multiply those; products of 16-bit values are exact in float32.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _slice(source, first, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns [first, first + WIDTH) of the rows that a source (matrix, b, h, rows, ok) names."""
+    cols = first + tl.arange(0, WIDTH)
+    inside = source[4][:, None] & (cols < COLS)[None, :]
+    return tl.load(pointers(source[0], source[1], source[2], source[3][:, None], cols[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def contract(a, b, a_source, b_source, PRECISION: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """a b^T. Wide float32 rows do not fit the registers: they are read again from their sources, a slice of columns at a time."""
+    acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    if WIDE and BLOCK > 64:
+        WIDTH: tl.constexpr = 64 if BLOCK == 128 else 32
+        for first in tl.static_range(0, BLOCK, WIDTH):
+            acc = dot(_slice(a_source, first, COLS, WIDTH), tl.trans(_slice(b_source, first, COLS, WIDTH)), acc, PRECISION)
+        return acc
+    else:
+        return dot(a, tl.trans(b), acc, PRECISION)
+
+
+@triton.jit
+def is_finite(x):
+    """False for NaN and infinities."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def any_true(x):
+    """Whether any element of a 2-D bool tile is True."""
+    return tl.max(x.to(tl.int32)) > 0
+
+
+@triton.jit
+def tanh(x):
+    """tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above."""
+    square = x * x
+    poly = -5.70498872745e-3
+    poly = poly * square + 2.06390887954e-2
+    poly = poly * square - 5.37397155531e-2
+    poly = poly * square + 1.33314422036e-1
+    poly = poly * square - 3.33332819422e-1
+    small = x + x * square * poly
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _words(dropout, rows, groups, group):
+    """The four Philox words of (row, key group) pairs; rows and group broadcast against each other."""
+    counter = rows * groups + group
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(tl.load(dropout.seed), low, high, zero, zero, 7)
+
+
+@triton.jit
+def keep_tile(dropout, first_row, rows, kv_first, kv_len, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """Which elements of a tile dropout leaves, bool [BLOCK_Q, BLOCK_KV], as fused_attn.dropout defines it.
+
+    ``first_row`` is (b * heads + h) * q_len in 64 bits, ``rows`` [BLOCK_Q] counts from it, ``kv_first`` is a multiple of 4.
+    """
+    groups = (kv_len + 3) // 4
+    row = (first_row + rows)[:, None]
+    limit = dropout.limit.to(tl.uint32)
+    if BLOCK_Q * BLOCK_KV >= 1024:
+        # One call serves four neighbouring keys: word j belongs to key 4 * group + j.
+        w0, w1, w2, w3 = _words(dropout, row, groups, (kv_first // 4 + tl.arange(0, BLOCK_KV // 4))[None, :])
+        even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
+        odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
+        return tl.reshape(tl.join(even, odd), (BLOCK_Q, BLOCK_KV)) != 0
+    else:
+        # A quarter of a small tile has fewer elements than a block has threads, and joining such replicated tiles gave wrong
+        # masks on sm_80 (Triton 3.7.1, PTX simulator); here every element makes its own call.
+        kv = (kv_first + tl.arange(0, BLOCK_KV))[None, :]
+        w0, w1, w2, w3 = _words(dropout, row, groups, kv // 4)
+        lane = kv % 4
+        word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
+        return word >= limit

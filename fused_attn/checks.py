@@ -1,0 +1,104 @@
+"""Checks that many arguments share. Every message says what must hold, what was got, and what to do."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Widths and offsets stay below these so that kernels may add them to an index in 32 bits.
+MAX_WIDTH, MAX_OFFSET = 2**30, 2**29
+
+
+def captured(tensor: Tensor) -> bool:
+    """Whether something records the call (a compiler, a dispatch mode, a tensor subclass, the meta device), so that values cannot be looked at."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+    )
+
+
+def described(value: object) -> str:
+    """A short name for a wrong argument: a tensor's dtype and shape, a scalar's value, otherwise the type.
+
+    Example:
+        >>> described(torch.zeros(2, 3)), described("soft"), described([1, 2])
+        ('torch.float32 [2, 3]', "'soft'", 'list')
+    """
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {value.layout}" if value.is_nested or value.layout != torch.strided else f"{value.dtype} {list(value.shape)}"
+    return repr(value)[:60] if value is None or isinstance(value, (bool, int, float, complex, str)) else type(value).__name__
+
+
+def require_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], what: str, advice: str) -> Tensor:
+    """A dense tensor of one of the dtypes; ``what`` and ``advice`` complete the message."""
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {what}; got {described(value)}. {advice}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense (strided) tensor; got a {'nested' if value.is_nested else value.layout} one. Convert it with .to_dense() or pad it."
+        )
+    return value
+
+
+def require_integer(name: str, value: object, minimum: int) -> None:
+    """A Python int in [minimum, MAX_WIDTH]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int; got {described(value)}. Pass a Python integer.")
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}; got {value}. Negative widths select nothing; use a smaller q_offset to shift.")
+    if value > MAX_WIDTH:
+        raise ValueError(f"{name} must be <= 2**30; got {value}. Pass the sequence length (or None, where allowed) for no limit.")
+
+
+def as_integer(name: str, value: object, advice: str) -> int:
+    """An int, or anything that is one (numpy's integers, symbolic sizes)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__") or getattr(value, "shape", ()) != ():
+        raise TypeError(f"{name} must be an int; got {described(value)}. {advice}")
+    return value if isinstance(value, torch.SymInt) else operator.index(value)  # type: ignore[return-value]
+
+
+def as_number(name: str, value: object, advice: str) -> float:
+    """A finite float, or anything that is one (ints, numpy's scalars)."""
+    plain = isinstance(value, (float, torch.SymFloat))
+    if not plain and (isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__") or getattr(value, "shape", ()) != ()):
+        raise TypeError(f"{name} must be a number; got {described(value)}. {advice}")
+    try:
+        number: Any = value if plain else float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = float("inf")
+    if not -torch.inf < number < torch.inf:  # also for symbolic floats
+        raise ValueError(f"{name} must be finite; got {described(value)}. {advice}")
+    return number  # type: ignore[no-any-return]
+
+
+def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """A tensor where the inputs are."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the inputs' device {device}; got {tensor.device}. Move it with .to({str(device)!r}).")
+
+
+def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+    """A tensor of one of the shapes, where the inputs are."""
+    if tuple(tensor.shape) not in shapes:
+        wanted = " or ".join(dict.fromkeys(str(list(s)) for s in shapes))
+        raise ValueError(f"{name} must have shape {wanted} for these inputs; got {list(tensor.shape)}. Reshape or expand it.")
+    require_device(name, tensor, device)
+
+
+def require_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str, device: torch.device) -> None:
+    """A tensor that broadcasts to a shape without widening it, where the inputs are."""
+    got = tuple(tensor.shape)
+    if len(got) > len(shape) or any(n not in (1, full) for n, full in zip(reversed(got), reversed(shape), strict=False)):
+        raise ValueError(
+            f"{name} must broadcast to {layout} = {list(shape)}; got {list(got)}. Insert size-1 dimensions where it should repeat."
+        )
+    require_device(name, tensor, device)

@@ -1,0 +1,1 @@
+"""The commands of ``python -m fused_attn``: one module each, with ``add_arguments(parser)`` and ``run(args)``."""

@@ -1,0 +1,327 @@
+"""The public functions, and the only long signatures of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fused_attn import autograd, backends
+from fused_attn.auxiliary import AuxOutput, AuxRequest
+from fused_attn.backends import Explanation, eager
+from fused_attn.checks import as_number, described, require_broadcast, require_tensor
+from fused_attn.dropout import Dropout
+from fused_attn.masks import Causal, Dense, Mask
+from fused_attn.problem import DTYPES, AttentionProblem, SoftmaxProblem, require_input, softmax_dim
+from fused_attn.score_mods import Bias, ScoreMod
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None,
+    q_offset: int | Tensor | None = None, score_mods: Sequence[ScoreMod] = (), sinks: Tensor | None = None,
+    dropout: Dropout | None = None, return_aux: None = None, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None,
+    q_offset: int | Tensor | None = None, score_mods: Sequence[ScoreMod] = (), sinks: Tensor | None = None,
+    dropout: Dropout | None = None, return_aux: AuxRequest, backend: str = "auto",
+) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    scale: float | None = None,
+    q_offset: int | Tensor | None = None,
+    score_mods: Sequence[ScoreMod] = (),
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+    return_aux: AuxRequest | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AuxOutput]:
+    """Multi-head attention, softmax(mods(scale * q k^T)) v over the allowed keys, in O(length) memory (arXiv 2205.14135, 2307.08691).
+
+    Args:
+        q: queries [batch, heads, q_len, head_dim]; float16, bfloat16, float32 or float64, any strides.
+        k: keys [batch, kv_heads, kv_len, head_dim]; kv_heads divides heads, query head n uses key head n // (heads // kv_heads).
+        v: values [batch, kv_heads, kv_len, value_dim].
+        mask: which keys a query may attend to: a mask, several combined with ``&``, or a bool tensor (True may attend).
+        scale: factor of the scores; 1/sqrt(head_dim) by default.
+        q_offset: key position of query 0, an int or an int tensor [batch]. Needed when positions are compared and the lengths
+            differ: 0 is top-left, kv_len - q_len bottom-right.
+        score_mods: modifications of the scaled scores, in order.
+        sinks: logits [heads] that join only the softmax's denominator (arXiv 2309.17453), differentiable.
+        dropout: counter-based dropout of the probabilities.
+        return_aux: what to return besides the output; asking for more never changes the output.
+        backend: "auto", or a name that runs or raises, never falls back.
+
+    Returns:
+        out [batch, heads, q_len, value_dim], or (out, AuxOutput) exactly when ``return_aux`` is given. Rows without any allowed
+        key give zeros, lse -inf and zero gradients.
+
+    Raises:
+        ValueError, TypeError: the arguments contradict each other; the message says what to do.
+        UnsupportedError: the backend asked for refuses the problem.
+
+    Example:
+        >>> import fused_attn as fa
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+        >>> out, aux = fa.attention(q, k, v, mask=fa.Causal(), return_aux=fa.AuxRequest(probs=True))
+        >>> out.shape, aux.probs.sum(-1).allclose(torch.ones(1, 2, 5))
+        (torch.Size([1, 2, 5, 8]), True)
+    """
+    options = {
+        "mask": mask,
+        "scale": scale,
+        "q_offset": q_offset,
+        "score_mods": score_mods,
+        "sinks": sinks,
+        "dropout": dropout,
+        "return_aux": return_aux,
+    }
+    if _is_autocast(q):
+        with torch.autocast(q.device.type, enabled=False):  # the products inside choose their own precision
+            q, k, v = _autocast(q, k, v)
+            out, aux = _attention(AttentionProblem.check(q, k, v, options), backend)
+    else:
+        out, aux = _attention(AttentionProblem.check(q, k, v, options), backend)
+    return out if return_aux is None else (out, aux)
+
+
+def _attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
+    name = backends.resolve(problem, backend)
+    return eager.attention(problem) if name == backends.EAGER else autograd.attention(problem, name)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    scale: float | None = None,
+    q_offset: int | Tensor | None = None,
+    score_mods: Sequence[ScoreMod] = (),
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+    return_aux: AuxRequest | None = None,
+) -> Explanation:
+    """Which backend ``attention`` would run for these arguments, and why each other one would not.
+
+    Example:
+        >>> q = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+        >>> print(explain(q, q, q).chosen)
+        cpu
+    """
+    options = {
+        "mask": mask,
+        "scale": scale,
+        "q_offset": q_offset,
+        "score_mods": score_mods,
+        "sinks": sinks,
+        "dropout": dropout,
+        "return_aux": return_aux,
+    }
+    q, k, v = _autocast(q, k, v) if _is_autocast(q) else (q, k, v)
+    return backends.explain(AttentionProblem.check(q, k, v, options))
+
+
+def _is_autocast(tensor: Any) -> bool:
+    return (
+        torch._C._is_any_autocast_enabled()
+        and isinstance(tensor, Tensor)
+        and not tensor.is_meta
+        and torch.is_autocast_enabled(tensor.device.type)
+    )
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Inputs in autocast's dtype, as torch's own attention takes them; float64 stays."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def masked_softmax(
+    scores: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    dim: int = -1,
+    log: bool = False,
+    dropout: Dropout | None = None,
+    empty_rows: Literal["zero", "uniform"] = "zero",
+    q_offset: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * scores + bias) along ``dim`` over the allowed keys, in one pass over memory where a row fits (arXiv 1805.02867).
+
+    Args:
+        scores: any rank >= 1, any strides. With ``dim`` moved last, the last two dimensions are (query, key) and, from rank 3 on,
+            the first is the batch, so that ``ValidLengths`` takes [batch] or [batch, q_len] for every rank.
+        mask: a mask, several combined with ``&``, or a bool tensor that broadcasts to the scores (True may attend).
+        scale: factor of the scores.
+        bias: float tensor that broadcasts to the scores, with gradient in its own shape.
+        dim: the dimension whose allowed elements sum to 1.
+        log: logarithms instead; masked elements give -inf.
+        dropout: counter-based dropout of the probabilities.
+        empty_rows: rows without keys give 0 ("zero") or 1/kv_len ("uniform"); no gradient flows through them.
+        q_offset: key position of query 0, needed when positions are compared and the lengths differ.
+        backend: "auto", or a name that runs or raises, never falls back.
+
+    Returns:
+        A tensor like ``scores``.
+
+    Raises:
+        ValueError, TypeError: the arguments contradict each other; the message says what to do.
+        UnsupportedError: the backend asked for refuses the problem.
+
+    Example:
+        >>> from fused_attn import ValidLengths
+        >>> masked_softmax(torch.zeros(1, 1, 4), ValidLengths(torch.tensor([2])))
+        tensor([[[0.5000, 0.5000, 0.0000, 0.0000]]])
+    """
+    options = {
+        "mask": mask,
+        "scale": scale,
+        "bias": bias,
+        "dim": dim,
+        "log": log,
+        "dropout": dropout,
+        "empty_rows": empty_rows,
+        "q_offset": q_offset,
+    }
+    problem = SoftmaxProblem.check(scores, options)
+    name = backends.resolve(problem, backend)
+    rows = eager.softmax(problem) if name == backends.EAGER else autograd.softmax(problem, name)
+    axis = softmax_dim(scores, dim)
+    return rows.reshape(scores.movedim(axis, -1).shape).movedim(-1, axis)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's function of the same name and meaning: bool masks keep, float masks add, ``is_causal`` is aligned top-left.
+
+    Args:
+        query: [..., heads, q_len, head_dim]; leading dimensions broadcast as torch's do.
+        key: [..., heads, kv_len, head_dim].
+        value: [..., heads, kv_len, value_dim].
+        attn_mask: bool or float, broadcastable to [..., heads, q_len, kv_len].
+        dropout_p: chance of removal, drawn from torch's generator.
+        is_causal: keys at or before the query's index.
+        scale: factor of the scores; 1/sqrt(head_dim) by default.
+        enable_gqa: whether key and value may have fewer heads.
+
+    Raises:
+        RuntimeError: ``attn_mask`` together with ``is_causal``, as torch.
+
+    Example:
+        >>> q = torch.randn(2, 4, 6, 8)
+        >>> expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        >>> scaled_dot_product_attention(q, q, q, is_causal=True).allclose(expected, atol=1e-6)
+        True
+    """
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    return torch_attention((query, key, value), attn_mask, options, "auto")
+
+
+def torch_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict[str, Any], backend: str) -> Tensor:
+    """``scaled_dot_product_attention`` on a backend of choice; ``options`` are its arguments after ``attn_mask``."""
+    is_causal, dropout_p = options["is_causal"], options["dropout_p"]
+    if attn_mask is not None and is_causal:
+        raise RuntimeError(
+            "_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True; got both. Combine them: mask & causal, as one attn_mask."
+        )
+    for name in ("is_causal", "enable_gqa"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} must be a bool; got {described(options[name])}. Pass True or False.")
+    lead, (q, k, v) = _as_4d(tensors, options["enable_gqa"])
+    mask: Mask | None = Causal() if is_causal else None
+    mods: tuple[ScoreMod, ...] = ()
+    if attn_mask is not None:
+        attn_mask = _mask_as_4d(attn_mask, lead, q, k)
+        if attn_mask.dtype == torch.bool:
+            mask = Dense(attn_mask)
+        else:
+            mods = (Bias(attn_mask),)
+    if not 0 <= as_number("dropout_p", dropout_p, "Pass a chance in [0, 1].") <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}. It is the chance of removal, not of keeping.")
+    dropout = Dropout(dropout_p) if dropout_p else None
+    out = attention(
+        q, k, v, mask=mask, scale=options["scale"], q_offset=0 if is_causal else None, score_mods=mods, dropout=dropout, backend=backend
+    )
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _as_4d(tensors: tuple[Any, ...], enable_gqa: bool) -> tuple[torch.Size, tuple[Tensor, ...]]:
+    """Broadcasts leading dimensions (but for grouped heads) and makes them [batch, heads]; also returns those of the output."""
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
+        if require_input(name, tensor).dim() < 2:
+            raise ValueError(
+                f"{name} must be a tensor [..., length, dim]; got {tensor.dim()}-D {list(tensor.shape)}. Insert the missing dimensions with unsqueeze."
+            )
+    query, key, value = tensors
+    alike = (
+        query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1]
+    )
+    if alike and (enable_gqa or query.shape[1] == key.shape[1]):
+        return query.shape[:2], tensors
+    shapes = [list(t.shape) for t in tensors]
+    common = -3 if enable_gqa else -2
+    if enable_gqa and min(t.dim() for t in tensors) < 3:
+        raise ValueError(
+            f"query, key and value must be at least 3-D for enable_gqa; got {shapes}. Insert the missing dimensions with unsqueeze."
+        )
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:common] for t in tensors))
+    except RuntimeError:
+        raise ValueError(
+            f"query, key and value must broadcast in all but the last two dimensions; got {shapes}. Pass enable_gqa=True for fewer key heads."
+        ) from None
+    wide = [t.expand(*lead, *t.shape[common:]) for t in tensors]
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        wide[1:] = [_repeated(t, query.shape[-3]) for t in wide[1:]]
+    return wide[0].shape[:-2], tuple(t[(None,) * (4 - t.dim())] if t.dim() < 4 else t.flatten(0, t.dim() - 4) for t in wide)
+
+
+def _repeated(tensor: Tensor, heads: int) -> Tensor:
+    """Each key head repeated for its group of query heads: what different numbers of key and value heads need."""
+    kv_heads = tensor.shape[-3]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads; got {heads} query heads and {kv_heads} key/value heads. Project them alike.")
+    return tensor.repeat_interleave(heads // kv_heads, -3)
+
+
+def _mask_as_4d(attn_mask: Any, lead: torch.Size, q: Tensor, k: Tensor) -> Tensor:
+    """Any mask that broadcasts to [..., q_len, kv_len] as [batch|1, heads|1, q_len|1, kv_len|1]."""
+    mask = require_tensor(
+        "attn_mask",
+        attn_mask,
+        (torch.bool, *DTYPES),
+        "a bool or float tensor",
+        "Use torch.as_tensor(...); bool keeps where True, float adds.",
+    )
+    require_broadcast("attn_mask", mask, (*lead, q.shape[2], k.shape[2]), "[..., q_len, kv_len]", q.device)
+    mask = mask[(None,) * (max(len(lead), 2) + 2 - mask.dim())]
+    outer = mask.shape[:-3]
+    if len(outer) > 1 and outer != lead[:-1] and any(n != 1 for n in outer):
+        mask = mask.expand(*lead[:-1], *mask.shape[-3:])
+    return mask.flatten(0, mask.dim() - 4)

@@ -1,0 +1,319 @@
+"""The kernel normal form: what every mask and score modification becomes before a kernel sees it.
+
+A mask is one contiguous key interval per query row, optionally thinned out by a dense boolean ``keep``. A score modification is a
+name, scalars and tensors. This form is closed under ``&`` and does not change when the vocabulary grows, so op schemas, tile
+skipping and the backends' signatures do not change either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A rectangle of the [batch, heads, q_len, kv_len] score array, with the coordinates of its elements.
+
+    Masks and score modifications receive a grid and answer for exactly its elements, so the same definition serves the whole
+    array (eager) and a tile of it (cpu).
+
+    Args:
+        shape: full (batch, heads, q_len, kv_len).
+        device: where coordinate tensors are made.
+        q_offset: key position of query 0, an int or an int tensor [batch].
+        region: half-open range per dimension; None means everything.
+    """
+
+    shape: tuple[int, int, int, int]
+    device: torch.device
+    q_offset: int | Tensor = 0
+    region: tuple[Range, Range, Range, Range] | None = None
+
+    @property
+    def ranges(self) -> tuple[Range, Range, Range, Range]:
+        if self.region is not None:
+            return self.region
+        batch, heads, q_len, kv_len = self.shape
+        return (0, batch), (0, heads), (0, q_len), (0, kv_len)
+
+    @property
+    def q_idx(self) -> Tensor:
+        """Query indices, [q, 1]."""
+        return torch.arange(*self.ranges[2], device=self.device)[:, None]
+
+    @property
+    def q_pos(self) -> Tensor:
+        """Query positions on the key axis, [q, 1] or [batch, 1, q, 1]."""
+        if isinstance(self.q_offset, Tensor):
+            start, end = self.ranges[0]
+            return self.q_idx + self.q_offset[start:end, None, None, None]
+        return self.q_idx + self.q_offset
+
+    @property
+    def kv_idx(self) -> Tensor:
+        """Key indices, [kv]."""
+        return torch.arange(*self.ranges[3], device=self.device)
+
+    def crop(self, tensor: Tensor) -> Tensor:
+        """The part of a [batch|1, heads|1, q_len|1, kv_len|1] tensor that belongs to this region, as a view."""
+        if self.region is None:
+            return tensor
+        for dim, (start, end) in enumerate(self.region):
+            if tensor.shape[dim] != 1:
+                tensor = tensor.narrow(dim, start, end - start)
+        return tensor
+
+    def at(self, *region: Range) -> Grid:
+        """The same array restricted to four half-open ranges."""
+        batch, heads, q_range, kv_range = region
+        return replace(self, region=(batch, heads, q_range, kv_range))
+
+
+def _minimum(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMask:
+    """Which keys each query row may attend to: one interval per row, thinned by an optional dense ``keep``.
+
+    Args:
+        left: keys from ``q_pos - left`` on; None for no limit.
+        right: keys up to ``q_pos + right``; None for no limit.
+        kv_start: int32 [batch|1, q_len], first key of each row.
+        kv_end: int32 [batch|1, q_len], one past the last key of each row.
+        keep: bool [batch|1, heads|1, q_len|1, kv_len|1]; True may attend.
+
+    Example:
+        >>> both = KernelMask(right=0) & KernelMask(left=1)
+        >>> both.left, both.right
+        (1, 0)
+        >>> [t.tolist() for t in both.row_intervals(Grid((1, 1, 3, 3), torch.device("cpu")))]
+        [[[0, 0, 1]], [[1, 2, 3]]]
+    """
+
+    left: int | None = None
+    right: int | None = None
+    kv_start: Tensor | None = None
+    kv_end: Tensor | None = None
+    keep: Tensor | None = None
+
+    def __and__(self, other: KernelMask) -> KernelMask:
+        def both(a: Tensor | None, b: Tensor | None, op: Any) -> Tensor | None:
+            return b if a is None else a if b is None else op(a, b)
+
+        return KernelMask(
+            _minimum(self.left, other.left),
+            _minimum(self.right, other.right),
+            both(self.kv_start, other.kv_start, torch.maximum),
+            both(self.kv_end, other.kv_end, torch.minimum),
+            both(self.keep, other.keep, torch.logical_and),
+        )
+
+    @property
+    def is_trivial(self) -> bool:
+        return not self.has_intervals and self.keep is None
+
+    @property
+    def has_intervals(self) -> bool:
+        return not (self.left is None and self.right is None and self.kv_start is None and self.kv_end is None)
+
+    def row_intervals(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """First and one-past-last key of each row, int64 [batch|1, q_len], clipped to [0, kv_len]; empty rows have start >= end."""
+        kv_len = grid.shape[3]
+        position = grid.q_pos.reshape(grid.q_pos.shape[0] if grid.q_pos.dim() == 4 else 1, grid.shape[2])
+        start, end = torch.zeros_like(position), torch.full_like(position, kv_len)
+        if self.left is not None:
+            start = torch.maximum(start, position - self.left)
+        if self.right is not None:
+            end = torch.minimum(end, position + self.right + 1)
+        if self.kv_start is not None:
+            start = torch.maximum(start, self.kv_start)
+        if self.kv_end is not None:
+            end = torch.minimum(end, self.kv_end)
+        return start.clamp(0, kv_len), end.clamp(0, kv_len)
+
+    def tile_bounds(self, grid: Grid, block_q: int) -> Tensor:
+        """Per tile of ``block_q`` rows the keys any row reaches and the keys every row reaches.
+
+        Returns:
+            int64 [4, batch|1, tiles]: first and end of the reach (a tile of empty rows has first >= end), then first and end of the full part.
+        """
+        start, end = torch.broadcast_tensors(*self.row_intervals(grid))
+        empty = start >= end
+        tiles = -(-start.shape[1] // block_q)
+        pad = (0, tiles * block_q - start.shape[1])
+
+        def reduce(values: Tensor, fill: int, op: str) -> Tensor:
+            padded = torch.nn.functional.pad(values, pad, value=fill).unflatten(1, (tiles, block_q))
+            result: Tensor = getattr(padded, op)(-1)
+            return result
+
+        kv_len = grid.shape[3]
+        first = reduce(start.masked_fill(empty, kv_len), kv_len, "amin")
+        last = reduce(end.masked_fill(empty, 0), 0, "amax")
+        return torch.stack((first, last, reduce(start, 0, "amax"), reduce(end, kv_len, "amin")))
+
+    def tile_summary(self, grid: Grid, block_q: int, block_kv: int) -> Tensor | None:
+        """What ``keep`` says of each tile: 0 nothing may attend, 1 mixed, 2 everything may.
+
+        Returns:
+            int8 [batch|1, heads|1, q tiles|1, kv tiles|1], or None without ``keep``.
+
+        Example:
+            >>> keep = torch.tensor([[True, True, False, False], [True, True, True, False]])[None, None]
+            >>> KernelMask(keep=keep).tile_summary(Grid((1, 1, 2, 4), torch.device("cpu")), 2, 2).tolist()
+            [[[[2, 1]]]]
+        """
+        if self.keep is None:
+            return None
+        some, every = self.keep, self.keep
+        for dim, block in ((2, block_q), (3, block_kv)):
+            length = self.keep.shape[dim]
+            if length > 1:
+                groups = [slice(i, min(i + block, length)) for i in range(0, length, block)]
+                some = torch.stack([some[(slice(None),) * dim + (g,)].any(dim) for g in groups], dim)
+                every = torch.stack([every[(slice(None),) * dim + (g,)].all(dim) for g in groups], dim)
+        return some.to(torch.int8) + every.to(torch.int8)
+
+    def dense(self, grid: Grid) -> Tensor | None:
+        """The mask of a region as one bool tensor broadcastable to it, or None where everything may attend."""
+        allowed = None if self.keep is None else grid.crop(self.keep)
+        if self.has_intervals:
+            (b0, b1), _, (q0, q1), _ = grid.ranges
+            whole = replace(grid, region=None)
+            start, end = (t if t.shape[0] == 1 else t[b0:b1] for t in self.row_intervals(whole))
+            inside = (grid.kv_idx >= start[:, None, q0:q1, None]) & (grid.kv_idx < end[:, None, q0:q1, None])
+            allowed = inside if allowed is None else allowed & inside
+        return allowed
+
+
+@dataclass(frozen=True, slots=True)
+class KernelScore:
+    """One score modification: the name a backend resolves, its scalars, and its tensors viewed as 4-D."""
+
+    name: str
+    scalars: tuple[float, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+
+
+class KernelDropout(NamedTuple):
+    """Random removal of probabilities: the chance of removal and an int64 seed tensor [] on the inputs' device."""
+
+    p: float
+    seed: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is applied to scores between the product and the values, in normal form; shared by attention and softmax."""
+
+    mask: KernelMask
+    scale: float
+    q_offset: int | Tensor = 0
+    mods: tuple[KernelScore, ...] = ()
+    sinks: Tensor | None = None
+    dropout: KernelDropout | None = None
+
+    def flatten(self) -> tuple[Any, ...]:
+        """Tensors, lists of scalars and one string: exactly the arguments an op schema can carry (see ``SCHEMA``)."""
+        mask, offset = self.mask, self.q_offset
+        is_tensor = isinstance(offset, Tensor)
+        ints = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
+        floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for m in self.mods for x in m.scalars)]
+        return (
+            offset if is_tensor else None, mask.kv_start, mask.kv_end, mask.keep, self.dropout.seed if self.dropout else None,
+            self.sinks, [t for m in self.mods for t in m.tensors], ints, floats,
+            ",".join(f"{m.name}:{len(m.scalars)}:{len(m.tensors)}" for m in self.mods),
+        )  # fmt: skip
+
+    SCHEMA: ClassVar[str] = (
+        "Tensor? q_offset, Tensor? kv_start, Tensor? kv_end, Tensor? keep, Tensor? seed, "
+        "Tensor? sinks, Tensor[] mod_tensors, SymInt[] ints, float[] floats, str mods"
+    )
+
+    @classmethod
+    def unflatten(cls, flat: tuple[Any, ...]) -> Terms:
+        """The inverse of ``flatten``."""
+        offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = flat
+        scale, p, *scalars = floats
+        values, tensors = iter(scalars), iter(mod_tensors)
+        left, right = (None if x < 0 else x for x in ints[:2])
+        return cls(
+            KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
+            tuple(_parse(mods, values, tensors)), sinks, None if seed is None else KernelDropout(p, seed),
+        )  # fmt: skip
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may want a gradient: the sinks (or None), then those of the modifications in order."""
+        return (self.sinks, *(t for m in self.mods for t in m.tensors))
+
+
+def _parse(mods: str, scalars: Iterator[float], tensors: Iterator[Tensor]) -> Iterator[KernelScore]:
+    for entry in filter(None, mods.split(",")):
+        name, n_scalars, n_tensors = entry.split(":")
+        yield KernelScore(name, tuple(next(scalars) for _ in range(int(n_scalars))), tuple(next(tensors) for _ in range(int(n_tensors))))
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredAttention:
+    """An attention call in normal form: q [batch, heads, q_len, head_dim], k and v [batch, kv_heads, kv_len, ...] and its terms."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    terms: Terms
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, q_len, _ = self.q.shape
+        return batch, heads, q_len, self.k.shape[2]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.q.device, self.terms.q_offset)
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredSoftmax:
+    """A masked softmax in normal form: scores [batch, middle, q_len, kv_len] (any strides), its terms, and three switches.
+
+    Args:
+        scores: the input, viewed as 4-D.
+        terms: mask, scale and at most one modification, an additive bias.
+        log: logarithms of the probabilities instead.
+        uniform_empty: a row without keys gives 1 / kv_len everywhere instead of 0.
+    """
+
+    scores: Tensor
+    terms: Terms
+    log: bool = False
+    uniform_empty: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, middle, q_len, kv_len = self.scores.shape
+        return batch, middle, q_len, kv_len
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.scores.device, self.terms.q_offset)
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of row statistics and of arithmetic: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_out(q: Tensor, value_dim: int) -> Tensor:
+    """Room for [batch, heads, q_len, value_dim], laid out [batch, q_len, heads, value_dim] so that merging the heads costs nothing."""
+    batch, heads, q_len, _ = q.shape
+    return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)

@@ -1,0 +1,392 @@
+"""Frozen problems: everything a call says, checked once. All validation and all error text for calls live here.
+
+Errors follow one pattern: what must hold, what was got, what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.checks import (
+    FLOATS,
+    INTS,
+    MAX_OFFSET,
+    as_integer,
+    as_number,
+    described,
+    require_device,
+    require_shape,
+    require_tensor,
+)
+from fused_attn.dropout import Dropout
+from fused_attn.lowering import Grid, KernelMask, KernelScore, LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.masks import Mask, as_mask
+from fused_attn.score_mods import Bias, ScoreMod
+
+DTYPES = FLOATS
+
+
+class UnsupportedError(RuntimeError):
+    """An explicitly requested backend cannot run this problem; the message lists every reason."""
+
+
+def require_input(name: str, value: object) -> Tensor:
+    """A floating-point tensor that attention or softmax can work on."""
+    return require_tensor(
+        name, value, DTYPES, "a float16, bfloat16, float32 or float64 tensor", "Convert it with torch.as_tensor(...) or .to(torch.float32)."
+    )
+
+
+def _as_scale(value: object) -> float:
+    return as_number("scale", value, "Pass a float, or multiply the inputs by a tensor instead (that is differentiable).")
+
+
+def _require_offset(value: object, batch: int, device: torch.device) -> int | Tensor:
+    advice = "0 aligns top-left, kv_len - q_len bottom-right, an int tensor [batch] each sequence on its own."
+    if isinstance(value, Tensor):
+        require_tensor("q_offset", value, INTS, f"an int or an int tensor [batch] = [{batch}]", advice)
+        require_shape("q_offset", value, ((batch,),), device)
+        return value
+    offset = as_integer("q_offset", value, advice)
+    if not -MAX_OFFSET <= offset <= MAX_OFFSET:
+        raise ValueError(f"q_offset must lie within 2**29 of 0; got {offset}. {advice}")
+    return offset
+
+
+def _resolve_offset(value: object, positional: bool, shape: tuple[int, int, int, int], device: torch.device) -> int | Tensor:
+    batch, _, q_len, kv_len = shape
+    if value is not None:
+        return _require_offset(value, batch, device)
+    if positional and q_len != kv_len:
+        raise ValueError(
+            f"q_offset must be given when positions are compared and q_len != kv_len; got q_len={q_len}, kv_len={kv_len}. "
+            f"Pass q_offset=0 (top-left) or q_offset={kv_len - q_len} (bottom-right, kv_len - q_len)."
+        )
+    return 0
+
+
+def _reject_grad(owner: object) -> None:
+    for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Tensor) and item.requires_grad:
+                raise ValueError(
+                    f"a mask must not require grad; got {type(owner).__name__} holding a tensor that does. Pass a learned term as score_mods=(Bias(tensor),)."
+                )
+            if isinstance(item, Mask):
+                _reject_grad(item)
+
+
+def _checked_mask(mask: object, grid: Grid) -> Mask | None:
+    if mask is None:
+        return None
+    result = as_mask(mask)
+    _reject_grad(result)
+    result.check(grid)
+    return result
+
+
+def _require_dropout(value: object) -> Dropout | None:
+    if value is not None and not isinstance(value, Dropout):
+        raise TypeError(f"dropout must be a fused_attn.Dropout; got {described(value)}. Write Dropout(0.1) for a chance of removal of 0.1.")
+    # A chance of 0 is no dropout: nothing may be drawn from torch's generator for it.
+    return value if value is not None and value.p > 0 else None
+
+
+def _checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
+    if isinstance(mods, ScoreMod):
+        raise TypeError(
+            f"score_mods must be a tuple of modifications; got {type(mods).__name__} alone. Write score_mods=({type(mods).__name__}(...),)."
+        )
+    if not isinstance(mods, (tuple, list)):
+        raise TypeError(f"score_mods must be a tuple of modifications; got {described(mods)}. Write score_mods=(SoftCap(30.0), Bias(b)).")
+    for mod in mods:
+        if not isinstance(mod, ScoreMod):
+            raise TypeError(
+                f"score_mods must hold fused_attn score modifications; got {described(mod)}. A dense tensor is written Bias(tensor)."
+            )
+        mod.check(grid)
+    return tuple(mods)
+
+
+def active_transform() -> str | None:
+    """The torch transform that a call runs under and that only plain torch operations can follow, in words."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode AD"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
+    return None
+
+
+_EVERYTHING = KernelMask()
+
+
+@dataclass(frozen=True, slots=True)
+class Modifiers:
+    """What a caller may add to the plain operation; shared by attention and softmax problems."""
+
+    mask: Mask | None
+    scale: float
+    q_offset: int | Tensor
+    score_mods: tuple[ScoreMod, ...] = ()
+    sinks: Tensor | None = None
+    dropout: Dropout | None = None
+
+    def lower(self, problem: AttentionProblem | SoftmaxProblem) -> Terms:
+        """The normal form on the problem's grid."""
+        if self.mask is None and not self.score_mods and self.dropout is None:
+            return Terms(_EVERYTHING, self.scale, self.q_offset, (), self.sinks)
+        grid = problem.grid
+        mask = _EVERYTHING if self.mask is None else self.mask.lower(grid)
+        mods: tuple[KernelScore, ...] = tuple(score for mod in self.score_mods for score in mod.lower(grid))
+        dropout = self.dropout.lower(grid.device) if self.dropout is not None else None
+        return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Tensors that may want a gradient: the sinks, then those of the modifications."""
+        return (*(() if self.sinks is None else (self.sinks,)), *(t for m in self.score_mods for t in m.tensors))
+
+    def with_parameters(self, tensors: tuple[Tensor, ...]) -> Modifiers:
+        """A copy on other tensors, in the order of ``parameters``."""
+        left = list(tensors)
+        sinks = None if self.sinks is None else left.pop(0)
+        mods = tuple(m.with_tensors(tuple(left.pop(0) for _ in m.tensors)) for m in self.score_mods)
+        return replace(self, sinks=sinks, score_mods=mods)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionProblem:
+    """One attention call, checked. Build it with ``AttentionProblem.check``.
+
+    Args:
+        q: [batch, heads, q_len, head_dim].
+        k: [batch, kv_heads, kv_len, head_dim].
+        v: [batch, kv_heads, kv_len, value_dim].
+        modifiers: mask, scale, alignment, score modifications, sinks, dropout.
+        aux: what to return besides the output, or None.
+        transform: the torch transform it runs under, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    modifiers: Modifiers
+    aux: AuxRequest | None = None
+    transform: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, q_len, kv_len)."""
+        batch, heads, q_len, _ = self.q.shape
+        return batch, heads, q_len, self.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.q.device, self.modifiers.q_offset)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Every tensor that may want a gradient: q, k, v, then the modifiers' parameters."""
+        return (self.q, self.k, self.v, *self.modifiers.parameters)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any input wants a gradient."""
+        return (
+            self.q.requires_grad or self.k.requires_grad or self.v.requires_grad or any(t.requires_grad for t in self.modifiers.parameters)
+        )
+
+    def with_inputs(self, tensors: tuple[Tensor, ...]) -> AttentionProblem:
+        """A copy on other tensors, in the order of ``inputs``."""
+        q, k, v, *rest = tensors
+        return replace(self, q=q, k=k, v=v, modifiers=self.modifiers.with_parameters(tuple(rest)))
+
+    def lower(self) -> LoweredAttention:
+        return LoweredAttention(self.q, self.k, self.v, self.modifiers.lower(self))
+
+    @classmethod
+    def check(cls, q: Any, k: Any, v: Any, options: dict[str, Any]) -> AttentionProblem:
+        """Validates a call; ``options`` are the keyword arguments of ``fused_attn.attention`` but for the backend."""
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            require_input(name, tensor)
+            if tensor.dim() != 4:
+                raise ValueError(
+                    f"{name} must be 4-D [batch, heads, length, dim]; got {tensor.dim()}-D {list(tensor.shape)}. Insert the missing dimensions with unsqueeze."
+                )
+        _check_agreement(q, k, v)
+        batch, heads, q_len, head_dim = q.shape
+        shape = (batch, heads, q_len, k.shape[2])
+        scale = options["scale"]
+        scale = (head_dim**-0.5 if head_dim else 1.0) if scale is None else _as_scale(scale)
+        mask, mods, offset = options["mask"], options["score_mods"], options["q_offset"]
+        if mask is not None or offset is not None or not (isinstance(mods, tuple) and not mods):
+            positional = isinstance(mask, Mask) and mask.positional
+            positional = positional or (isinstance(mods, (tuple, list)) and any(getattr(m, "positional", False) for m in mods))
+            offset = _resolve_offset(offset, positional, shape, q.device)
+            grid = Grid(shape, q.device, offset)
+            mask, mods = _checked_mask(mask, grid), _checked_mods(mods, grid)
+        sinks = options["sinks"]
+        if sinks is not None:
+            _check_sinks(sinks, heads, q.device)
+        aux = options["return_aux"]
+        if aux is not None and not isinstance(aux, AuxRequest):
+            raise TypeError(f"return_aux must be a fused_attn.AuxRequest; got {described(aux)}. Write AuxRequest(probs=True).")
+        modifiers = Modifiers(
+            mask, scale, offset or 0 if not isinstance(offset, Tensor) else offset, tuple(mods), sinks, _require_dropout(options["dropout"])
+        )
+        return cls(q, k, v, modifiers, aux, active_transform())
+
+
+def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not (q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v must share one dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Convert them with .to(q.dtype).")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}. Move them with .to(q.device).")
+    batch, heads, _, head_dim = q.shape
+    kv_batch, kv_heads, kv_len, k_dim = k.shape
+    if kv_batch != batch or v.shape[0] != batch:
+        raise ValueError(
+            f"q, k and v must share the batch size; got {batch}, {kv_batch}, {v.shape[0]}. Expand the smaller one with .expand(...)."
+        )
+    if k_dim != head_dim:
+        raise ValueError(f"q and k must share head_dim; got {head_dim} and {k_dim}. Only v may have another one.")
+    if v.shape[1] != kv_heads or v.shape[2] != kv_len:
+        raise ValueError(
+            f"k and v must share kv_heads and kv_len; got {list(k.shape[1:3])} and {list(v.shape[1:3])}. Slice or project them alike."
+        )
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(
+            f"kv_heads must divide heads; got {heads} query heads and {kv_heads} key/value heads. Query head n uses key head n // (heads // kv_heads)."
+        )
+
+
+def _check_sinks(sinks: object, heads: int, device: torch.device) -> None:
+    tensor = require_tensor("sinks", sinks, DTYPES, "a floating-point tensor [heads]", "Give one logit per query head.")
+    require_shape("sinks", tensor, ((heads,),), device)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxProblem:
+    """One masked softmax, checked; ``scores`` is the caller's tensor viewed as [batch, middle, q_len, kv_len].
+
+    Args:
+        scores: 4-D view, any strides.
+        modifiers: mask, scale, alignment, at most one ``Bias``, dropout.
+        log: logarithms of the probabilities instead.
+        uniform_empty: rows without keys give 1 / kv_len instead of 0.
+        transform: the torch transform it runs under, or None.
+    """
+
+    scores: Tensor
+    modifiers: Modifiers
+    log: bool = False
+    uniform_empty: bool = False
+    transform: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, middle, q_len, kv_len = self.scores.shape
+        return batch, middle, q_len, kv_len
+
+    @property
+    def device(self) -> torch.device:
+        return self.scores.device
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.scores.device, self.modifiers.q_offset)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.scores, *self.modifiers.parameters)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any input wants a gradient."""
+        return any(t.requires_grad for t in self.inputs)
+
+    def with_inputs(self, tensors: tuple[Tensor, ...]) -> SoftmaxProblem:
+        return replace(self, scores=tensors[0], modifiers=self.modifiers.with_parameters(tuple(tensors[1:])))
+
+    def lower(self) -> LoweredSoftmax:
+        return LoweredSoftmax(self.scores, self.modifiers.lower(self), self.log, self.uniform_empty)
+
+    @classmethod
+    def check(cls, scores: Any, options: dict[str, Any]) -> SoftmaxProblem:
+        """Validates a call; ``options`` are the keyword arguments of ``fused_attn.masked_softmax`` but for the backend."""
+        require_input("scores", scores)
+        dim = softmax_dim(scores, options["dim"])
+        moved = scores.movedim(dim, -1)
+        rows = as_rows(moved)
+        shape = (rows.shape[0], rows.shape[1], rows.shape[2], rows.shape[3])
+        mask, offset = options["mask"], options["q_offset"]
+        positional = isinstance(mask, Mask) and mask.positional
+        offset = _resolve_offset(offset, positional, shape, scores.device)
+        grid = Grid(shape, scores.device, offset)
+        if isinstance(mask, Tensor):
+            mask = _aligned("mask", mask, scores, dim, (torch.bool,))
+        bias = options["bias"]
+        if bias is not None:
+            bias = _aligned("bias", bias, scores, dim, DTYPES)
+        if not isinstance(options["empty_rows"], str) or options["empty_rows"] not in ("zero", "uniform"):
+            raise ValueError(
+                f"empty_rows must be 'zero' or 'uniform'; got {described(options['empty_rows'])}. 'zero' gives 0, 'uniform' 1/kv_len."
+            )
+        if not isinstance(options["log"], bool):
+            raise TypeError(f"log must be a bool; got {described(options['log'])}. Pass True or False.")
+        dropout = _require_dropout(options["dropout"])
+        if options["log"] and dropout is not None:
+            raise ValueError(
+                "log and dropout must not be combined; got both. The logarithm of a removed probability is -inf; apply dropout to exp(result)."
+            )
+        mods = (Bias(bias),) if bias is not None else ()
+        modifiers = Modifiers(_checked_mask(mask, grid), _as_scale(options["scale"]), offset, _checked_mods(mods, grid), None, dropout)
+        return cls(rows, modifiers, options["log"], options["empty_rows"] == "uniform", active_transform())
+
+
+def softmax_dim(scores: Tensor, dim: object) -> int:
+    """``dim`` as a non-negative index, checked against the rank."""
+    axis = as_integer("dim", dim, "Use -1 for the last dimension.")
+    if scores.dim() == 0:
+        raise ValueError("scores must have at least one dimension; got a 0-D tensor. Use scores.reshape(1).")
+    if not -scores.dim() <= axis < scores.dim():
+        raise ValueError(
+            f"dim must be in [-{scores.dim()}, {scores.dim() - 1}] for {scores.dim()}-D scores; got {dim}. Use -1 for the last dimension."
+        )
+    return axis % scores.dim()
+
+
+def as_rows(moved: Tensor) -> Tensor:
+    """[..., kv_len] as [batch, middle, q_len, kv_len]: the first dimension is the batch, the last two are (query, key)."""
+    if moved.dim() <= 2:
+        return moved[(None,) * (4 - moved.dim())]
+    if moved.dim() == 3:
+        return moved[:, None]
+    return moved.flatten(1, -3)
+
+
+def _aligned(name: str, tensor: object, scores: Tensor, dim: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A tensor that broadcasts to ``scores``, as a 4-D tensor in the layout of ``as_rows`` that keeps size-1 dimensions."""
+    kind = "a bool tensor" if dtypes == (torch.bool,) else "a floating-point tensor"
+    tensor = require_tensor(name, tensor, dtypes, kind, "Booleans go to mask=, numbers to bias=.")
+    require_device(name, tensor, scores.device)
+    got = tuple(tensor.shape)
+    if len(got) > scores.dim() or any(n not in (1, full) for n, full in zip(reversed(got), reversed(scores.shape), strict=False)):
+        raise ValueError(
+            f"{name} must broadcast to the scores {list(scores.shape)}; got {list(got)}. Insert size-1 dimensions where it should repeat."
+        )
+    moved = tensor[(None,) * (scores.dim() - tensor.dim())].movedim(dim, -1)
+    full = scores.movedim(dim, -1).shape
+    middle = range(1, scores.dim() - 2)
+    if any(moved.shape[i] != 1 for i in middle):
+        moved = moved.expand([full[i] if i in middle else n for i, n in enumerate(moved.shape)])
+    return as_rows(moved)

@@ -1,0 +1,257 @@
+"""The score-modification vocabulary: what happens to scores between the scaled product and the softmax, in the order given.
+
+Every class holds its whole concept: its meaning in plain torch (``apply``), its normal form (``lower``) and examples that the tests
+discover. The cpu and eager backends run ``apply`` itself; Triton and CUDA resolve the normal form's name to a pair of device functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fused_attn.checks import FLOATS, as_number, require_broadcast, require_tensor
+from fused_attn.lowering import Grid, KernelScore
+
+
+class ScoreMod:
+    """Base of all score modifications; subclasses are dataclasses with a unique ``name``.
+
+    Attributes:
+        name: what backends resolve; registered when the class is defined.
+        positional: True where positions are compared, so that calls with q_len != kv_len must say ``q_offset``.
+        kernels: names its normal form uses, where they differ from ``name``.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Halve(ScoreMod):
+        ...     name = "halve"
+        ...
+        ...     def apply(self, scores, grid):
+        ...         return scores / 2
+        >>> SCORE_MODS["halve"]().apply(torch.tensor([4.0]), None)
+        tensor([2.])
+    """
+
+    name: ClassVar[str] = ""
+    positional: ClassVar[bool] = False
+    kernels: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if cls.name:
+            SCORE_MODS[cls.name] = cls
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        """The meaning: scores [batch, heads, q, kv] of the grid's region to modified scores."""
+        raise TypeError(
+            f"{type(self).__name__} must define apply(scores, grid); got a modification without it. Return a tensor shaped like scores."
+        )
+
+    def lower(self, grid: Grid) -> tuple[KernelScore, ...]:
+        """The normal form; by default one entry with the dataclass fields in order, numbers as scalars and tensors viewed as 4-D."""
+        values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+        scalars = tuple(float(v) for v in values if not isinstance(v, Tensor))
+        return (KernelScore(self.name, scalars, tuple(self.view(v, grid) for v in values if isinstance(v, Tensor))),)
+
+    @classmethod
+    def from_kernel(cls, score: KernelScore) -> ScoreMod:
+        """The inverse of ``lower``, on the 4-D views."""
+        scalars, tensors = iter(score.scalars), iter(score.tensors)
+        return cls(*(next(tensors) if "Tensor" in str(f.type) else next(scalars) for f in fields(cls)))  # type: ignore[arg-type]
+
+    def view(self, tensor: Tensor, grid: Grid) -> Tensor:
+        """A tensor of the modification as [batch|1, heads|1, q_len|1, kv_len|1]."""
+        return tensor[(None,) * (4 - tensor.dim())]
+
+    def check(self, grid: Grid) -> None:
+        """Raises ValueError or TypeError when the modification does not fit a grid of this shape."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that may want a gradient."""
+        return tuple(v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))  # type: ignore[arg-type]
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Any:
+        """A copy that holds other tensors in the same places."""
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]  # type: ignore[arg-type]
+        return replace(self, **dict(zip(names, tensors, strict=True)))  # type: ignore[type-var]
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
+        """Instances for a grid of this shape; the test-suite runs every backend on each of them."""
+        yield from ()
+
+
+SCORE_MODS: dict[str, type[ScoreMod]] = {}
+
+
+def _require_float_tensor(name: str, value: object) -> Tensor:
+    return require_tensor(
+        name, value, FLOATS, "a floating-point tensor", "Use torch.tensor(...); a bool mask belongs in mask=, not in score_mods."
+    )
+
+
+@dataclass(frozen=True)
+class SoftCap(ScoreMod):
+    """Squashes scores smoothly into (-cap, cap): cap * tanh(s / cap) (Gemma 2, arXiv 2408.00118).
+
+    Args:
+        cap: a positive finite number.
+
+    Example:
+        >>> SoftCap(2.0).apply(torch.tensor([0.0, 1.0, 100.0]), None)
+        tensor([0.0000, 0.9242, 2.0000])
+    """
+
+    cap: float
+    name: ClassVar[str] = "softcap"
+
+    def __post_init__(self) -> None:
+        if as_number("SoftCap cap", self.cap, "Pass a Python float; leave SoftCap out for no cap.") <= 0:
+            raise ValueError(f"SoftCap cap must be positive and finite; got {self.cap}. Leave SoftCap out for no cap.")
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        return self.cap * torch.tanh(scores / self.cap)
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
+        yield cls(1.5)
+
+
+@dataclass(frozen=True, eq=False)
+class ALiBi(ScoreMod):
+    """Subtracts a penalty linear in distance: s - slope_h * |q_pos - k| (arXiv 2108.12409).
+
+    Args:
+        slopes: float tensor [heads] or [batch, heads].
+
+    Example:
+        >>> grid = Grid((1, 1, 2, 2), torch.device("cpu"))
+        >>> ALiBi(torch.tensor([0.5])).apply(torch.zeros(1, 1, 2, 2), grid)
+        tensor([[[[ 0.0000, -0.5000],
+                  [-0.5000,  0.0000]]]])
+    """
+
+    slopes: Tensor
+    name: ClassVar[str] = "alibi"
+    positional: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        slopes = _require_float_tensor("ALiBi slopes", self.slopes)
+        if slopes.dim() not in (1, 2, 4):
+            raise ValueError(
+                f"ALiBi slopes must have shape [heads] or [batch, heads]; got {list(slopes.shape)}. Give one slope per query head."
+            )
+
+    def view(self, tensor: Tensor, grid: Grid) -> Tensor:
+        return tensor if tensor.dim() == 4 else tensor.reshape(-1, tensor.shape[-1])[..., None, None]
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        distance = (grid.q_pos - grid.kv_idx).abs()
+        return scores - grid.crop(self.view(self.slopes, grid)).to(scores.dtype) * distance
+
+    def check(self, grid: Grid) -> None:
+        batch, heads = grid.shape[:2]
+        if self.slopes.shape[-1] != heads:
+            raise ValueError(
+                f"ALiBi slopes must have shape [heads] or [batch, heads] = {[batch, heads]}; got {list(self.slopes.shape)}. Give one slope per query head."
+            )
+        require_broadcast("ALiBi slopes", self.slopes, (batch, heads), "[batch, heads]", grid.device)
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
+        yield cls(2.0 ** -(torch.arange(grid.shape[1], device=grid.device) + 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Bias(ScoreMod):
+    """Adds a tensor to the scores: any shape that broadcasts to [batch, heads, q_len, kv_len], with gradient in that shape.
+
+    Example:
+        >>> Bias(torch.tensor([1.0, 2.0])).apply(torch.zeros(1, 1, 1, 2), Grid((1, 1, 1, 2), torch.device("cpu")))
+        tensor([[[[1., 2.]]]])
+    """
+
+    bias: Tensor
+    name: ClassVar[str] = "bias"
+
+    def __post_init__(self) -> None:
+        _require_float_tensor("Bias", self.bias)
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        return scores + grid.crop(self.view(self.bias, grid)).to(scores.dtype)
+
+    def check(self, grid: Grid) -> None:
+        require_broadcast("Bias", self.bias, grid.shape, "[batch, heads, q_len, kv_len]", grid.device)
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
+        batch, heads, q_len, kv_len = grid.shape
+        for shape in ((batch, heads, q_len, kv_len), (1, heads, q_len, kv_len), (batch, 1, 1, kv_len), (1, heads, q_len, 1), (1, 1, 1, 1)):
+            size = torch.Size(shape).numel()
+            yield cls(torch.sin(torch.arange(size, device=grid.device, dtype=torch.float32) * 0.7).view(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class DecayBias(ScoreMod):
+    """Adds c_i - c_j for query position i and key j: a learned forgetting curve (Forgetting Transformer, arXiv 2503.02130).
+
+    Args:
+        c: float tensor [batch|1, heads|1, kv_len] indexed by key position, with gradient; queries read it at ``q_pos``.
+
+    Example:
+        >>> DecayBias(torch.tensor([[[0.0, -1.0]]])).apply(torch.zeros(1, 1, 2, 2), Grid((1, 1, 2, 2), torch.device("cpu")))
+        tensor([[[[ 0.,  1.],
+                  [-1.,  0.]]]])
+    """
+
+    c: Tensor
+    name: ClassVar[str] = "decay"
+    positional: ClassVar[bool] = True
+    kernels: ClassVar[tuple[str, ...]] = ("bias",)
+
+    def __post_init__(self) -> None:
+        _require_float_tensor("DecayBias c", self.c)
+
+    def lower(self, grid: Grid) -> tuple[KernelScore, ...]:
+        keys = self.view(self.c, grid)
+        return KernelScore("bias", (), (self._of_queries(keys, grid),)), KernelScore("bias", (), (-keys,))
+
+    def view(self, tensor: Tensor, grid: Grid) -> Tensor:
+        return tensor[(None,) * (3 - tensor.dim())][:, :, None, :]
+
+    def _of_queries(self, keys: Tensor, grid: Grid) -> Tensor:
+        """c at the queries' positions, [batch|1, heads|1, q_len, 1]; NaN where a query lies beyond the keys, so that it shows."""
+        position = grid.q_pos.reshape(-1, 1, grid.q_idx.shape[0])
+        heads, length = keys.shape[1], keys.shape[3]
+        per_batch = keys[:, :, 0].expand(max(position.shape[0], keys.shape[0]), -1, -1)
+        position = position.expand(per_batch.shape[0], heads, -1)
+        if length == 0:
+            return per_batch.new_full((*position.shape, 1), torch.nan)
+        inside = (position >= 0) & (position < length)
+        return per_batch.gather(2, position.clamp(0, length - 1)).where(inside, torch.nan)[..., None]
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        keys = self.view(self.c, grid).to(scores.dtype)
+        whole = Grid(grid.shape, grid.device, grid.q_offset)
+        return scores + grid.crop(self._of_queries(keys, whole)) - grid.crop(keys)
+
+    def check(self, grid: Grid) -> None:
+        batch, heads, q_len, kv_len = grid.shape
+        if self.c.dim() == 0 or self.c.shape[-1] != kv_len:
+            raise ValueError(
+                f"DecayBias c must have shape [batch|1, heads|1, kv_len] with kv_len = {kv_len}; got {list(self.c.shape)}. Give one value per key."
+            )
+        require_broadcast("DecayBias c", self.c, (batch, heads, kv_len), "[batch, heads, kv_len]", grid.device)
+        if not isinstance(grid.q_offset, Tensor) and not 0 <= grid.q_offset <= kv_len - q_len:
+            raise ValueError(
+                f"q_offset must place every query on a key for DecayBias (0 <= q_offset <= {kv_len - q_len}); got {grid.q_offset}. Extend c and the keys or shift the queries."
+            )
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
+        steps = torch.arange(grid.shape[1] * grid.shape[3], device=grid.device, dtype=torch.float32).view(1, grid.shape[1], -1)
+        yield cls(-0.05 * steps)

@@ -1,0 +1,132 @@
+"""Compiles the Triton kernels for chips this machine does not have, through the library's own launch code, and reads what ptxas made.
+
+Run as a program (a fresh process without TRITON_INTERPRET), it prints one JSON line per compiled kernel:
+``python -m tests.aot CHIP DTYPE HEAD_DIM`` or ``python -m tests.aot CHIP DTYPE softmax``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import fused_attn as fa
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.backends import get
+from fused_attn.backends.base import Incoming
+from fused_attn.backends.triton import launch
+from fused_attn.problem import AttentionProblem, SoftmaxProblem
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class _Driver:
+    """Stands for a GPU of some compute capability; enough for Triton to compile, nothing to run on."""
+
+    def __init__(self, chip: int) -> None:
+        self.target = GPUTarget("cuda", chip, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+compiled: list[tuple[str, Any]] = []
+
+
+class CompileOnly:
+    def __init__(self, kernel: Any, grid: Any) -> None:
+        self.kernel, self.grid = kernel, grid
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        compiled.append((self.kernel.fn.__name__, self.kernel.warmup(*args, grid=self.grid, **kwargs)))
+
+
+def target(chip: int, launcher: type = CompileOnly) -> None:
+    """From here on every Triton launch of this process compiles for ``chip`` instead of running."""
+    driver.set_active(_Driver(chip))
+    launch.target_chip = chip
+    triton.runtime.jit.JITFunction.__getitem__ = lambda self, grid: launcher(self, grid)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, stack and local memory in bytes, as ``cuobjdump -res-usage`` reports them, and shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return {**found, "shared": kernel.metadata.shared}
+
+
+def sass(kernel: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def problem(dtype: torch.dtype, head_dim: int, variant: str) -> Any:
+    """A lowered call: "causal" runs the plain passes, "everything" the heavy ones with every kind of operand."""
+    q, k, v = torch.zeros(3, 1, 2, 512, head_dim, dtype=dtype).unbind(0)
+    options = dict.fromkeys(("scale", "q_offset", "sinks", "dropout", "return_aux")) | {"mask": fa.Causal(), "score_mods": ()}
+    if variant == "everything":
+        bias = torch.zeros(1, 2, 512, 512, dtype=dtype, requires_grad=True)
+        options["mask"] = fa.Causal() & fa.Dense(torch.ones(512, 512, dtype=torch.bool))
+        options["score_mods"] = (fa.SoftCap(30.0), fa.ALiBi(torch.ones(2)), fa.Bias(bias))
+        options["dropout"], options["sinks"] = fa.Dropout(0.1, seed=1), torch.zeros(2)
+    return AttentionProblem.check(q, k, v, options).lower()
+
+
+def compile_attention(dtype: torch.dtype, head_dim: int, variant: str) -> None:
+    call, backend = problem(dtype, head_dim, variant), get("triton")
+    forward = backend.attention_fwd(call)
+    extra = backend.attention_aux(call, forward, AuxRequest(*[True] * 6))
+    square = (extra.probs, extra.scores, extra.probs) if variant == "everything" else (None, None, None)
+    parameters = call.terms.parameters
+    needs = (True, True, True, parameters[0] is not None, *(t.requires_grad for t in parameters[1:]))
+    backend.attention_bwd(call, forward, Incoming(forward.out, forward.lse, *square), needs)
+
+
+def compile_softmax(dtype: torch.dtype) -> None:
+    backend = get("triton")
+    for kv_len in (100, 5000, 16384, 100000):
+        bias = torch.zeros(1, 1, 1, kv_len, requires_grad=True)
+        options = {
+            "dim": -1,
+            "mask": fa.ValidLengths(torch.tensor([50])),
+            "q_offset": None,
+            "bias": bias,
+            "empty_rows": "zero",
+            "log": False,
+            "scale": 1.0,
+        }
+        call = SoftmaxProblem.check(torch.zeros(1, 2, 3, kv_len, dtype=dtype), options | {"dropout": fa.Dropout(0.1, seed=1)}).lower()
+        out, probs = backend.softmax_fwd(call)
+        backend.softmax_bwd(call, probs, out, (True, True))
+
+
+if __name__ == "__main__":
+    chip, dtype, what = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+    target(chip)
+    if what == "softmax":
+        compile_softmax(dtype)
+    else:
+        for variant in ("causal", "everything"):
+            compile_attention(dtype, int(what), variant)
+    for name, kernel in compiled:
+        print(json.dumps({"kernel": name, "HGMMA": chip == 90 and "HGMMA" in sass(kernel), **resources(kernel)}))

@@ -1,0 +1,111 @@
+"""Where tests run: ``--device``, one parametrisation over backends, and memory that shows when it is read before it is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also compile the kernel configurations that take many minutes")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors of the tests live")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: the selection that ends within two minutes on two cores")
+    config.addinivalue_line("markers", "cuda(reason): needs a GPU and says why; runs under --device cuda")
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+        if importlib.util.find_spec("triton") is not None:
+            _patch_language_once()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def _patch_language_once() -> None:
+    """Triton's interpreter patches the language module anew for every call of a device function, which takes more than half of
+    its time; the kernel's own patch is in force by then, so once per module of device functions is enough."""
+    from triton.runtime import interpreter
+
+    patched: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--exhaustive"):
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(
+                    pytest.mark.skip(reason="compiling every configuration takes about 20 minutes of CPU time; runs with --exhaustive")
+                )
+    if config.getoption("--device") == "cuda":
+        return
+    for item in items:
+        marker = item.get_closest_marker("cuda")
+        if marker:
+            item.add_marker(pytest.mark.skip(reason=f"needs --device cuda: {marker.args[0]}"))
+
+
+def _backend(name: str, device: str) -> Any:
+    marks = []
+    if name == "cpu" and device == "cuda":
+        marks.append(pytest.mark.skip(reason="the cpu backend runs CPU tensors only"))
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        marks.append(pytest.mark.skip(reason="triton is not installed"))
+    return pytest.param(name, marks=marks, id=name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``backend`` runs over every backend there is, ``kernel_backend`` over all but the definition itself."""
+    from fused_attn import backends
+
+    device = metafunc.config.getoption("--device")
+    for fixture, names in (("backend", backends.names()), ("kernel_backend", backends.names()[:-1])):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, [_backend(name, device) for name in names])
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not torch.Tensor:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 3)
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every uninitialised tensor is NaN (integers: a third of their largest value), so that reading it before writing shows."""
+    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty", "new_empty_strided"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1,0 +1,74 @@
+"""Runs the compiled Triton kernels of a CUDA chip on a PTX simulator: the library's own launch code, CPU tensors, no GPU.
+
+``python -m tests.simulated CHIP DTYPE`` (in a process without TRITON_INTERPRET) holds small problems to the error rule and prints their names; it
+ends with an error when one breaks it or when the simulator finds a race, a missing wait or an access outside a tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_attn as fa
+from fused_attn.testing import DIFFERENTIABLE, Inputs, check_inputs, inputs_of
+from tests import aot
+
+SIMULATOR = Path(__file__).resolve().parents[2] / "shared" / "cusim"
+
+
+def available() -> bool:
+    """Whether the simulator lies beside the checkout."""
+    return SIMULATOR.is_dir()
+
+
+def _runtime_arguments(values: Any, signature: Any) -> list[Any]:
+    """The kernel's parameters in order: named tuples flattened, compile-time constants left out."""
+    if isinstance(signature, (tuple, list)):
+        return [flat for value, part in zip(values, signature, strict=True) for flat in _runtime_arguments(value, part)]
+    return [] if signature == "constexpr" else [values]
+
+
+class _Simulated(aot.CompileOnly):
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        import cusim.triton
+
+        super().__call__(*args, **kwargs)
+        compiled = aot.compiled[-1][1]
+        signature = list(compiled.src.signature.values())
+        flat = [v for value, part in zip(args, signature, strict=True) for v in _runtime_arguments(value, part)]
+        cusim.triton.launch(compiled, self.grid, flat)
+
+
+def simulate(chip: int) -> None:
+    """From here on every Triton launch of this process is compiled for ``chip`` and simulated."""
+    sys.path.insert(0, str(SIMULATOR))
+    aot.target(chip, _Simulated)
+    # The kernels are compiled functions by now; this only makes the backend accept CPU tensors.
+    for module in ("attention_fwd", "attention_aux", "attention_bwd", "softmax"):
+        importlib.import_module(f"fused_attn.backends.triton.{module}")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def problems(dtype: torch.dtype) -> dict[str, Inputs]:
+    """Two problems that together reach every attention kernel, masked and full tiles, mended rows excepted."""
+    q, k, v = torch.randn(1, 2, 70, 32), torch.randn(1, 1, 140, 32), torch.randn(1, 1, 140, 32)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    keep = torch.rand(1, 1, 70, 140) < 0.4
+    keep[..., :64] = False
+    bias = fa.Bias(torch.randn(1, 2, 70, 140))
+    window = {"mask": fa.SlidingWindow(100, 10), "q_offset": 30, "score_mods": (fa.SoftCap(2.0),), "sinks": torch.randn(2)}
+    dense = {"mask": fa.Dense(keep) & fa.ValidLengths(torch.tensor([130])), "score_mods": (bias,), "dropout": fa.Dropout(0.3, seed=5)}
+    return {name: inputs_of(q, k, v, **options) for name, options in (("plain", {}), ("window", window), ("dense", dense))}
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    simulate(int(sys.argv[1]))
+    for name, inputs in problems(getattr(torch, sys.argv[2])).items():
+        check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{name}, simulated sm_{sys.argv[1]}")
+        print(name)

@@ -1,0 +1,284 @@
+"""The rules of DESIGN.md on imports, sizes and words, read off the source."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import statistics
+import subprocess
+import sys
+import tokenize
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import fused_attn as fa
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(fa.__file__).parent.parent
+PACKAGE = ROOT / "fused_attn"
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+NAMES = [str(p.relative_to(ROOT)) for p in FILES]
+PROJECT = [
+    p for folder in ("fused_attn", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py")) if "__pycache__" not in p.parts
+]
+TEXTS = [
+    p
+    for p in (*PROJECT, *ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("Makefile"))
+    if p.name != "test_architecture.py"
+]
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# Lower may not import higher; one number is one layer.
+LAYERS = {
+    "checks": 0, "lowering": 1, "mask_base": 2, "auxiliary": 2, "dropout": 2, "masks": 3, "score_mods": 3, "scoring": 3, "problem": 4, "backends.base": 5,
+    "backends.eager": 6, "backends.cpu": 6, "backends.triton": 6, "backends.cuda": 6, "backends": 7, "ops": 8, "autograd": 9, "functional": 10,
+    "integrations": 11, "nn": 11, "distributed": 11, "viz": 11, "testing": 11, "cli": 12, "__main__": 13, "__init__": 13,
+}  # fmt: skip
+BACKENDS = {"backends.eager", "backends.cpu", "backends.triton", "backends.cuda"}
+
+
+@cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def part(module):
+    """The entry of LAYERS that a dotted name below ``fused_attn`` belongs to; None for one that is not listed."""
+    pieces = module.split(".")
+    return next((key for n in range(len(pieces), 0, -1) if (key := ".".join(pieces[:n])) in LAYERS), None)
+
+
+def module_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    """Dotted names below ``fused_attn`` that a file imports, at any depth but for type checking."""
+    skipped = {
+        id(n)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for n in ast.walk(node)
+    }
+    package = ["fused_attn", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree(path)):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("fused_attn.") for a in node.names if a.name.startswith("fused_attn."))
+        elif isinstance(node, ast.ImportFrom):
+            source = (
+                [*package[: len(package) - node.level + 1], *filter(None, [node.module])] if node.level else (node.module or "").split(".")
+            )
+            if source[0] == "fused_attn":
+                yield from (".".join([*source[1:], a.name]) for a in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_import_arrows(path):
+    here = part(module_of(path))
+    assert here is not None, f"give {path.name} a layer in LAYERS"
+    for module in imports(path):
+        there = part(module)
+        if (
+            there is None
+            or there == here
+            or (here, there) in (("__init__", there), ("autograd", "backends.eager"), ("functional", "backends.eager"))
+        ):
+            continue
+        assert LAYERS[there] < LAYERS[here] or LAYERS[here] >= 11, f"{here} imports {there}"
+        assert not ({here, there} <= BACKENDS), f"the backend {here} imports the backend {there}"
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, torch; before = set(sys.modules); import fused_attn; print(*sorted(m for m in sys.modules if m not in before))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
+    assert "fused_attn.functional" in loaded
+    heavy = {"triton", "rich", "matplotlib", "transformers", "numpy", "tqdm", "keras", "scipy", "sympy"} | {
+        "fused_attn.nn",
+        "fused_attn.integrations",
+        "fused_attn.testing",
+    }
+    assert not heavy & ({m.split(".")[0] for m in loaded} | set(loaded))
+    assert not [m for m in loaded if m.startswith(("fused_attn.backends.triton", "fused_attn._C", "torch._dynamo", "torch._inductor"))]
+
+
+def test_file_sizes():
+    sizes = {name: len(path.read_text().splitlines()) for name, path in zip(NAMES, FILES, strict=True)}
+    assert {n: s for n, s in sizes.items() if s > 400} == {}
+    assert statistics.median(sizes.values()) <= 150
+
+
+def is_jit(node):
+    return any("jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+def functions(path):
+    return [n for n in ast.walk(tree(path)) if isinstance(n, FUNCTION)]
+
+
+def length(node):
+    """Lines of a function without its docstring."""
+    doc = node.body[0] if ast.get_docstring(node) is not None else None
+    return node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
+def test_function_lengths():
+    plain = sorted(length(n) for p in FILES for n in functions(p) if not is_jit(n))
+    assert statistics.median(plain) <= 15
+    assert plain[int(len(plain) * 0.95)] <= 60
+    assert {n.name: length(n) for p in FILES for n in functions(p) if is_jit(n) and length(n) > 150} == {}
+
+
+def test_at_most_six_parameters_after_functional():
+    exempt = ("functional.py", "integrations/sdpa.py", "nn/")  # other libraries' signatures
+    crowded = []
+    for name, path in zip(NAMES, FILES, strict=True):
+        for node in functions(path):
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls", "ctx")]
+            if (
+                len(given) > 6
+                and not is_jit(node)
+                and not any(e in name for e in exempt)
+                and path.parent.name != "triton"
+                and path.name not in ("ops.py", "autograd.py")
+            ):
+                crowded.append(f"{name}:{node.lineno} {node.name}")
+    assert crowded == []
+
+
+def public(path):
+    """Public functions, classes and methods of public classes of a file; what lies inside one backend's folder is its own business."""
+    if path.parent.parent.name == "backends" and path.name != "__init__.py":
+        return
+    for node in tree(path).body:
+        if isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from (n for n in node.body if isinstance(n, FUNCTION) and not n.name.startswith("_"))
+
+
+def inherits_a_contract(path, node):
+    """Whether a method fills in one that a base class documents (a mask's ``keep``, a backend's ``attention_fwd``, an aux field's default)."""
+    return any(isinstance(c, ast.ClassDef) and node in c.body for c in tree(path).body)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_public_names_are_documented_and_typed(path):
+    assert ast.get_docstring(tree(path))
+    undocumented = [n.name for n in public(path) if ast.get_docstring(n) is None and not inherits_a_contract(path, n)]
+    overloads = [n.name for n in public(path) if isinstance(n, FUNCTION) and any("overload" in ast.unparse(d) for d in n.decorator_list)]
+    assert [n for n in undocumented if n not in overloads] == []
+    untyped = []
+    for node in public(path):
+        if isinstance(node, FUNCTION) and not is_jit(node):
+            arguments = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            if node.returns is None or any(a.annotation is None for a in arguments):
+                untyped.append(node.name)
+    assert untyped == []
+
+
+def test_public_names():
+    assert len(fa.__all__) <= 25
+    assert sorted(fa.__all__) == sorted(set(fa.__all__))
+    for name in fa.__all__:
+        assert getattr(fa, name).__doc__, name
+
+
+def test_no_drawers():
+    assert [n for n in NAMES if re.search(r"(^|[/_])(utils?|common|helpers?|misc)([/_.]|$)", n)] == []
+
+
+CONCEPTS = {
+    "softcap": r"softcap",
+    "alibi": r"alibi",
+    "window": r"sliding_?window",
+    "documents": r"documents",
+    "dropout": r"0xD2511F53|MULTIPLIERS|philox",
+}
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_a_concept_lives_in_at_most_four_files(concept):
+    code = {
+        name: " ".join(
+            t.string for t in tokenize.generate_tokens(io.StringIO(p.read_text()).readline) if t.type in (tokenize.NAME, tokenize.NUMBER)
+        )
+        for name, p in zip(NAMES, FILES, strict=True)
+    }
+    skipped = (
+        "fused_attn/testing",
+        "fused_attn/cli",
+        "fused_attn/__init__",
+        "fused_attn/__main__",
+        "fused_attn/nn",
+        "fused_attn/integrations",
+    )
+    holders = [n for n, text in code.items() if re.search(CONCEPTS[concept], text, re.IGNORECASE) and not n.startswith(skipped)]
+    assert len(holders) <= 4, holders
+
+
+STEMS = ("attention_fwd", "attention_aux", "attention_bwd", "softmax_fwd", "softmax_bwd")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_one_stem_per_op(stem):
+    import torch
+
+    from fused_attn import ops
+    from fused_attn.backends.base import Backend
+
+    assert hasattr(torch.ops.fused_attn, stem)
+    assert callable(getattr(ops, stem))
+    assert callable(getattr(Backend, stem))
+
+
+def comments(path):
+    return [
+        (t.start[0], t.string.lstrip("# "))
+        for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        if t.type == tokenize.COMMENT
+    ]
+
+
+def looks_like_code(text):
+    """Whether a comment parses as a statement that does something: an assignment, a call, an import, a return, a block's head."""
+    if re.match(r"(if|for|while|with|def|class|elif|else|try)\b.*:$", text):
+        return True
+    try:
+        body = ast.parse(text).body
+    except SyntaxError:
+        return False
+    acts = (ast.Assign, ast.AugAssign, ast.Import, ast.ImportFrom, ast.Return, ast.Assert, ast.Raise, ast.Delete)
+    return any(isinstance(n, acts) or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)) for n in body)
+
+
+@pytest.mark.parametrize("path", PROJECT, ids=[str(p.relative_to(ROOT)) for p in PROJECT])
+def test_no_dead_comments(path):
+    code = [
+        f"{path.name}:{line} {text}"
+        for line, text in comments(path)
+        if looks_like_code(text) and not text.startswith(("type:", "noqa", "fmt:"))
+    ]
+    assert code == []
+    assert [f"{path.name}:{line}" for line, text in comments(path) if re.search(r"\b(TODO|FIXME|XXX)\b", text)] == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=[str(p.relative_to(ROOT)) for p in TEXTS])
+def test_text_is_free_of_this_machine(path):
+    text = path.read_text()
+    assert re.findall(r"(?<![\w.])/(?:work|home|root|Users|tmp/w)/\S*", text) == []
+    assert re.findall(r"https?://(?:\d+\.\d+\.\d+\.\d+|localhost|[\w.-]*(?:registry|mirror|artifactory|nexus|proxy)[\w.-]*)\S*", text) == []
+
+
+def test_backends_call_the_kernels_of_torch_and_not_its_patchable_attribute():
+    calls = [
+        n
+        for n, p in zip(NAMES, FILES, strict=True)
+        if "backends" in n and re.search(r"(?:functional|F)\.scaled_dot_product_attention", p.read_text())
+    ]
+    assert calls == []

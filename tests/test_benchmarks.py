@@ -1,0 +1,128 @@
+"""Measuring: turns are fair, memory is what was allocated, and a wrong result gets no speed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_attn as fa
+from benchmarks import __main__ as cli
+from benchmarks import attention, harness, memory, overhead, softmax
+from fused_attn.testing import comparison, measure
+from fused_attn.testing.measure import Effort
+from fused_attn.testing.workload import Judge, Workload
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.quick
+def test_turns_run_forth_and_back() -> None:
+    seen: list[str] = []
+    functions = {name: lambda name=name: seen.append(name) for name in "abc"}
+    times = measure.interleaved(functions, CPU, Effort(0.0, rounds=3, sample=0.0))
+    assert "".join(seen) == "abc" + "cba" + "abc"
+    assert [len(t.samples) for t in times.values()] == [3, 3, 3]
+
+
+@pytest.mark.quick
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    calls = []
+    times = measure.interleaved({"a": lambda: calls.append(0)}, CPU, Effort(0.0, rounds=2, sample=0.001))
+    assert len(times["a"].samples) == 2 and len(calls) > 20
+    assert measure.interleaved({}, CPU, Effort(0.0, rounds=2)) == {}
+
+
+@pytest.mark.quick
+def test_peak_counts_what_is_alive_at_once(device: torch.device) -> None:
+    megabyte = 2**20
+
+    def work() -> torch.Tensor:
+        kept = torch.zeros(megabyte, dtype=torch.uint8, device=device)
+        for _ in range(4):
+            torch.zeros(2 * megabyte, dtype=torch.uint8, device=device)
+        return kept
+
+    result, peak = measure.peak_bytes(work, device)
+    assert result.numel() == megabyte and peak == 3 * megabyte
+
+
+@pytest.mark.quick
+def test_peak_sees_inside_operators() -> None:
+    q = torch.randn(1, 1, 512, 16)
+    _, peak = measure.peak_bytes(lambda: torch._scaled_dot_product_attention_math(q, q, q), CPU)
+    assert peak >= 512 * 512 * 4
+
+
+@pytest.mark.quick
+def test_free_memory_is_positive(device: torch.device) -> None:
+    assert measure.free_bytes(device) > 2**20
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_workloads_agree_and_the_judge_knows(probs: bool, backward: bool, device: torch.device) -> None:
+    mask = fa.Causal() & fa.SlidingWindow(5, 0)
+    work = Workload(comparison.seeded(device, (2, 2, 33, 8), torch.float32), mask, probs, backward)
+    judge, results = Judge.of(work), work.fused("eager")
+    assert set(results) == {"out", *["probs"] * probs, *["dq", "dk", "dv"] * backward}
+    assert not judge(results).broken and not judge(work.eager()()).broken
+    sdpa = work.sdpa()
+    assert (sdpa is None) == probs
+    assert sdpa is None or not judge(sdpa()).broken
+    wrong = {name: t + 1e-3 for name, t in results.items()}
+    assert set(judge(wrong).broken) == set(results)
+
+
+@pytest.mark.quick
+def test_rows_at_a_time_give_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(comparison.seeded(CPU, (1, 4096, 3, 4), torch.float64), fa.Causal(), probs=True, backward=True)
+    whole = work.by_rows(torch.float64)
+    rows = Workload(comparison.seeded(CPU, (1, 4096, 3, 4), torch.float64), fa.Causal(), probs=True, backward=True)
+    monkeypatch.setattr("fused_attn.testing.workload.BLOCK", 1)
+    for name, tensor in rows.by_rows(torch.float64).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.quick
+def test_a_wrong_result_gets_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Workload.fused
+    monkeypatch.setattr(Workload, "fused", lambda self: {n: t * 1.01 for n, t in honest(self).items()})
+    done = comparison.compare(Workload(comparison.seeded(CPU, (1, 1, 16, 8), torch.float32)), Effort(0.0, rounds=1))
+    ours = done.entries[comparison.FUSED]
+    assert ours.timing is None and "breaks the error rule in out" in ours.reason
+    assert done.ratio(comparison.EAGER) is None and done.entries[comparison.EAGER].timing is not None
+    assert attention.row("case", done).holds is False
+
+
+@pytest.mark.quick
+def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "free_bytes", lambda device: 1000)
+    done = comparison.compare(Workload(comparison.seeded(CPU, (1, 1, 16, 8), torch.float32)), Effort(0.0, rounds=1))
+    assert "not run: needs about" in done.entries[comparison.EAGER].reason
+    assert done.entries[comparison.EAGER].peak is None
+
+
+def test_overhead_reports_the_ratio_and_its_bound() -> None:
+    report = overhead.run(CPU, 0.2)
+    assert len(report.rows) == 4 and "5.00x" in str(report) and "requires_grad" in str(report)
+
+
+def test_memory_of_a_window_stays_below_the_dense_one() -> None:
+    report = memory.measure((1, 1, 2048, 16), CPU)
+    assert report.holds and [row.cells[0] for row in report.rows] == ["fused_attn", "eager", "SDPA"]
+
+
+def test_softmax_and_attention_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(softmax, "SHAPES", ((2, 16, 32),))
+    monkeypatch.setattr(attention, "CPU_SHAPE", (1, 2, 64, 16))
+    for op in ("softmax", "attention"):
+        assert cli.main(["run", "--op", op, "--device", "cpu", "--seconds", "0.1"]) == 0
+        assert "fwd+bwd" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_a_report_holds_when_every_bound_does() -> None:
+    rows = [harness.Row(("a", "1"), True), harness.Row(("b", "2"))]
+    assert harness.Report("t", ("x", "y"), rows, "n").holds
+    assert not harness.Report("t", ("x", "y"), [*rows, harness.Row(("c", "3"), False)], "n").holds
