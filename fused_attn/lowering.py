@@ -252,6 +252,14 @@ class Terms:
         )  # fmt: skip
 
     @property
+    def holds_tensors(self) -> bool:
+        """Whether anything but the inputs is a tensor."""
+        if self.mods or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
+            return True
+        mask = self.mask
+        return mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None
+
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may want a gradient: the sinks (or None), then those of the modifications in order."""
         return (self.sinks, *(t for m in self.mods for t in m.tensors))

@@ -34,7 +34,11 @@ class Matrix(NamedTuple):
 
 
 class MaskArgs(NamedTuple):
-    """A KernelMask with its alignment and the per-tile summary of ``keep``; absent parts are None."""
+    """A KernelMask with its alignment and the per-tile summary of ``keep``; absent parts are None.
+
+    ``dense`` says that ``keep`` is there and ``restricts`` that any part is. A compile-time constant has to come last: Triton 3.6 loses
+    the constant strides of a matrix inside a tuple, at the first loop, unless a later constant of that tuple makes it look again.
+    """
 
     left: Any
     right: Any
@@ -44,6 +48,8 @@ class MaskArgs(NamedTuple):
     kv_end: Any
     keep: Any
     summary: Any
+    dense: Any
+    restricts: Any
 
 
 class ScoreArgs(NamedTuple):
@@ -129,7 +135,9 @@ def mask(terms: Terms, summary: Tensor | None) -> MaskArgs:
     """The mask and its alignment; windows that reach everything are left out."""
     form = terms.mask
     left, right = (None if x is None or x >= _FAR else x for x in (form.left, form.right))
-    return MaskArgs(left, right, *_shifts(terms.q_offset), _rows(form.kv_start), _rows(form.kv_end), matrix(form.keep), matrix(summary))
+    parts = (_rows(form.kv_start), _rows(form.kv_end), matrix(form.keep))
+    dense, restricts = form.keep is not None, any(part is not None for part in (left, right, *parts))
+    return MaskArgs(left, right, *_shifts(terms.q_offset), *parts, matrix(summary), tl.constexpr(dense), tl.constexpr(restricts))
 
 
 def unit_is_raw(terms: Terms) -> bool:
@@ -144,7 +152,8 @@ def scores(terms: Terms, dtype: torch.dtype) -> ScoreArgs:
     return ScoreArgs(
         terms.scale,
         terms.scale * LOG2E if raw else LOG2E,
-        tuple((*m.scalars, *(matrix(t) for t in m.tensors)) for m in terms.mods),
+        # None is the constant that has to come last, as in MaskArgs.
+        tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in terms.mods),
         tuple(value for value, _ in functions),
         tuple(gradient for _, gradient in functions),
         tl.constexpr(raw),

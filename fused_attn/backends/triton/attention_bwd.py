@@ -146,7 +146,7 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, m
     rows_of = _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
     start, end, inverse = rows_of[5], rows_of[6], rows_of[3]
     near = reach(start, end, sizes)
-    low, split, resume, high = tile_bounds(start, end, q_idx, sizes, mask.keep is not None, tile.kv)
+    low, split, resume, high = tile_bounds(start, end, q_idx, sizes, mask.dense, tile.kv)
     place = (b, h, q_idx, query_shift(mask, b), q_tile)
     grads = (dprobs, dscores)
     acc = tl.zeros([tile.q, tile.d], tl.float32)
@@ -155,13 +155,13 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, m
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.kv)
     for i in range(n_left + n_right):
         first = tl.where(i < n_left, low + i * tile.kv, resume + (i - n_left) * tile.kv)
-        if mask.keep is None:
+        if not mask.dense:
             acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
         elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
             acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
     rows = q_idx < sizes.q_len
     store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
-    if mask.left is not None or mask.right is not None or mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None:
+    if mask.restricts:
         # 0 * NaN again: a row whose own statistics are finite got a NaN from a key it may not attend to.
         if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
             acc = tl.zeros([tile.q, tile.d], tl.float32)
@@ -208,7 +208,7 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     grads = (dprobs, dscores)
     dk_acc = tl.zeros([tile.kv, tile.d], tl.float32)
     dv_acc = tl.zeros([tile.kv, tile.dv], tl.float32)
-    PER_ROW: tl.constexpr = mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None
+    PER_ROW: tl.constexpr = mask.kv_start is not None or mask.kv_end is not None or mask.dense
     low, split, resume, high = query_bounds(mask, b, kv_first, sizes, PER_ROW, tile)
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.q)
     for member in range(sizes.group):

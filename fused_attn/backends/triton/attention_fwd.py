@@ -119,7 +119,7 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
     rows = q_idx < sizes.q_len
     interval = row_intervals(mask, b, q_idx, sizes)
     near = reach(interval[0], interval[1], sizes)
-    low, split, resume, high = tile_bounds(interval[0], interval[1], q_idx, sizes, mask.keep is not None, tile.kv)
+    low, split, resume, high = tile_bounds(interval[0], interval[1], q_idx, sizes, mask.dense, tile.kv)
     place = (b, h, q_idx, query_shift(mask, b), q_tile)
     q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
     q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
@@ -132,7 +132,7 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.kv)
     for i in range(n_left + n_right):
         first = tl.where(i < n_left, low + i * tile.kv, resume + (i - n_left) * tile.kv)
-        if mask.keep is None:
+        if not mask.dense:
             acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, True, tile)
         elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
             acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, True, tile)
@@ -162,7 +162,7 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
     tl.store(stats + bh.to(tl.int64) * sizes.q_len + q_idx, m, mask=rows)
     tl.store(stats + total + bh.to(tl.int64) * sizes.q_len + q_idx, l, mask=rows)
 
-    if mask.left is not None or mask.right is not None or mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None:
+    if mask.restricts:
         # 0 * NaN is NaN: a broken value reaches rows of its tile that may not attend to it. It is rare, so look only afterwards.
         if any_true((result != result) & (rows & (l == l))[:, None]):
             _mend(q_rows, q_source, k, v, out, top, inverse, (low, high), interval, near, place, mask, score, dropout, sizes, tile)

@@ -48,7 +48,7 @@ def _row(*entries: tuple[int, int, int, int]) -> _Row:
 # (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120).
 _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("fwd", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    ("fwd", True, 16): _row((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("fwd", True, 16): _row((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     ("fwd", False, 32): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
     ("fwd", True, 32): _row((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("aux", False, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),

@@ -115,7 +115,7 @@ def tile_state(mask, b, h, q_tile, kv_tile):
 def allowed(mask, b, h, q, kv, start, end, state):
     """Which pairs may attend; q, kv and the rows' start and end broadcast against each other, in either orientation."""
     ok = (kv >= start) & (kv < end)
-    if mask.keep is not None:
+    if mask.dense:
         # A tile that keeps everything needs no bytes of the mask.
         ok = ok & (state != 0)
         ok = ok & (tl.load(pointers(mask.keep, b, h, q, kv), mask=ok & (state == 1), other=1) != 0)
