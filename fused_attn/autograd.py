@@ -28,7 +28,7 @@ _NO_OUTPUT = AuxOutput()
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     """Runs a problem on a kernel backend, differentiably."""
     call, request = problem.lower(), problem.aux or NOTHING
-    if torch.is_grad_enabled() and problem.requires_grad:
+    if problem.requires_grad:
         out, *aux = _Attention.apply(request, backend, call.q, call.k, call.v, *_split(call.terms))  # type: ignore[no-untyped-call]
         return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
     forward = ops.attention_fwd(call, backend)
@@ -41,7 +41,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
 def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
     """Runs a problem on a kernel backend, differentiably."""
     call = problem.lower()
-    if torch.is_grad_enabled() and problem.requires_grad:
+    if problem.requires_grad:
         result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, call.scores, *_split(call.terms))  # type: ignore[no-untyped-call]
         return result
     return ops.softmax_fwd(call, backend)[0]

@@ -200,10 +200,12 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether any input wants a gradient."""
-        return (
-            self.q.requires_grad or self.k.requires_grad or self.v.requires_grad or any(t.requires_grad for t in self.modifiers.parameters)
-        )
+        """Whether grad mode is on and any input wants a gradient."""
+        if not torch.is_grad_enabled():
+            return False
+        if self.q.requires_grad or self.k.requires_grad or self.v.requires_grad:
+            return True
+        return any(t.requires_grad for t in self.modifiers.parameters)
 
     def with_inputs(self, tensors: tuple[Tensor, ...]) -> AttentionProblem:
         """A copy on other tensors, in the order of ``inputs``."""
@@ -311,8 +313,8 @@ class SoftmaxProblem:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether any input wants a gradient."""
-        return any(t.requires_grad for t in self.inputs)
+        """Whether grad mode is on and any input wants a gradient."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.inputs)
 
     def with_inputs(self, tensors: tuple[Tensor, ...]) -> SoftmaxProblem:
         return replace(self, scores=tensors[0], modifiers=self.modifiers.with_parameters(tuple(tensors[1:])))

@@ -64,13 +64,16 @@ def target(chip: int, launcher: type = CompileOnly) -> None:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers, stack and local memory in bytes, as ``cuobjdump -res-usage`` reports them, and shared memory."""
+    """Registers, stack and local memory in bytes, as ``cuobjdump -res-usage`` reports them, shared memory, and traps in the code.
+
+    Triton 3.7.1 and 3.6 compile a kernel whose tensor memory does not fit to a single trap instead of refusing it.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
-    return {**found, "shared": kernel.metadata.shared}
+    return {**found, "shared": kernel.metadata.shared, "traps": len(re.findall(r"^\s*trap;", kernel.asm["ptx"], re.M))}
 
 
 def sass(kernel: Any) -> str:

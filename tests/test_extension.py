@@ -210,7 +210,8 @@ def test_score_mod(mod, backend):
 def test_score_mod_is_explained_and_compiles(mod):
     problem = problem_with().problem
     q, k, v = problem.q, problem.k, problem.v
-    text = str(fa.explain(q, k, v, score_mods=(mod,)))
+    assert "eager is faster" in str(fa.explain(q, k, v, score_mods=(mod,)))
+    text = str(fa.explain(*(t.repeat(1, 1, 60, 1) for t in (q, k, v)), score_mods=(mod,)))
     assert "-> cpu" in text
     assert "Gain" in text
 

@@ -32,7 +32,11 @@ def compiled(chip: int, dtype: str, what: str) -> list[dict[str, Any]]:
 
 def complaints(chip: int, kernels: list[dict[str, Any]]) -> list[str]:
     limit = config.SHARED_MEMORY[chip]
-    return [str(kernel) for kernel in kernels if kernel["STACK"] > MAX_STACK or kernel["LOCAL"] > 0 or kernel["shared"] > limit]
+    return [
+        str(kernel)
+        for kernel in kernels
+        if kernel["STACK"] > MAX_STACK or kernel["LOCAL"] > 0 or kernel["shared"] > limit or kernel["traps"]
+    ]
 
 
 def _configurations() -> Iterator[Any]:

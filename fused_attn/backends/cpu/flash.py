@@ -18,7 +18,7 @@ from fused_attn.lowering import LoweredAttention
 LARGEST_LSE = 64.0
 # A row of fewer keys than a vector register holds (16 float32 in 512 bits) takes another code path, in which a row of NaN gives zeros.
 NAN_SAFE_KEYS = 16
-# Below, a row often has one key; its score gradient is then exactly 0, and the kernel leaves delta's rounding instead.
+# Below, a row of a mask often has one key; its score gradient is then exactly 0, and the kernel leaves delta's rounding instead.
 BACKWARD_KEYS = 64
 # It leaves no row statistics behind: backward recomputes rows, or needs lse alone.
 NO_STATS = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -60,12 +60,13 @@ def forward(call: LoweredAttention) -> Forward:
 def suits_backward(call: LoweredAttention, result: Forward, incoming: Incoming) -> bool:
     """Whether its backward is right as well: lse is of ordinary size, and nothing arrives but at the output."""
     others = (incoming.dlse, incoming.dprobs, incoming.dscores)
-    if incoming.dout is None or any(t is not None for t in others) or call.shape[3] < BACKWARD_KEYS or not suits(call):
+    if incoming.dout is None or any(t is not None for t in others) or not suits(call):
         return False
-    if not call.terms.mask.is_trivial and not is_finite(incoming.dout):
+    if call.terms.mask.is_trivial:
+        return call.shape[3] >= NAN_SAFE_KEYS and float(result.lse.abs().amax()) <= LARGEST_LSE
+    if call.shape[3] < BACKWARD_KEYS or not is_finite(incoming.dout):
         return False
-    low, high = torch.aminmax(result.lse.masked_fill(result.lse == -torch.inf, 0.0))
-    return bool(low >= -LARGEST_LSE) and bool(high <= LARGEST_LSE)
+    return float(result.lse.masked_fill(result.lse == -torch.inf, 0.0).abs().amax()) <= LARGEST_LSE
 
 
 def backward(call: LoweredAttention, result: Forward, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:

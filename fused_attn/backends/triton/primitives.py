@@ -69,9 +69,10 @@ def contract(a, b, a_source, b_source, PRECISION: tl.constexpr, WIDE: tl.constex
     """a b^T. Wide float32 rows do not fit the registers: they are read again from their sources, a slice of columns at a time."""
     acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
     if WIDE and BLOCK > 64:
-        WIDTH: tl.constexpr = 64 if BLOCK == 128 else 32
-        for first in tl.static_range(0, BLOCK, WIDTH):
-            acc = dot(_slice(a_source, first, COLS, WIDTH), tl.trans(_slice(b_source, first, COLS, WIDTH)), acc, PRECISION)
+        # A loop at run time: unrolled, ptxas hoists the slices' loads above the products and spills (sm_120: 96 bytes at 16 x 16 tiles
+        # of 128 columns, where the loop leaves room for 32 x 32).
+        for first in range(0, BLOCK, 32):
+            acc = dot(_slice(a_source, first, COLS, 32), tl.trans(_slice(b_source, first, COLS, 32)), acc, PRECISION)
         return acc
     else:
         return dot(a, tl.trans(b), acc, PRECISION)

@@ -199,9 +199,8 @@ def _softmax_bwd_bias_kernel(
 class _Plan:
     """How the rows of one call are spread over programs."""
 
-    def __init__(self, call: LoweredSoftmax) -> None:
+    def __init__(self, call: LoweredSoftmax, chosen: config.TileConfig) -> None:
         batch, middle, q_len, kv_len = call.shape
-        chosen = config.softmax(kv_len)
         self.call, self.chosen, self.rows = call, chosen, batch * middle * q_len
         self.one_pass = kv_len <= chosen.block_kv
         terms = call.terms
@@ -223,7 +222,7 @@ def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     out = call.scores.new_empty(call.shape)
     probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
     if out.numel():
-        plan, kernel = _Plan(call), _softmax_fwd_kernel
+        plan, kernel = _Plan(call, config.softmax(call.shape[3])), _softmax_fwd_kernel
         plan.launch(kernel, plan.programs, (*(arguments.matrix(t) for t in (call.scores, out, probs)), plan.rows), plan.one_pass)
     return out, probs
 
@@ -238,7 +237,7 @@ def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple
     whole = bias is not None and bias.shape == call.shape
     shared = bias is not None and not whole and bias.shape[3] > 1
     dbias = bias.new_empty(bias.shape) if whole and bias is not None else None
-    plan, kernel = _Plan(call), _softmax_bwd_kernel
+    plan, kernel = _Plan(call, config.softmax(call.shape[3])), _softmax_bwd_kernel
     totals = call.scores.new_empty(plan.rows, dtype=torch.float32) if shared else None
     tensors = tuple(arguments.matrix(t) for t in (result, dout, dscores, dbias))
     plan.launch(kernel, plan.programs, (*tensors, totals, plan.rows), plan.one_pass)
@@ -261,6 +260,8 @@ def _shared_bias_gradient(plan: _Plan, result: Tensor, dout: Tensor, totals: Ten
     members, own_rows = over[0] * over[1] * over[2], owned[0] * owned[1] * owned[2]
     splits = max(1, min(members // _ROWS_PER_PROGRAM, _PARTIAL_ELEMENTS // bias.numel()))
     partial = bias.new_empty((splits, own_rows, full[3]), dtype=torch.float32)
+    # Columns are independent here, so no program needs a whole row (16384 columns in float32: 80 bytes of stack on sm_120).
+    plan = _Plan(plan.call, plan.chosen._replace(block_kv=min(plan.chosen.block_kv, 4096), num_warps=8))
     programs = -(-full[3] // plan.chosen.block_kv) * own_rows * splits
     kernel: Any = _softmax_bwd_bias_kernel
     plan.launch(kernel, programs, (arguments.matrix(result), arguments.matrix(dout), partial, totals, over, owned, splits))
