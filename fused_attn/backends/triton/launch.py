@@ -40,7 +40,7 @@ class Plan:
     def kv_tiles(self) -> int:
         return -(-self.call.shape[3] // self.config.block_kv)
 
-    def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], **constants: Any) -> None:
+    def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...]) -> None:
         """Runs ``kernel(*tensors, mask, score, dropout, sizes, tile)`` on a one-dimensional grid, which alone has room for 2^31 programs."""
         if programs == 0:
             return
@@ -48,7 +48,7 @@ class Plan:
         with on_device(call.q.device):
             kernel[(programs,)](
                 *tensors, self.mask, self.score, arguments.dropout(call.terms), arguments.sizes(call), arguments.tile(call, self.config),
-                num_warps=self.config.num_warps, num_stages=self.config.num_stages, **constants,
+                num_warps=self.config.num_warps, num_stages=self.config.num_stages,
             )  # fmt: skip
 
 
