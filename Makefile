@@ -32,12 +32,13 @@ quick: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/test  ## run the tests
 lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy --strict fused_attn
 
 bench: $(DONE)/package $(DONE)/demo  ## run the benchmarks
 	$(PY) -m benchmarks run $(ARGS)
 
-build: $(DONE)/package  ## compile the native extension
+build: $(DONE)/package $(DONE)/test  ## compile the native CUDA library
 	$(PY) -m fused_attn build $(ARGS)
 
 clean:  ## remove build products and caches, keep the virtual environment
@@ -82,12 +83,12 @@ $(DONE)/model: $(DONE)/venv $(REQ)/model.txt
 	@touch $@
 
 $(DONE)/test: $(DONE)/runtime $(REQ)/test.txt
-	@echo "==> pytest, hypothesis"
+	@echo "==> pytest, hypothesis, ninja"
 	@$(PIP) -r $(REQ)/test.txt
 	@touch $@
 
 $(DONE)/lint: $(DONE)/venv $(REQ)/lint.txt $(REQ)/constraints.txt
-	@echo "==> ruff, mypy, pre-commit"
+	@echo "==> ruff, mypy, clang-format, pre-commit"
 	@$(PIP) -r $(REQ)/lint.txt
 	@touch $@
 

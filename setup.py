@@ -2,7 +2,8 @@
 
 ``FUSED_ATTN_BUILD=1 pip install --no-build-isolation .`` compiles ``csrc/`` into the package with
 ``build_extension(out_dir)`` of ``fused_attn/build.py``. Where there is nothing to compile, or compiling fails,
-one sentence says so and the pure Python + Triton package is installed.
+one sentence says so and the pure Python + Triton package is installed. pip shows that sentence with -v only, so it is
+kept beside the modules too, where ``explain`` and ``info`` find it.
 """
 
 import importlib.util
@@ -37,18 +38,20 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        for leftover in Path(self.build_lib).glob("fused_attn/**/*.so"):
-            leftover.unlink()
+        out_dir = (ROOT if self.editable_mode else Path(self.build_lib)) / "fused_attn"
+        failure = out_dir / "_native_failure.txt"
+        for leftover in (failure, *Path(self.build_lib).glob("fused_attn/**/*.so")):
+            leftover.unlink(missing_ok=True)
         if os.environ.get("FUSED_ATTN_BUILD", "0") in ("", "0"):
             return
         if not BUILDER.is_file() or not any(p.is_file() for p in SOURCES.rglob("*")):
             print("fused_attn: this version carries no native sources; the pure Python + Triton package is installed.")
             return
         try:
-            self.library = build_native((ROOT if self.editable_mode else Path(self.build_lib)) / "fused_attn")
+            self.library = build_native(out_dir)
         except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}"
-            print(f"fused_attn: the native build failed ({reason}); the pure Python + Triton package is installed.")
+            print(f"fused_attn: the native build failed ({error}); the pure Python + Triton package is installed.")
+            failure.write_text(f"{error}\n")
 
 
 class BdistWheel(bdist_wheel):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests import simulated_cuda
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="also compile the kernel configurations that take many minutes")
@@ -24,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
         if importlib.util.find_spec("triton") is not None:
             _patch_language_once()
+        if not simulated_cuda.missing():
+            simulated_cuda.install()
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
@@ -64,6 +68,8 @@ def _backend(name: str, device: str) -> Any:
     marks = []
     if name == "cpu" and device == "cuda":
         marks.append(pytest.mark.skip(reason="the cpu backend runs CPU tensors only"))
+    if name == "cuda" and device == "cpu" and simulated_cuda.missing():
+        marks.append(pytest.mark.skip(reason=simulated_cuda.missing()))
     if name == "triton" and importlib.util.find_spec("triton") is None:
         marks.append(pytest.mark.skip(reason="triton is not installed"))
     return pytest.param(name, marks=marks, id=name)

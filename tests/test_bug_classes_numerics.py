@@ -232,6 +232,8 @@ def test_34_more_than_65535_heads(shape: tuple[int, int], backend: str, device: 
     """pytorch#142228, DeepSpeed#1239, fla#172, MagiAttention#40, flashinfer#3125: grid y or z above 65535, launches silently skipped."""
     if device.type == "cpu" and backend == "triton":
         pytest.skip("65537 programs take minutes in the interpreter, which has no grid limits; runs with --device cuda")
+    if device.type == "cpu" and backend == "cuda" and shape != (65537, 1):
+        pytest.skip("the simulator takes minutes for each shape; all run with --device cuda")
     leaves = [torch.randn(*shape, 2, 4, device=device, requires_grad=True) for _ in range(3)]
     out = fa.attention(*leaves, mask=fa.Causal(), backend=backend)
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -281,6 +283,8 @@ def test_35_materialised_outputs_stay_inside_their_memory(
     guards: list[tuple[Tensor, float]] = []
     if device.type == "cpu" and backend == "eager":
         pytest.skip("eager allocates through torch's own operations")
+    if backend == "cuda":
+        pytest.skip("the library allocates below Python; the simulator and compute-sanitizer check its every access")
     plain = torch.Tensor.new_empty
 
     def guarded(self: Tensor, *size: object, **kwargs: object) -> Tensor:

@@ -44,11 +44,6 @@ def test_info_lists_versions_devices_and_every_backend(capsys: pytest.CaptureFix
     assert "chosen by auto" in printed
 
 
-def test_build_says_that_there_is_nothing_to_build(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build"]) == 1
-    assert "no native sources" in capsys.readouterr().err
-
-
 def test_explain_needs_no_memory_for_its_tensors(capsys: pytest.CaptureFixture[str]) -> None:
     wide = "64,128,1048576,256"
     assert main(["explain", "--q", wide, "--dtype", "bfloat16", "--mask", "causal & window(128, 0)", "--requires-grad"]) == 0

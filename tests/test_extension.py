@@ -200,7 +200,7 @@ def test_mask_in_masked_softmax(backend):
 
 def test_score_mod(mod, backend):
     inputs = problem_with(fa.Causal(), (fa.SoftCap(3.0), mod))
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         with pytest.raises(fa.UnsupportedError, match="Gain"):
             fa.attention(inputs.problem.q, inputs.problem.k, inputs.problem.v, score_mods=(mod,), backend=backend)
     else:

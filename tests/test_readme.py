@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from fused_attn import backends
+
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 PROGRAMS = [snippet for snippet in SNIPPETS if ">>>" not in snippet]
@@ -23,8 +25,9 @@ def test_program(program: str) -> None:
 
 @pytest.mark.quick
 def test_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after another with shared names, as a reader would type them; the README speaks of a machine without the interpreter."""
+    """One after another with shared names, as a reader would type them: without the interpreter, without the simulator."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delitem(backends._registered, "cuda", raising=False)
     names: dict[str, Any] = {}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for snippet in SESSIONS:

@@ -17,7 +17,7 @@ from fused_attn.testing import SOFTMAX_CASES, SOFTMAX_QUICK, SoftmaxCase, check_
     "case", [pytest.param(c, id=n, marks=[pytest.mark.quick] if n in SOFTMAX_QUICK else []) for n, c in SOFTMAX_CASES.items()]
 )
 def test_error_rule(case: SoftmaxCase, backend: str, device: torch.device) -> None:
-    if backend == "triton" and case.dtype == torch.float64:
+    if backend in ("triton", "cuda") and case.dtype == torch.float64:
         with pytest.raises(fa.UnsupportedError, match="float64"):
             check_softmax(case, backend, device)
     else:

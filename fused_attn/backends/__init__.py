@@ -1,6 +1,6 @@
 """Which backend runs a problem: the order, the choice, and the explanation of it.
 
-``auto`` takes the first of triton, cpu, eager whose refusal list is empty. An explicit backend runs or raises
+``auto`` takes the first of cuda, triton, cpu, eager whose refusal list is empty. An explicit backend runs or raises
 ``UnsupportedError`` with every reason; it never falls back.
 """
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 EAGER = "eager"
 # Module and class of each built-in backend, fastest first; imported when a backend is first considered.
-_BUILT_IN = {"triton": "fused_attn.backends.triton:TritonBackend", "cpu": "fused_attn.backends.cpu:CpuBackend"}
+_BUILT_IN = {
+    "cuda": "fused_attn.backends.cuda:CudaBackend",
+    "triton": "fused_attn.backends.triton:TritonBackend",
+    "cpu": "fused_attn.backends.cpu:CpuBackend",
+}
 _registered: dict[str, Backend] = {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
@@ -75,8 +76,30 @@ class Backend(Protocol):
         """``result`` holds the probabilities before dropout (their logarithms with ``log``)."""
 
 
+def sink_gradient(call: LoweredAttention, stats: Tensor, delta: Tensor) -> Tensor:
+    """A sink is a key with probability exp(sink - lse) and no value: its gradient is -p * delta, [heads].
+
+    stats [2 or more, batch, heads, q_len] begins with the rows' largest score and their sum of exponentials, sinks included.
+    """
+    sinks = call.terms.sinks
+    assert sinks is not None
+    top, total = stats[:2]
+    p = torch.where(total == 0, 0.0, torch.exp(sinks.float()[:, None] - top) / total)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
 def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     """The reason shared by every kernel backend: kernels cannot be traced through by torch's functional transforms."""
     if problem.transform is None:
         return []
     return [f"{problem.transform} is followed through plain torch operations only (eager)"]
+
+
+def allows_tf32() -> bool:
+    """Whether torch's switch for float32 matrix products on GPUs says TF32."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return bool(precision == "tf32" if precision not in (None, "none") else torch.backends.cuda.matmul.allow_tf32)
+
+
+# torch.compile asks while tracing: the switch's own code is native.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fused_attn.backends.base import allows_tf32
 from fused_attn.backends.triton import score_mods
 from fused_attn.backends.triton.config import TileConfig
 from fused_attn.dropout import threshold
@@ -159,12 +160,6 @@ def scores(terms: Terms, dtype: torch.dtype) -> ScoreArgs:
         tl.constexpr(raw),
         tl.constexpr(_precision(dtype)),
     )
-
-
-def allows_tf32() -> bool:
-    """Whether torch's switch for float32 matrix products says TF32."""
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return bool(precision == "tf32" if precision not in (None, "none") else torch.backends.cuda.matmul.allow_tf32)
 
 
 def dropout(terms: Terms) -> DropoutArgs | None:

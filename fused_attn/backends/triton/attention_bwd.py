@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_attn.backends.base import Forward, Gradients, Incoming
+from fused_attn.backends.base import Forward, Gradients, Incoming, sink_gradient
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
 from fused_attn.lowering import LoweredAttention
@@ -305,7 +305,7 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         programs = plan.kv_tiles * batch * call.k.shape[1]
         plan.launch(kernel, programs, (*arriving.operands, arguments.matrix(dk), arguments.matrix(dv), *arriving.scores))
         dv = dv if incoming.dout is not None else torch.zeros_like(dv)
-    dsinks = _sink_gradient(call, forward, arriving.delta) if needs[3] else None
+    dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
     places = [i for i, mod in enumerate(call.terms.mods) for _ in mod.tensors]
     tensors = tuple(t for mod in call.terms.mods for t in mod.tensors)
     dmods = (_bias_gradient(call, arriving, place, t) if need else None for place, t, need in zip(places, tensors, needs[4:], strict=True))
@@ -329,15 +329,6 @@ class _Arriving:
 
     def plan(self, stage: str) -> Plan:
         return Plan.make(self.call, stage, self.more_tiles)
-
-
-def _sink_gradient(call: LoweredAttention, forward: Forward, delta: Tensor) -> Tensor:
-    """A sink is a key with probability exp(sink - lse) and no value: its gradient is -p * delta, [heads]."""
-    sinks = call.terms.sinks
-    assert sinks is not None
-    m, total = forward.stats[:2]
-    p = torch.where(total == 0, 0.0, torch.exp(sinks.float()[:, None] - m) / total)
-    return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _bias_gradient(call: LoweredAttention, arriving: _Arriving, place: int, bias: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Flash attention forward (arXiv 2205.14135, 2307.08691): one program per tile of queries walks over the keys it can reach.
 
 Row statistics stay in the unit of the product where nothing but a positive scale sits before the softmax (``score.raw``): scaling then
-costs one fused multiply-add per element, and backward recomputes exactly the same exponent.
+joins the factor of the exponent, and backward recomputes exactly the same one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ def product(q, k, q_source, k_source, score, tile):
 @triton.jit
 def exponentials(scores, m, score):
     """exp(scores - m); ``m`` broadcasts and is finite."""
-    if score.raw:
-        return tl.exp2(scores * score.factor - m * score.factor)
-    else:
-        # With modifications scores may be huge and equal (finite mask values): the exact difference comes first.
-        return tl.exp2((scores - m) * score.factor)
+    # Scores may be huge and equal: the exact difference comes first. A fused multiply-add would leave the rounding of m * factor, 2^-24 of
+    # the largest logit, in every exponent.
+    return tl.exp2((scores - m) * score.factor)
 
 
 @triton.jit

@@ -1,0 +1,39 @@
+// The one place where CUDA kernels read a mask: a row's interval of keys, and the test of one pair.
+#pragma once
+
+#include "fused_attn/tensor.cuh"
+
+namespace fused_attn {
+
+struct Interval {
+  int start, end;  // half open; start >= end: the row is empty
+
+  __device__ bool contains(int kv) const { return kv >= start && kv < end; }
+  __device__ bool empty() const { return start >= end; }
+};
+
+__device__ inline int query_shift(const MaskParams& mask, int b) { return mask.shift + (mask.shifts != nullptr ? mask.shifts[b] : 0); }
+
+// The keys of row q within [0, kv_len]; nothing for rows beyond q_len.
+__device__ inline Interval row_interval(const MaskParams& mask, int b, int q, const Sizes& sizes) {
+  if (q >= sizes.q_len) return {0, 0};
+  const int position = q + query_shift(mask, b);
+  int start = 0, end = sizes.kv_len;
+  if (mask.left >= 0) start = max(start, position - mask.left);
+  if (mask.right >= 0) end = min(end, position + mask.right + 1);
+  if (mask.kv_start.data != nullptr) start = max(start, *at<const int>(mask.kv_start, b, 0, q, 0));
+  if (mask.kv_end.data != nullptr) end = min(end, *at<const int>(mask.kv_end, b, 0, q, 0));
+  return {start, end};
+}
+
+// Whether keep, where there is one, lets the pair through; (q, kv) must lie inside the problem.
+__device__ inline bool kept(const MaskParams& mask, int b, int h, int q, int kv) {
+  return mask.keep.data == nullptr || *at<const uint8_t>(mask.keep, b, h, q, kv) != 0;
+}
+
+// What keep says of tile (q_tile, kv_tile): 0 nothing, 1 mixed, 2 everything.
+__device__ inline int tile_state(const MaskParams& mask, int b, int h, int q_tile, int kv_tile) {
+  return mask.summary.data == nullptr ? 2 : *at<const int8_t>(mask.summary, b, h, q_tile, kv_tile);
+}
+
+}  // namespace fused_attn

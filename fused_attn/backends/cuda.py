@@ -1,0 +1,154 @@
+"""The cuda backend: CUDA C++ kernels of ``csrc/``, compiled on request (``python -m fused_attn build``) into one library.
+
+The library's operators take the normal form flattened, as the ops of ``fused_attn.ops`` do. It serves compute capability 8.0 and later,
+and loads on a torch without CUDA too, where nothing can run on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, allows_tf32, sink_gradient, transform_refusal
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.problem import AttentionProblem, SoftmaxProblem
+
+MAX_HEAD_DIM = 256
+MAX_MODS = 8
+# Score modifications that csrc/include/fused_attn/score_mod.cuh knows, and whether their tensor gets a gradient.
+MODS = {"softcap": False, "alibi": False, "bias": True}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def library_path() -> Path:
+    """Where the compiled library lies: ``FUSED_ATTN_LIBRARY``, or beside the package's modules."""
+    return Path(os.environ.get("FUSED_ATTN_LIBRARY") or Path(__file__).parents[1] / "_native.so")
+
+
+@functools.cache
+def _load(path: Path) -> str:
+    """Loads the library once; the reason why it cannot be used, or an empty string."""
+    if not path.is_file():
+        failure = path.with_name("_native_failure.txt")  # what setup.py leaves
+        reason = f"; the build during installation failed: {failure.read_text().strip()}" if failure.is_file() else ""
+        return f"the native library is not built (python -m fused_attn build){reason}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the native library {path} does not load: {error}"
+    return ""
+
+
+def _failure() -> str:
+    return _load(library_path())
+
+
+# torch.compile runs it while tracing instead of tracing through the load (what torch.compiler.assume_constant_result sets).
+_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class CudaBackend:
+    """Kernels written in CUDA C++; see ``csrc/``."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+        """Every reason why these kernels cannot run the problem."""
+        device = problem.device
+        if device.type != self.device_type:
+            return [f"it runs on {self.device_type.upper()} tensors only, not on {device.type}"]
+        failure = _failure()
+        if failure:
+            return [failure]
+        reasons = transform_refusal(problem)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            reasons.append(f"kernels need compute capability 8.0; the device has {torch.cuda.get_device_capability(device)}")
+        dtype = problem.inputs[0].dtype
+        if dtype not in _DTYPES:
+            reasons.append(f"{str(dtype).removeprefix('torch.')} is computed by cpu and eager only")
+        if isinstance(problem, AttentionProblem):
+            sizes = (problem.q.shape[-1], problem.v.shape[-1])
+            if not all(1 <= size <= MAX_HEAD_DIM for size in sizes):
+                reasons.append(f"head_dim and value_dim must be in [1, {MAX_HEAD_DIM}]; got {sizes[0]} and {sizes[1]}")
+            if dtype == torch.float32 and allows_tf32():
+                reasons.append("TF32 is asked for, and these kernels compute float32 to its full precision")
+        return reasons + _mod_refusals(problem)
+
+    def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
+        return None
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Runs an operator of the library."""
+        return getattr(torch.ops.fused_attn_cuda, name)(*args)
+
+    def stats_shape(self, call: LoweredAttention) -> tuple[int, ...]:
+        # Two statistics per row; where 16-bit outputs would cost the sinks' gradient its accuracy, the float32 output as well.
+        wide = call.terms.sinks is not None and call.q.dtype.itemsize < 4
+        return (2 + call.v.shape[-1] * wide, *call.shape[:3])
+
+    def attention_fwd(self, call: LoweredAttention) -> Forward:
+        return Forward(*self.call("attention_fwd", call.q, call.k, call.v, *_flat(call.terms)))
+
+    def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
+        probs, scores, _, *per_row = request.flags
+        wanted = (probs, scores, *per_row)
+        tensors = self.call("attention_aux", call.q, call.k, call.v, *_flat(call.terms), forward.stats, [int(w) for w in wanted])
+        return AuxTensors(*(t if want else None for t, want in zip(tensors, wanted, strict=True)))
+
+    def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
+        inputs = (call.q, call.k, call.v, *call.terms.parameters)
+        if 0 in call.shape:
+            return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
+        arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
+        dq, dk, dv, delta, *mods = self.call(
+            "attention_bwd", call.q, call.k, call.v, *_flat(call.terms), forward.out, forward.stats, *arriving, [int(n) for n in needs]
+        )
+        dsinks = sink_gradient(call, forward.stats, delta) if needs[3] else None
+        tensors = (t for m in call.terms.mods for t in m.tensors)
+        shaped = (g.sum_to_size(t.shape).to(t.dtype) if need else None for g, t, need in zip(mods, tensors, needs[4:], strict=True))
+        return *(g if need else None for g, need in zip((dq, dk, dv), needs, strict=False)), dsinks, *shaped
+
+    def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
+        out, probs = self.call("softmax_fwd", call.scores, *_flat(call.terms), call.log, call.uniform_empty)
+        return out, probs if call.terms.dropout else None
+
+    def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
+        switches = (call.log, call.uniform_empty, [int(n) for n in needs])
+        grads = self.call("softmax_bwd", call.scores, *_flat(call.terms), result, dout, *switches)
+        inputs = (call.scores, *call.terms.parameters[1:])
+        dbias = (
+            g.sum(0).to(t.dtype) if need and t is not None else None for g, t, need in zip(grads[1:], inputs[1:], needs[1:], strict=True)
+        )
+        return grads[0] if needs[0] else None, *dbias
+
+
+def _flat(terms: Terms) -> tuple[Any, ...]:
+    """The flattened terms with every tensor in a dtype that the kernels read."""
+    q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *scalars = terms.flatten()
+    offset = None if q_offset is None else q_offset.to(torch.int32).contiguous()
+    return offset, kv_start, kv_end, keep, seed, None if sinks is None else _narrow(sinks), [_narrow(t) for t in mod_tensors], *scalars
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    mods, count, reasons = problem.modifiers.score_mods, 0, []
+    for mod in mods:
+        kernels = mod.kernels or (mod.name,)
+        count += len(kernels)
+        if not set(kernels) <= set(MODS):
+            reasons.append(f"{type(mod).__name__} has no CUDA function (csrc/include/fused_attn/score_mod.cuh)")
+        elif not all(MODS[k] for k in kernels) and any(t.requires_grad for t in mod.tensors):
+            reasons.append(f"{type(mod).__name__} has no gradient for its tensor in CUDA")
+    if count > MAX_MODS:
+        reasons.append(f"at most {MAX_MODS} score modifications fit a kernel's arguments; got {count}")
+    return reasons
