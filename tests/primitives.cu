@@ -18,6 +18,14 @@ KERNEL cp_async(uint4* to, const uint4* from, const int* bytes) {
   to[threadIdx.x] = shared[threadIdx.x];
 }
 
+// A planted fault: nothing waits for the copy.
+KERNEL cp_async_unawaited(uint4* to, const uint4* from) {
+  __shared__ uint4 shared[32];
+  ptx::cp_async(&shared[threadIdx.x], from + threadIdx.x, 16);
+  ptx::cp_async_commit();
+  to[threadIdx.x] = shared[threadIdx.x];
+}
+
 // from [16, 16] of 16 bits; to [2, 32, 4] registers, as it is and transposed.
 KERNEL ldmatrix(uint32_t* to, const uint16_t* from) {
   __shared__ __align__(16) uint16_t shared[16][16];

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-import fused_attn as fa
-from fused_attn.testing import DIFFERENTIABLE, Inputs, check_inputs, inputs_of
+from fused_attn.testing import DIFFERENTIABLE, check_inputs
 from tests import aot
+from tests.problems import problems
 
 SIMULATOR = Path(__file__).resolve().parents[2] / "shared" / "cusim"
 
@@ -52,18 +52,6 @@ def simulate(chip: int) -> None:
     for module in ("attention_fwd", "attention_aux", "attention_bwd", "softmax"):
         importlib.import_module(f"fused_attn.backends.triton.{module}")
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-def problems(dtype: torch.dtype) -> dict[str, Inputs]:
-    """Two problems that together reach every attention kernel, masked and full tiles, mended rows excepted."""
-    q, k, v = torch.randn(1, 2, 70, 32), torch.randn(1, 1, 140, 32), torch.randn(1, 1, 140, 32)
-    q, k, v = (t.to(dtype) for t in (q, k, v))
-    keep = torch.rand(1, 1, 70, 140) < 0.4
-    keep[..., :64] = False
-    bias = fa.Bias(torch.randn(1, 2, 70, 140))
-    window = {"mask": fa.SlidingWindow(100, 10), "q_offset": 30, "score_mods": (fa.SoftCap(2.0),), "sinks": torch.randn(2)}
-    dense = {"mask": fa.Dense(keep) & fa.ValidLengths(torch.tensor([130])), "score_mods": (bias,), "dropout": fa.Dropout(0.3, seed=5)}
-    return {name: inputs_of(q, k, v, **options) for name, options in (("plain", {}), ("window", window), ("dense", dense))}
 
 
 if __name__ == "__main__":

@@ -27,9 +27,18 @@ PROJECT = [
 ]
 TEXTS = [
     p
-    for p in (*PROJECT, *ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("Makefile"))
+    for p in (
+        *PROJECT,
+        *sorted((ROOT / "csrc").rglob("*.*")),
+        *(ROOT / "tests").glob("*.cu"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.toml"),
+        *ROOT.glob("*.py"),
+        *ROOT.glob("Makefile"),
+    )
     if p.name != "test_architecture.py"
 ]
+NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Lower may not import higher; one number is one layer.
@@ -235,6 +244,7 @@ def test_one_stem_per_op(stem):
     assert hasattr(torch.ops.fused_attn, stem)
     assert callable(getattr(ops, stem))
     assert callable(getattr(Backend, stem))
+    assert f'm.def("{stem}(' in (ROOT / "csrc" / "bindings.cpp").read_text()
 
 
 def comments(path):
@@ -273,6 +283,40 @@ def test_text_is_free_of_this_machine(path):
     text = path.read_text()
     assert re.findall(r"(?<![\w.])/(?:work|home|root|Users|tmp/w)/\S*", text) == []
     assert re.findall(r"https?://(?:\d+\.\d+\.\d+\.\d+|localhost|[\w.-]*(?:registry|mirror|artifactory|nexus|proxy)[\w.-]*)\S*", text) == []
+
+
+# The layers of csrc/: a file may include those of its own rank or below.
+NATIVE_LAYERS = ("include/fused_attn/ptx/", "include/fused_attn/", "cuda/", "bindings.cpp")
+
+
+def native_layer(name):
+    """params.h and tensor.cuh are what everything stands on; launch.h is what the launchers promise the bindings."""
+    if name.endswith(("/params.h", "/tensor.cuh", "cuda/configs.h")):
+        return -1
+    if name.endswith("/launch.h"):
+        return 2
+    return next(i for i, prefix in enumerate(NATIVE_LAYERS) if name.startswith(prefix))
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=[str(p.relative_to(ROOT)) for p in NATIVE])
+def test_native_layers_and_sizes(path):
+    name, text = str(path.relative_to(ROOT / "csrc")), path.read_text()
+    assert len(text.splitlines()) <= 500
+    assert text.startswith("// "), "say what the file is for"
+    for included in re.findall(r'#include "([^"]+)"', text):
+        there = included if included.startswith("cuda/") else f"include/{included}"
+        assert (ROOT / "csrc" / there).is_file()
+        assert native_layer(there) <= native_layer(name), f"{name} includes {included}"
+    assert name == "bindings.cpp" or not re.search(r"#include <(torch|ATen|c10)", text)
+    assert not re.search(r"^\s*//\s*[\w\[\]().>*&-]+\s*[=(].*;\s*$", text, re.M), "no commented-out code"
+
+
+def test_no_dead_device_functions():
+    """Every function and type of csrc/ is named at least twice."""
+    text = "\n".join(re.sub(r"//.*", "", p.read_text()) for p in NATIVE)
+    defined = set(re.findall(r"__device__[\w\s&*<>,:]*?\b(\w+)\(", text)) | set(re.findall(r"^(?:struct|class) (\w+)", text, re.M))
+    unused = {name for name in defined if len(re.findall(rf"\b{name}\b", text)) < 2}
+    assert len(defined) > 40 and unused == set()
 
 
 def test_backends_call_the_kernels_of_torch_and_not_its_patchable_attribute():

@@ -58,6 +58,19 @@ def test_cp_async(run: Any) -> None:
 
 
 @simulated
+def test_the_simulator_reports_planted_faults(run: Any) -> None:
+    """Otherwise its silence elsewhere would say nothing."""
+    error = simulated_cuda.simulator().SimError
+    source, to = torch.zeros(32, 4), poisoned(32, 4)
+    with pytest.raises(error, match=r"cp\.async") as caught:
+        run("cp_async_unawaited", 32, to, source)
+    assert caught.value.kind == "race"
+    with pytest.raises(error) as caught:
+        run("cp_async", 32, to, source[:31].clone(), torch.full((32,), 16, dtype=torch.int32))
+    assert caught.value.kind == "global-oob"
+
+
+@simulated
 def test_ldmatrix(run: Any) -> None:
     """Register j of lane l holds row l / 4, columns 2 (l % 4) and one more, of tile j; transposed: rows and columns swapped."""
     source, to = torch.randint(-9999, 9999, (16, 16), dtype=torch.int16), poisoned(2, 32, 4, dtype=torch.int32)
@@ -184,7 +197,11 @@ def test_score_modifications(kinds: list[int], run: Any) -> None:
     x, bias = torch.randn(q_len, 32) * 3, torch.randn(q_len, 32).half()
     x[0, :4] = torch.tensor([0.0, 1e-6, 300.0, -300.0])
     distance = (torch.arange(q_len)[:, None] + shift - torch.arange(32)).abs()
-    steps = {SOFTCAP: lambda s: cap * torch.tanh(s / cap), ALIBI: lambda s: s - slope.double() * distance, BIAS: lambda s: s + bias.double()}
+    steps = {
+        SOFTCAP: lambda s: cap * torch.tanh(s / cap),
+        ALIBI: lambda s: s - slope.double() * distance,
+        BIAS: lambda s: s + bias.double(),
+    }
     for down_to in range(len(kinds) + 1):
         scores, grads = poisoned(q_len, 32), poisoned(q_len, 32)
         args = (x, slope, bias, torch.tensor(kinds or [0], dtype=torch.int32), len(kinds), cap, shift, q_len, down_to)

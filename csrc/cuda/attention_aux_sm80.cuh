@@ -30,16 +30,57 @@ struct Rows {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// Writes one row's share of a tile: probabilities or scores [16, kN * 8] to [batch, heads, q_len, kv_len].
+// Four words of each of four neighbouring lanes, transposed: word i of lane t goes to word t of lane i.
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? w[i] : w[i | bit], bit);
+      if (upper) w[i] = got;
+      else w[i | bit] = got;
+    }
+  }
+}
+
+// Writes a warp's rows of a tile, probabilities or scores [16, kN * 8], to [batch, heads, q_len, kv_len]: full sectors of 32 bytes where
+// the rows of the result are aligned, which needs 8 columns of 16 bits side by side in one lane.
 template <class T, int kN>
-__device__ __forceinline__ void store_pairs(const float (&s)[kN][4], const Matrix& to, const Sizes& sizes, int b, int h,
-                                            const Row (&rows)[2], int first) {
+__device__ __forceinline__ void store_rows(const float (&s)[kN][4], const Matrix& to, const Sizes& sizes, int b, int h,
+                                           const Row (&rows)[2], int first) {
+  const int t = threadIdx.x % 4;
+  const bool vectors = sizes.kv_len % 8 == 0;
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
+  for (int half = 0; half < 2; ++half) {
+    const int q = rows[half].q;
+    T* row = at<T>(to, b, h, q, 0);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int kv = first + n * 8 + threadIdx.x % 4 * 2 + e % 2, q = rows[e / 2].q;
-      if (q < sizes.q_len && kv < sizes.kv_len) *at<T>(to, b, h, q, kv) = from_float<T>(s[n][e]);
+    for (int n = 0; n < kN; n += 4) {
+      uint32_t words[4] = {};
+      if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = pack<T>(s[n + i][half * 2], s[n + i][half * 2 + 1]);
+        if (vectors) quad_transpose(words);
+      }
+      if (q >= sizes.q_len) continue;
+      if (vectors && sizeof(T) == 2) {
+        const int kv = first + (n + t) * 8;
+        if (kv < sizes.kv_len) __stwb(reinterpret_cast<uint4*>(row + kv), make_uint4(words[0], words[1], words[2], words[3]));
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int kv = first + (n + i) * 8 + t * 2;
+        const float x = s[n + i][half * 2], y = s[n + i][half * 2 + 1];
+        if (vectors) {
+          if (kv < sizes.kv_len) __stwb(reinterpret_cast<float2*>(row + kv), make_float2(x, y));
+        } else {
+          if (kv < sizes.kv_len) row[kv] = from_float<T>(x);
+          if (kv + 1 < sizes.kv_len) row[kv + 1] = from_float<T>(y);
+        }
+      }
     }
   }
 }
@@ -72,8 +113,13 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
     __syncthreads();
     const int keep = tile_state(p.mask, b, h, place.tile, first / kBlockKv);
     float s[kN][4];
-    multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile(i));
-    to_scores<true>(s, p, scorer, b, h, rows, shift, first, keep == 2 && near.covers(first, first + kBlockKv), keep);
+    if (keep != 0 && first < near.high && first + kBlockKv > near.low) {
+      multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile(i));
+      to_scores<true>(s, p, scorer, b, h, rows, shift, first, keep == 2 && near.covers(first, first + kBlockKv), keep);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = -INFINITY;
+    }
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -86,8 +132,8 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
         else s[n][e] = scorer.natural(s[n][e]);
       }
     }
-    if (p.scores.data != nullptr) store_pairs<T>(s, p.scores, sizes, b, h, rows, first);
-    else if (p.probs.data != nullptr) store_pairs<T>(s, p.probs, sizes, b, h, rows, first);
+    if (p.scores.data != nullptr) store_rows<T>(s, p.scores, sizes, b, h, rows, first);
+    else if (p.probs.data != nullptr) store_rows<T>(s, p.probs, sizes, b, h, rows, first);
     __syncthreads();
   }
   ptx::cp_async_wait<0>();

@@ -12,9 +12,10 @@ __device__ __forceinline__ void load_incoming(float (&y)[kVector<T>], float (&g)
   RowView<const T>(p.result, row).load(y, kv, p.sizes.kv_len);
   RowView<const T>(p.dout, row).load(g, kv, p.sizes.kv_len);
   if (p.dropout.seed != nullptr) drop(g, p.dropout, row.r, kv, p.sizes.kv_len);
+  const uint32_t allowed = p.uniform_empty ? row.allowed<kVector<T>>(p, kv) : ~0u;
 #pragma unroll
   for (int j = 0; j < kVector<T>; ++j) {
-    const bool depends = kv + j < p.sizes.kv_len && y[j] != (p.log ? -INFINITY : 0.f) && (!p.uniform_empty || row.allows(p, kv + j));
+    const bool depends = kv + j < p.sizes.kv_len && y[j] != (p.log ? -INFINITY : 0.f) && (allowed >> j & 1);
     y[j] = !depends ? 0.f : p.log ? ptx::ex2(y[j] * kLog2e) : y[j];
     if (!depends) g[j] = 0.f;
   }

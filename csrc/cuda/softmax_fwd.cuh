@@ -10,10 +10,11 @@ namespace fused_attn {
 template <class T>
 __device__ __forceinline__ void load_scores(float (&x)[kVector<T>], const SoftmaxParams& p, const Scorer<true>& scorer,
                                             const RowView<const T>& view, const SoftmaxRow& row, int kv) {
+  const uint32_t allowed = row.allowed<kVector<T>>(p, kv);
   view.load(x, kv, p.sizes.kv_len);
 #pragma unroll
   for (int j = 0; j < kVector<T>; ++j) {
-    x[j] = row.allows(p, kv + j) ? scorer.score(x[j], {row.b, row.h, row.q, row.q + row.shift, kv + j}) : -INFINITY;
+    x[j] = allowed >> j & 1 ? scorer.score(x[j], {row.b, row.h, row.q, row.q + row.shift, kv + j}) : -INFINITY;
   }
 }
 

@@ -33,6 +33,30 @@ struct SoftmaxRow {
   }
 
   __device__ bool allows(const SoftmaxParams& p, int kv) const { return keys.contains(kv) && kept(p.mask, b, h, q, kv); }
+
+  // Bit j: whether the query may attend to key kv + j; bytes of keep are read together where they lie so.
+  template <int kCount>
+  __device__ uint32_t allowed(const SoftmaxParams& p, int kv) const {
+    const int low = min(max(keys.start - kv, 0), kCount), high = min(max(keys.end - kv, 0), kCount);
+    uint32_t bits = (1u << high) - (1u << min(low, high));
+    const Matrix& keep = p.mask.keep;
+    if (bits == 0 || keep.data == nullptr) return bits;
+    if (keep.col == 1 && kv + kCount <= p.sizes.kv_len && reinterpret_cast<uintptr_t>(at<const uint8_t>(keep, b, h, q, kv)) % kCount == 0) {
+      uint32_t bytes[kCount / 4];
+      if constexpr (kCount == 4) bytes[0] = *reinterpret_cast<const uint32_t*>(at<const uint8_t>(keep, b, h, q, kv));
+      else *reinterpret_cast<uint2*>(bytes) = *reinterpret_cast<const uint2*>(at<const uint8_t>(keep, b, h, q, kv));
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if ((bytes[j / 4] >> j % 4 * 8 & 0xff) == 0) bits &= ~(1u << j);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if ((bits >> j & 1) != 0 && !kept(p.mask, b, h, q, kv + j)) bits &= ~(1u << j);
+      }
+    }
+    return bits;
+  }
 };
 
 template <class T>
@@ -61,10 +85,7 @@ struct RowView {
 
   __device__ void store(const float (&x)[kVector<T>], int kv, int kv_len) const {
     if (is_vector && kv + kVector<T> <= kv_len) {
-      uint4 bits;
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) reinterpret_cast<T*>(&bits)[j] = from_float<T>(x[j]);
-      *reinterpret_cast<uint4*>(row + kv) = bits;
+      __stwb(reinterpret_cast<uint4*>(row + kv), pack_chunk<T>(x));  // a plain assignment is cut into words in some unrolled copies
     } else {
 #pragma unroll
       for (int j = 0; j < kVector<T>; ++j) {

@@ -23,19 +23,6 @@ struct FragmentB {
   uint32_t x[kTerms<T>][2][2];
 };
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<half>(float low, float high) {
-  const half2 h = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<bfloat16>(float low, float high) {
-  const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-
 // The upper 16 bits of a number and what is left; an infinity has no rest.
 __device__ __forceinline__ float truncate(float x, float& rest) {
   const float high = __uint_as_float(__float_as_uint(x) & 0xffff0000u);

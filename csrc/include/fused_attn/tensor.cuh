@@ -45,6 +45,27 @@ __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two neighbours as one register.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+// Sixteen bytes of neighbours. Words, not elements: from single 16-bit elements the compiler makes stores of four bytes.
+template <class T>
+__device__ __forceinline__ uint4 pack_chunk(const float (&x)[16 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 2) return {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])};
+  else return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+}
+
 // An element of a tensor whose dtype is known at run time only (biases, sinks).
 __device__ inline float load(const Matrix& m, DType dtype, int b, int h, int row, int col) {
   switch (dtype) {
