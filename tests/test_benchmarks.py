@@ -106,6 +106,15 @@ def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_overhead_reports_the_ratio_and_its_bound() -> None:
     report = overhead.run(CPU, 0.2)
     assert len(report.rows) == 4 and "5.00x" in str(report) and "requires_grad" in str(report)
+    assert "Backend cuda is not measured: " in report.note
+
+
+def test_overhead_measures_the_cuda_backend_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "_refusal", lambda device: "")
+    attend = fa.attention  # another backend stands for it: what is tested is the table
+    monkeypatch.setattr(fa, "attention", lambda *args, backend="auto", **options: attend(*args, **options))
+    report = overhead.run(CPU, 0.2)
+    assert [row.cells[-1] for row in report.rows] == ["5.00x"] * 4 + ["2.00x"] * 2 + ["-"] * 2
 
 
 def test_memory_of_a_window_stays_below_the_dense_one() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from fused_attn import build
 from fused_attn.__main__ import main
-from fused_attn.backends.cuda import _load, library_path
+from fused_attn.backends.cuda import _failure, library_path
 from tests import native
 
 ROOT = build.ROOT
@@ -176,12 +176,16 @@ def test_a_wheel_whose_build_fails_is_pure_python(checkout: Path) -> None:
 
 
 @pytest.mark.quick
-def test_the_backend_says_why_there_is_no_library(tmp_path: Path) -> None:
-    assert _load(tmp_path / "none.so") == "the native library is not built (python -m fused_attn build)"
+def test_the_backend_says_why_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failure(name: str) -> str:
+        monkeypatch.setenv("FUSED_ATTN_LIBRARY", str(tmp_path / name))
+        return _failure()
+
+    assert failure("none.so") == "the native library is not built (python -m fused_attn build)"
     (tmp_path / "_native_failure.txt").write_text("nvcc was not there.\n")
-    assert _load(tmp_path / "other.so").endswith("; the build during installation failed: nvcc was not there.")
+    assert failure("other.so").endswith("; the build during installation failed: nvcc was not there.")
     (tmp_path / "broken.so").write_text("no library")
-    assert "broken.so does not load: " in _load(tmp_path / "broken.so")
+    assert "broken.so does not load: " in failure("broken.so")
 
 
 @pytest.fixture(scope="session")

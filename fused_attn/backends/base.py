@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -95,11 +96,24 @@ def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     return [f"{problem.transform} is followed through plain torch operations only (eager)"]
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def capability_refusal(device: torch.device) -> str:
+    """The reason shared by the GPU backends, or an empty string: their instructions begin with compute capability 8.0."""
+    if device.type != "cuda" or _capability(device) >= (8, 0):
+        return ""
+    return f"kernels need compute capability 8.0; the device has {'.'.join(map(str, _capability(device)))}"
+
+
 def allows_tf32() -> bool:
     """Whether torch's switch for float32 matrix products on GPUs says TF32."""
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return bool(precision == "tf32" if precision not in (None, "none") else torch.backends.cuda.matmul.allow_tf32)
 
 
-# torch.compile asks while tracing: the switch's own code is native.
+# torch.compile runs these while tracing instead of tracing through caches and native code (see backends._load).
+capability_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

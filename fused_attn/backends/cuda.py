@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, allows_tf32, sink_gradient, transform_refusal
+from fused_attn.backends.base import (
+    AuxTensors,
+    Forward,
+    Gradients,
+    Incoming,
+    allows_tf32,
+    capability_refusal,
+    sink_gradient,
+    transform_refusal,
+)
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
@@ -32,8 +41,9 @@ def library_path() -> Path:
 
 
 @functools.cache
-def _load(path: Path) -> str:
-    """Loads the library once; the reason why it cannot be used, or an empty string."""
+def _load(named: str) -> str:
+    """Loads the library once; the reason why it cannot be used, or an empty string. ``named``: FUSED_ATTN_LIBRARY."""
+    path = library_path()
     if not path.is_file():
         failure = path.with_name("_native_failure.txt")  # what setup.py leaves
         reason = f"; the build during installation failed: {failure.read_text().strip()}" if failure.is_file() else ""
@@ -46,7 +56,8 @@ def _load(path: Path) -> str:
 
 
 def _failure() -> str:
-    return _load(library_path())
+    # Every call comes through here: comparing text takes 1 us, making a Path and comparing it took 7.
+    return _load(os.environ.get("FUSED_ATTN_LIBRARY", ""))
 
 
 # torch.compile runs it while tracing instead of tracing through the load (what torch.compiler.assume_constant_result sets).
@@ -67,9 +78,7 @@ class CudaBackend:
         failure = _failure()
         if failure:
             return [failure]
-        reasons = transform_refusal(problem)
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            reasons.append(f"kernels need compute capability 8.0; the device has {torch.cuda.get_device_capability(device)}")
+        reasons = transform_refusal(problem) + [r for r in [capability_refusal(device)] if r]
         dtype = problem.inputs[0].dtype
         if dtype not in _DTYPES:
             reasons.append(f"{str(dtype).removeprefix('torch.')} is computed by cpu and eager only")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, transform_refusal
+from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, capability_refusal, transform_refusal
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
@@ -37,9 +37,7 @@ class TritonBackend:
             return [f"there are no kernels for {device.type} devices"]
         if not _INSTALLED:
             return ["Triton is not installed (pip install triton)"]
-        reasons = transform_refusal(problem)
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            reasons.append(f"kernels need compute capability 8.0; the device has {torch.cuda.get_device_capability(device)}")
+        reasons = transform_refusal(problem) + [r for r in [capability_refusal(device)] if r]
         dtype = problem.inputs[0].dtype
         if dtype == torch.float64:
             reasons.append("float64 is computed by cpu and eager only")
