@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fused_attn.backends.cuda import library_path
 from tests import simulated_cuda
 
 
@@ -70,6 +71,8 @@ def _backend(name: str, device: str) -> Any:
         marks.append(pytest.mark.skip(reason="the cpu backend runs CPU tensors only"))
     if name == "cuda" and device == "cpu" and simulated_cuda.missing():
         marks.append(pytest.mark.skip(reason=simulated_cuda.missing()))
+    if name == "cuda" and device == "cuda" and not library_path().is_file():
+        marks.append(pytest.mark.skip(reason="the native library is not built (python -m fused_attn build)"))
     if name == "triton" and importlib.util.find_spec("triton") is None:
         marks.append(pytest.mark.skip(reason="triton is not installed"))
     return pytest.param(name, marks=marks, id=name)

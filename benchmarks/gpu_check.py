@@ -1,0 +1,182 @@
+"""``benchmarks/gpu_check.sh OUT_DIR``: what a GPU shows that nothing else can, on one page and in one JSON file.
+
+The tests with ``--device cuda``, compute-sanitizer on a small selection, and the benchmarks. Each step is a process of its own with a log in
+OUT_DIR; a step that cannot run here says why and does not count as passed. Nothing is built or installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.__main__ import OPS
+from fused_attn.backends.cuda import library_path
+from fused_attn.cli.info import devices, versions
+from fused_attn.cli.text import seconds, table
+
+ROOT = Path(__file__).resolve().parents[1]
+# The tests whose subject is what kernels compute; the others compile, or look at the source.
+PARITY = (
+    "attention",
+    "softmax",
+    "dropout",
+    "definition",
+    "bug_classes_contract",
+    "bug_classes_masks",
+    "bug_classes_numerics",
+    "sdpa",
+    "extension",
+    "compile",
+)
+NEEDED = ("pytest", "hypothesis", "numpy")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Args:
+        name: of the step and of its log.
+        command: what runs.
+        limit: seconds after which it is stopped.
+        summary: from the log's text to what the table shows.
+        missing: why it cannot run here, or an empty string.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    summary: Callable[[str], str]
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: "passed", "failed" or "not run"."""
+
+    step: str
+    verdict: str
+    seconds: float
+    detail: str
+
+
+def steps(out_dir: Path, device: str, budget: float) -> list[Step]:
+    """Every step, in order."""
+    python = sys.executable
+    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    files = [f"tests/test_{name}.py" for name in PARITY]
+    parity = (python, "-m", "pytest", "-q", "--device", device, "-p", "no:cacheprovider", f"--junitxml={out_dir / 'parity.xml'}", *files)
+    made = [Step("parity", parity, 1500, _last_line, f"{', '.join(lacking)} not installed" if lacking else "")]
+    sanitizer = _sanitizer()
+    missing = "it needs a GPU" if device == "cpu" else "" if sanitizer else "compute-sanitizer was not found on PATH or in CUDA_HOME"
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "tests.sanitized")
+        made.append(Step(tool, command, 600, _sanitizer_line, missing))
+    for op in OPS:
+        command = (
+            python,
+            "-m",
+            "benchmarks",
+            "run",
+            "--op",
+            op,
+            "--device",
+            device,
+            "--seconds",
+            str(budget),
+            "--json",
+            str(out_dir / f"{op}.json"),
+        )
+        made.append(Step(op, command, 60 + 10 * budget, _bounds))
+    return made
+
+
+def _sanitizer() -> str | None:
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    found = [shutil.which("compute-sanitizer"), *(shutil.which("compute-sanitizer", path=f"{home}/bin") for home in homes if home)]
+    return next(filter(None, found), None)
+
+
+def _last_line(log: str) -> str:
+    return next((line.strip("= ") for line in reversed(log.splitlines()) if line.strip()), "no output")
+
+
+def _sanitizer_line(log: str) -> str:
+    """Its own summary."""
+    found = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", log, re.M)
+    return found[-1] if found else _last_line(log)
+
+
+def _bounds(log: str) -> str:
+    """How many rows keep their bound; the last column of the table says so."""
+    verdicts = re.findall(r" (yes|NO)$", log, re.M)
+    return f"{verdicts.count('yes')} of {len(verdicts)} bounds hold" if verdicts else _last_line(log)
+
+
+def perform(step: Step, out_dir: Path) -> Outcome:
+    """Runs a step, its output into ``<name>.log``."""
+    if step.missing:
+        return Outcome(step.name, "not run", 0.0, step.missing)
+    start, log = time.perf_counter(), out_dir / f"{step.name}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=step.limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return Outcome(step.name, "failed", step.limit, f"stopped after {step.limit:.0f} s")
+    text = log.read_text(errors="replace")
+    return Outcome(step.name, "passed" if code == 0 else "failed", time.perf_counter() - start, step.summary(text))
+
+
+def environment() -> dict[str, str]:
+    """What the numbers belong to."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    library = library_path()
+    native = f"{library.name}, {library.stat().st_size} bytes" if library.is_file() else "not built"
+    return {**dict(versions()), **dict(devices()), "commit": commit or "unknown", "native library": native}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when no step failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_check.sh", description=__doc__)
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where logs and results.json go")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to try the script itself (default cuda)")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps: parity, memcheck, racecheck, synccheck, or a benchmark")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time to measure for, per benchmark (default 20)")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch must see a GPU; it sees none. Check nvidia-smi and torch.version.cuda.")
+    out_dir = args.out_dir.resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    planned = steps(out_dir, args.device, args.seconds)
+    unknown = set(args.only or ()) - {step.name for step in planned}
+    if unknown:
+        parser.error(f"--only takes {', '.join(step.name for step in planned)}; got {', '.join(sorted(unknown))}")
+    outcomes = []
+    for step in planned:
+        if args.only and step.name not in args.only:
+            continue
+        outcomes.append(perform(step, out_dir))
+        # Written after every step: what has been measured survives whatever comes next.
+        reports = {op: json.loads(path.read_text()) for op in OPS if (path := out_dir / f"{op}.json").is_file()}
+        results = {"environment": environment(), "steps": [asdict(o) for o in outcomes], "benchmarks": reports}
+        (out_dir / "results.json").write_text(json.dumps(results, indent=1))
+    for name, value in environment().items():
+        print(f"{name}: {value}")
+    print(table(("step", "verdict", "detail", "time"), [(o.step, o.verdict, o.detail, seconds(o.seconds)) for o in outcomes], left=3))
+    return 1 if any(o.verdict == "failed" for o in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
