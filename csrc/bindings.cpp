@@ -104,13 +104,6 @@ MaskParams mask_params(const Terms& terms) {
   return mask;
 }
 
-ModKind kind_of(const std::string& name) {
-  if (name == "softcap") return ModKind::kSoftCap;
-  if (name == "alibi") return ModKind::kALiBi;
-  STD_TORCH_CHECK(name == "bias", "the cuda backend has no score modification named ", name);
-  return ModKind::kBias;
-}
-
 ScoreParams score_params(const Terms& terms) {
   ScoreParams score;
   score.scale = static_cast<float>(terms.floats[0]);
@@ -119,16 +112,15 @@ ScoreParams score_params(const Terms& terms) {
     size_t to = terms.mods.find(',', from);
     if (to == std::string::npos) to = terms.mods.size();
     const std::string entry = terms.mods.substr(from, to - from);
-    const size_t colon = entry.find(':');
+    const size_t first = entry.find(':'), second = entry.find(':', first + 1);
+    const int kind = mod_kind(entry.substr(0, first)), scalars = std::stoi(entry.substr(first + 1)),
+              tensors = std::stoi(entry.substr(second + 1));
+    STD_TORCH_CHECK(kind >= 0 && scalars <= 1 && tensors <= 1, "the cuda backend has no score modification ", entry);
     STD_TORCH_CHECK(score.count < kMaxMods, "the cuda backend takes at most ", kMaxMods, " score modifications");
     ScoreMod& mod = score.mods[score.count++];
-    mod.kind = kind_of(entry.substr(0, colon));
-    if (mod.kind == ModKind::kSoftCap) {
-      mod.scalar = static_cast<float>(terms.floats[scalar++]);
-    } else {
-      mod.tensor = matrix(terms.mod_tensors[tensor]), mod.dtype = dtype_of(terms.mod_tensors[tensor]);
-      ++tensor;
-    }
+    mod.kind = static_cast<ModKind>(kind);
+    if (scalars == 1) mod.scalar = static_cast<float>(terms.floats[scalar++]);
+    if (tensors == 1) mod.tensor = matrix(terms.mod_tensors[tensor]), mod.dtype = dtype_of(terms.mod_tensors[tensor]), ++tensor;
     from = to + 1;
   }
   score.raw = score.count == 0 && !terms.sinks.has_value() && score.scale > 0.f;
@@ -292,7 +284,7 @@ std::vector<Tensor> attention_bwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
   std::vector<Tensor> result{dq, dk, dv, delta};
   size_t tensor = 0;
   for (int place = 0; place < p.score.count; ++place) {
-    if (p.score.mods[place].kind == ModKind::kSoftCap) continue;
+    if (p.score.mods[place].tensor.data == nullptr) continue;
     const Tensor& bias = mod_tensors[tensor];
     result.push_back(needs[4 + tensor] ? bias_gradient(p, terms, place, bias, dtype, stream) : empty(bias, {0}));
     ++tensor;
@@ -372,7 +364,10 @@ STABLE_TORCH_LIBRARY(fused_attn_cuda, m) {
   m.def("softmax_fwd(Tensor scores, " FUSED_ATTN_SCHEMA ", bool log, bool uniform_empty) -> (Tensor, Tensor)");
   m.def("softmax_bwd(Tensor scores, " FUSED_ATTN_SCHEMA
         ", Tensor result, Tensor dout, bool log, bool uniform_empty, int[] needs) -> Tensor[]");
+  m.def("score_mods() -> str");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn_cuda, CompositeExplicitAutograd, m) { m.impl("score_mods", TORCH_BOX(&mod_list)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attn_cuda, CUDA, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd_op));

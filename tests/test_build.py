@@ -237,6 +237,25 @@ def test_no_kernel_spills(release: Path) -> None:
     assert [kernel for kernel in found if any(kernel[2:])] == []
 
 
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("type_code", "dtype"), [("6__half", "half"), ("13__nv_bfloat16", "bfloat16"), ("f", "float")])
+def test_registers_keep_the_budget_of_configs_h(type_code: str, dtype: str, release: Path) -> None:
+    """The table at the head of configs.h, read as it stands there."""
+    table = re.findall(r"^//   (\w+) +((?:\d+ +){11}\d+)$", (build.SOURCES / "cuda" / "configs.h").read_text(), re.M)
+    budgets = {name: [int(n) for n in numbers.split()] for name, numbers in table}
+    assert set(budgets) == {"fwd", "rows", "dq", "dkdv", "columns", "bias"}
+    for column, size in enumerate(("64", "128", "256")):
+        report = (release.parent / f"attention_{dtype}_{size}.o.log").read_text()
+        for name, numbers in budgets.items():
+            kernel = rf"attention_(?:bwd_)?{name}_kernelI{type_code}Li{size}"
+            used = re.findall(rf"entry function '\w*{kernel}\w*' for .*\n.*\n.*\n.*Used (\d+) registers", report)
+            allowed = numbers[column + (9 if dtype == "float" else 3)]
+            assert used and max(map(int, used)) <= allowed, (
+                f"{name}, {dtype}, head size {size}: {max(map(int, used))} of {allowed} registers"
+            )
+
+
 def sass(release: Path, unit: str, chip: str, kernel: str) -> dict[str, str]:
     """Machine code of the kernels of an object file whose mangled names hold ``kernel``."""
     triton = importlib.util.find_spec("triton")

@@ -1,8 +1,17 @@
 // Tile shapes: one table per (pass, bytes per element, head size). A warp owns 16 rows of the tile that stays (queries, or keys in
 // dkdv and columns), so the number of warps follows from the shape.
 //
-// Budgets: 255 registers per thread, of which accumulators take head_size / 2 (twice that in dkdv up to 128); 99 KB of shared memory, the
-// most that sm_86, sm_89 and sm_120 give a block. tests/test_native_build.py reads ptxas' reports and allows no spill.
+// Budgets, at head sizes 64, 128 and 256: shared memory in KB, of the 99 that sm_86, sm_89 and sm_120 give a block; and registers per
+// thread on sm_80 and sm_90a, of 255, the most of any variant (CUDA 13.0). tests/test_build.py holds ptxas' reports to the registers and
+// allows no spill.
+//
+//   pass     16-bit: KB, registers     float32: KB, registers
+//   fwd      48  80  96  160 208 255   32  48  64  240 232 240
+//   rows     24  48  64  128 128 112   32  48  64  208 184 184
+//   dq       48  64  80  216 248 248   48  96  96  232 255 248
+//   dkdv     48  64  80  248 248 240   40  80  96  232 216 255
+//   columns  16  32  48  104 104  80   32  48  64  184 152 152
+//   bias     32  64  96  184 192 160   48  96  96  216 216 168
 #pragma once
 
 namespace fused_attn {
@@ -23,7 +32,7 @@ constexpr TileShape tile_shape(Pass pass, int bytes, int head_size) {
   constexpr TileShape kRows16[] = {{64, 64, 2}, {64, 64, 2}, {64, 32, 2}}, kRows32[] = {{64, 64, 1}, {64, 32, 1}, {32, 32, 1}};
   constexpr TileShape kDq16[] = {{64, 64, 2}, {64, 64, 1}, {64, 16, 1}}, kDq32[] = {{64, 32, 1}, {64, 32, 1}, {32, 16, 1, 2}};
   constexpr TileShape kDkdv16[] = {{64, 64, 2}, {32, 64, 2}, {16, 64, 1}}, kDkdv32[] = {{16, 64, 1}, {16, 64, 1}, {16, 32, 1}};
-  constexpr TileShape kColumns16[] = {{64, 64, 2}, {64, 64, 2}, {32, 64, 2}}, kColumns32[] = {{64, 64, 1}, {32, 64, 1}, {32, 32, 1}};
+  constexpr TileShape kColumns16[] = {{64, 64, 1}, {64, 64, 1}, {32, 64, 1}}, kColumns32[] = {{64, 64, 1}, {32, 64, 1}, {32, 32, 1}};
   constexpr TileShape kBias16[] = {{64, 64, 1}, {64, 64, 1}, {64, 32, 1}}, kBias32[] = {{64, 32, 1}, {64, 32, 1}, {32, 16, 1}};
   switch (pass) {
     case Pass::kFwd: return wide ? kFwd32[column] : kFwd16[column];

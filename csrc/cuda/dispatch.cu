@@ -1,6 +1,7 @@
 // From a call to the instantiation that serves it, and the summary of a dense mask that lets kernels skip its empty tiles.
 #include "cuda/launch.cuh"
 #include "cuda/passes.h"
+#include "fused_attn/score_mod.cuh"
 
 namespace fused_attn {
 
@@ -46,6 +47,19 @@ __global__ void tile_summary_kernel(const __grid_constant__ SummaryParams p) {
 }
 
 }  // namespace
+
+int mod_kind(std::string_view name) {
+  for (size_t i = 0; i < std::size(kMods); ++i) {
+    if (name == kMods[i].name) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+std::string mod_list() {
+  std::string list;
+  for (const ModEntry& mod : kMods) list += (list.empty() ? "" : ",") + std::string(mod.name) + (mod.has_gradient ? ":1" : ":0");
+  return list;
+}
 
 TileShape attention_tile_shape(Pass pass, const Sizes& sizes, DType dtype) {
   const int size = head_size(sizes);

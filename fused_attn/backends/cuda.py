@@ -30,8 +30,8 @@ from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 MAX_HEAD_DIM = 256
 MAX_MODS = 8
-# Score modifications that csrc/include/fused_attn/score_mod.cuh knows, and whether their tensor gets a gradient.
-MODS = {"softcap": False, "alibi": False, "bias": True}
+# Score modifications that csrc/include/fused_attn/score_mod.cuh knows, and whether their tensor gets a gradient; known once it is loaded.
+MODS: dict[str, bool] = {}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -52,6 +52,8 @@ def _load(named: str) -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the native library {path} does not load: {error}"
+    entries = (entry.split(":") for entry in torch.ops.fused_attn_cuda.score_mods().split(","))
+    MODS.update((name, has_gradient == "1") for name, has_gradient in entries)
     return ""
 
 

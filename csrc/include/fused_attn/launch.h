@@ -4,10 +4,17 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+#include <string_view>
+
 #include "cuda/configs.h"
 #include "fused_attn/params.h"
 
 namespace fused_attn {
+
+// The kind of score modification with a name of the normal form, or -1; and all of them, as "name:has_gradient" separated by commas.
+int mod_kind(std::string_view name);
+std::string mod_list();
 
 // The tile of a pass for a call; keep's summary has one entry per tile of it.
 TileShape attention_tile_shape(Pass pass, const Sizes& sizes, DType dtype);

@@ -24,11 +24,11 @@ struct MaskParams {
   Matrix summary;               // int8 per tile of keep: 0 nothing may attend, 1 mixed, 2 everything may
 };
 
-enum class ModKind : int { kSoftCap, kALiBi, kBias };
+enum class ModKind : int;  // listed in score_mod.cuh
 
 // One score modification, applied after the scale; tensors are [batch|1, heads|1, q_len|1, kv_len|1].
 struct ScoreMod {
-  ModKind kind = ModKind::kSoftCap;
+  ModKind kind{};
   DType dtype = DType::kFloat;
   float scalar = 0.f;
   Matrix tensor;

@@ -1,9 +1,19 @@
-// Score modifications on the device: value and gradient of each kind, in the one list of this backend.
+// Score modifications on the device: the one list of this backend, and value and gradient of each. A new one is an entry in kMods, a kind,
+// a case of `apply`, and one of `pull_back` unless it only adds something to the score.
 #pragma once
 
 #include "fused_attn/tensor.cuh"
 
 namespace fused_attn {
+
+// In the order of kMods. name: that of the normal form (KernelScore.name); has_gradient: whether its tensor gets one, which
+// attention_bwd_bias computes as the gradient of what is added to a score.
+enum class ModKind : int { kSoftCap, kALiBi, kBias };
+struct ModEntry {
+  const char* name;
+  bool has_gradient;
+};
+constexpr ModEntry kMods[] = {{"softcap", false}, {"alibi", false}, {"bias", true}};
 
 // Where a score stands: indices, and the query's position on the key axis.
 struct Place {
