@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fused_attn.testing import DIFFERENTIABLE, check_inputs
+from fused_attn.testing.softmax import SoftmaxCase, check_softmax
 from tests import aot
 from tests.problems import problems
 
@@ -60,3 +61,6 @@ if __name__ == "__main__":
     for name, inputs in problems(getattr(torch, sys.argv[2])).items():
         check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{name}, simulated sm_{sys.argv[1]}")
         print(name)
+    for length in (40, 3000):  # a row in one tile, and in several
+        check_softmax(SoftmaxCase((3, 5, length), mask="bool", full=(1, 2), bias=True, dropout=0.3), "triton")
+        print(f"softmax{length}")
