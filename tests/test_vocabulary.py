@@ -28,7 +28,8 @@ MOD_NAMES = list(vocabulary(ScoreMod, Grid((2, 2, 4, 4), CPU)))
 
 @st.composite
 def grids(draw, q_len=None, kv_len=None):
-    q_len, kv_len = q_len or st.integers(1, 12), kv_len or st.integers(1, 14)
+    q_len = st.integers(1, 12) if q_len is None else q_len
+    kv_len = st.integers(1, 14) if kv_len is None else kv_len
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(q_len), draw(kv_len))
     offsets = st.integers(-6, 16)
     offset = draw(st.one_of(offsets, st.lists(offsets, min_size=shape[0], max_size=shape[0]).map(torch.tensor)))

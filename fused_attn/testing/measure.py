@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -69,15 +70,38 @@ def interleaved(functions: Mapping[str, Function], device: torch.device, effort:
         (4, True)
     """
     effort = effort or Effort()
-    first = {name: _sample(function, 1, device, effort.clock) for name, function in functions.items()}
-    repeats = {name: max(1, int(effort.sample / max(seconds, 1e-9))) for name, seconds in first.items()}
-    samples = {name: [seconds] if repeats[name] == 1 else [] for name, seconds in first.items()}
-    order, end = [*functions][::-1], time.perf_counter() + effort.seconds
-    while min(map(len, samples.values()), default=effort.rounds) < effort.rounds or (functions and time.perf_counter() < end):
+    clock = effort.clock
+    first = {name: _sample(function, 1, device, clock) for name, function in functions.items()}
+    repeats = {name: repeats_for(effort.sample, seconds) for name, seconds in first.items()}
+    samplers = {name: functools.partial(_sample, functions[name], repeats[name], device, clock) for name in reversed([*functions])}
+    rounds = effort.rounds - (set(repeats.values()) == {1})  # the calibrating call of a long function is a sample already
+    taken = turns(samplers, effort.seconds, rounds)
+    return {name: Timing((*[first[name]] * (repeats[name] == 1), *taken[name])) for name in functions}
+
+
+def repeats_for(sample: float, seconds: float) -> int:
+    """Calls of so many seconds that fill a sample."""
+    return max(1, int(sample / max(seconds, 1e-9)))
+
+
+def turns(samplers: Mapping[str, Callable[[], Result]], seconds: float, rounds: int) -> dict[str, list[Result]]:
+    """What each sampler returned, one sample in each round, A B C then C B A, until ``seconds`` are over and ``rounds`` done.
+
+    Example:
+        >>> seen = []
+        >>> turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 0.0, rounds=2)
+        {'a': [None, None], 'b': [None, None]}
+        >>> seen
+        ['a', 'b', 'b', 'a']
+    """
+    taken: dict[str, list[Result]] = {name: [] for name in samplers}
+    order, end, done = [*samplers], time.perf_counter() + seconds, 0
+    while samplers and (done < rounds or time.perf_counter() < end):
         for name in order:
-            samples[name].append(_sample(functions[name], repeats[name], device, effort.clock))
+            taken[name].append(samplers[name]())
         order.reverse()
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+        done += 1
+    return taken
 
 
 def peak_bytes(function: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
