@@ -1,39 +1,45 @@
-"""``python -m benchmarks run [--op overhead|attention|softmax|memory]``."""
+"""Benchmarks that can be trusted: ``python -m benchmarks COMMAND --help`` says more."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
+from benchmarks.commands.run import INTERRUPTED
 
-from benchmarks import attention, memory, overhead, softmax
-
-OPS = {"overhead": overhead.run, "softmax": softmax.run, "attention": attention.run, "memory": memory.run}
+COMMANDS = {
+    "run": "measure providers on cases and keep the results",
+    "compare": "two providers, two commits, or a run against history: which cases changed",
+    "calibrate": "measure the noise floor of each case by comparing identical code",
+    "bisect": "find the first commit that made a case slower",
+    "track": "find changes and slow drift in the history",
+    "report": "write an HTML page and plots",
+    "check": "correctness and performance gate against a stored baseline",
+    "export": "write the history as JSON lines",
+    "import": "add JSON lines to the history",
+    "cases": "list the cases of a plain run",
+    "bounds": "host cost per call and peak memory, held to their bounds",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a report per benchmark; 1 when a result is wrong or a bound is broken."""
+    """Runs a command; 2 when it cannot be understood or has nothing to work on, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    run = parser.add_subparsers(dest="command", required=True, metavar="command").add_parser("run", help="measure and print")
-    run.add_argument("--op", choices=OPS, help="one benchmark (default: all)")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--seconds", type=float, default=20.0, help="time to measure for, per benchmark (default 20)")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write the tables there as well")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    modules = {name: importlib.import_module(f"benchmarks.commands.{name}{'_' * (name == 'import')}") for name in COMMANDS}
+    for name, text in COMMANDS.items():
+        modules[name].add_arguments(commands.add_parser(name, help=text, description=modules[name].__doc__))
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can see")
-    reports = []
-    for op in [args.op] if args.op else OPS:
-        reports.append(OPS[op](torch.device(args.device), args.seconds))
-        print(f"{reports[-1]}\n", flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
-    return 0 if all(report.holds for report in reports) else 1
+    try:
+        return int(modules[args.command].run(args))
+    except ValueError as error:
+        print(f"python -m benchmarks {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

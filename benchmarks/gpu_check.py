@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.__main__ import OPS
+from benchmarks.commands.bounds import BOUNDS
 from fused_attn.backends.cuda import library_path
 from fused_attn.cli.info import devices, versions
 from fused_attn.cli.text import seconds, table
@@ -40,6 +40,8 @@ PARITY = (
     "extension",
     "compile",
 )
+# The results of every provider on every case, as JSON lines: what is committed under benchmarks/results/.
+SWEEP = "sweep.jsonl"
 NEEDED = ("pytest", "hypothesis", "numpy")
 
 
@@ -84,22 +86,14 @@ def steps(out_dir: Path, device: str, budget: float) -> list[Step]:
     for tool in ("memcheck", "racecheck", "synccheck"):
         command = (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "tests.sanitized")
         made.append(Step(tool, command, 600, _sanitizer_line, missing))
-    for op in OPS:
-        command = (
-            python,
-            "-m",
-            "benchmarks",
-            "run",
-            "--op",
-            op,
-            "--device",
-            device,
-            "--seconds",
-            str(budget),
-            "--json",
-            str(out_dir / f"{op}.json"),
-        )
-        made.append(Step(op, command, 60 + 10 * budget, _bounds))
+    measuring = (python, "-m", "benchmarks")
+    where = ("--device", device, "--seconds")
+    for name in BOUNDS:
+        command = (*measuring, "bounds", "--only", name, *where, str(budget), "--json", str(out_dir / f"{name}.json"))
+        made.append(Step(name, command, 60 + 10 * budget, _bounds))
+    kept = ("--json", str(out_dir / SWEEP), "--db", str(out_dir / "history.sqlite"))
+    # As long as one bound's benchmark for every ten cases: each case has many providers on a GPU.
+    made.append(Step("sweep", (*measuring, "run", *where, str(budget / 10), *kept), 1200, _last_line))
     return made
 
 
@@ -169,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         outcomes.append(perform(step, out_dir))
         # Written after every step: what has been measured survives whatever comes next.
-        reports = {op: json.loads(path.read_text()) for op in OPS if (path := out_dir / f"{op}.json").is_file()}
+        reports = {name: json.loads(path.read_text()) for name in BOUNDS if (path := out_dir / f"{name}.json").is_file()}
         results = {"environment": environment(), "steps": [asdict(o) for o in outcomes], "benchmarks": reports}
         (out_dir / "results.json").write_text(json.dumps(results, indent=1))
     for name, value in environment().items():

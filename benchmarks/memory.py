@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fused_attn as fa
-from benchmarks.harness import Report, Row
+from benchmarks.bounds import Report, Row
 from fused_attn.cli.text import size
 from fused_attn.testing.comparison import EAGER, FUSED, SDPA, seeded, shortage
 from fused_attn.testing.measure import peak_bytes

@@ -7,7 +7,7 @@ import time
 import torch
 
 import fused_attn as fa
-from benchmarks.harness import Report, Row
+from benchmarks.bounds import Report, Row
 from fused_attn.cli.text import ratio, seconds
 from fused_attn.testing.comparison import seeded
 from fused_attn.testing.measure import Effort, interleaved

@@ -1,0 +1,114 @@
+"""A stored baseline for other projects' CI: each case's time as a multiple of plain torch's, so that a slower hour does not count."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from benchmarks.cases import Case
+from benchmarks.compare import Progress, Providers, compare_launches
+from benchmarks.harness import Setup
+from benchmarks.results import Result, ResultsError, machine
+from benchmarks.significance import ALPHA
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a baseline.
+
+    Args:
+        case: its name.
+        provider: what is watched.
+        reference: what it is measured in turns with.
+        ratios: log of time / reference's time, one median per launch: launches differ by more than what happens within one.
+        timer: what took the samples.
+        environment: see ``environment.describe``.
+    """
+
+    case: str
+    provider: str
+    reference: str
+    ratios: tuple[float, ...]
+    timer: str = "wall"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> tuple[str, ...]:
+        """What has to agree before two entries may be compared."""
+        return machine(self.environment, self.timer)
+
+    @property
+    def median(self) -> float:
+        """Time as a multiple of the reference's."""
+        return math.exp(statistics.median(self.ratios))
+
+
+def write(entries: Sequence[Entry], path: Path) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in entries))
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of a file.
+
+    Raises:
+        ResultsError: it cannot be read, or a line is no entry.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path} must be a baseline; got: {error}. Write one with --update.") from None
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            known = json.loads(line)
+            entry = Entry(**{f.name: known[f.name] for f in fields(Entry)} | {"ratios": tuple(known["ratios"])})
+            Case.parse(entry.case)
+            if len(entry.ratios) < 2 or not all(isinstance(x, float) and math.isfinite(x) for x in entry.ratios):
+                raise ValueError("ratios must be two numbers or more")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ResultsError(f"{path}, line {number} must hold one entry of a baseline; got {line[:60]!r} ({error}).") from None
+        entries.append(entry)
+    if not entries:
+        raise ResultsError(f"{path} must hold at least one entry; it is empty. Write one with --update.")
+    return entries
+
+
+def measure(
+    pair: tuple[str, str], cases: Sequence[Case], setup: Setup, launches: int, progress: Progress
+) -> list[tuple[Result, Entry | None]]:
+    """The provider's last result on each case, and its entry; None where it or the reference has no time.
+
+    Args:
+        pair: reference and provider.
+        cases: on what.
+        setup: how; its seconds are shared by the launches.
+        launches: fresh starts of both.
+        progress: told of every case before it is measured.
+    """
+    reference, provider = pair
+    measured = compare_launches(Providers(pair, setup), cases, setup, launches, progress)
+    found: list[tuple[Result, Entry | None]] = []
+    for case, ((a, b), blocks) in measured.items():
+        timed = a.status == b.status == "ok"
+        ratios = tuple(statistics.median(launch) for launch in blocks) if timed else ()
+        found.append(
+            (
+                b if a.status == "ok" else replace(b, status=a.status, reason=f"{reference}: {a.reason}"),
+                Entry(case.name, provider, reference, ratios, setup.timer) if timed else None,
+            )
+        )
+    return found
+
+
+def is_slower(old: Entry, new: Entry, limit: float) -> tuple[float, float, bool]:
+    """Change as a fraction, p-value, and whether it is a regression: at least the limit, and beyond the spread between launches (Welch's test)."""
+    from scipy import stats
+
+    change = new.median / old.median - 1
+    p = float(stats.ttest_ind(old.ratios, new.ratios, equal_var=False).pvalue)
+    return change, p, change >= limit and p < ALPHA

@@ -1,0 +1,81 @@
+"""Gate for CI: every case right, and none slower than a stored baseline, as a multiple of plain torch measured in the same minutes.
+
+Exit codes: 0 all right; 1 slower; 2 bad arguments or an unreadable baseline; 3 wrong results or failures;
+4 nothing to compare with (another device, driver, torch or Triton than the baseline's), results right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from benchmarks import baseline, providers, tables
+from benchmarks.cases import Case
+from benchmarks.commands import selection
+from benchmarks.commands.compare import progress
+from benchmarks.environment import KEY, describe
+from benchmarks.results import machine
+from fused_attn.cli.text import ratio, table
+
+SLOWER, WRONG, NOT_COMPARABLE = 1, 3, 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The baseline, and what to hold it to."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("baseline", type=Path, metavar="BASELINE", help="JSON lines, kept with the project that is checked")
+    parser.add_argument("--update", action="store_true", help="write the baseline instead of comparing with it")
+    parser.add_argument("--fail-on", type=selection.percentage, default=0.05, metavar="5%", help="smallest change that fails (default 5%%)")
+    parser.add_argument("--provider", default="fused_attn", metavar="NAME", help="what is watched, with --update (default fused_attn)")
+    parser.add_argument("--reference", default="eager", metavar="NAME", help="what it is measured against, with --update (default eager)")
+    parser.add_argument("--launches", type=int, default=5, help="fresh starts; their spread is the error bar (default 5)")
+    selection.add_cases(parser)
+    selection.add_setup(parser, seconds=5.0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """See the module's text."""
+    selection.load(args)
+    if args.launches < 3:
+        raise ValueError(f"--launches must be at least 3, or there is no spread to speak of; got {args.launches}")
+    setup, described = selection.setup(args), describe(selection.setup(args).device)
+    old = {} if args.update else {entry.case: entry for entry in baseline.read(args.baseline)}
+    first = next(iter(old.values()), None)
+    pair = (first.reference, first.provider) if first else (args.reference, args.provider)
+    cases = [Case.parse(name) for name in old] or selection.chosen_cases(args)
+    with progress(len(cases) * args.launches) as tell:
+        measured = baseline.measure((providers.known(pair[0]), providers.known(pair[1])), cases, setup, args.launches, tell)
+    print(tables.environment(described))
+    comparable = all(entry.machine == machine(described, setup.timer) for entry in old.values())
+    rows, new, slower, wrong = [], [], 0, 0
+    for result, entry in measured:
+        if entry is None:
+            wrong += 1
+            rows.append((result.case, "-", "-", "-", "-", f"{result.status}: {result.reason}"))
+            continue
+        new.append(dataclasses.replace(entry, environment=described))
+        before = old.get(entry.case) if comparable else None
+        if before is None:
+            rows.append((entry.case, "-", ratio(entry.median), "-", "-", "right"))
+            continue
+        change, p, is_slower = baseline.is_slower(before, entry, args.fail_on)
+        slower += is_slower
+        verdict = "SLOWER" if is_slower else "right"
+        rows.append((entry.case, ratio(before.median), ratio(entry.median), f"{100 * change:+.1f}%", f"{p:.1g}", verdict))
+    print(f"{pair[1]}: time as a multiple of {pair[0]}'s")
+    print(table(("case", "baseline", "now", "change", "p", "verdict"), rows))
+    if wrong:
+        return WRONG
+    if args.update:
+        baseline.write(new, args.baseline)
+        print(f"{len(new)} entries written to {args.baseline}")
+        return 0
+    if not comparable:
+        was = next(iter(old.values())).machine
+        pairs = zip((*KEY, "timer"), was, machine(described, setup.timer), strict=True)
+        print(
+            f"not comparable: {', '.join(f'{name} was {a!r}, is {b!r}' for name, a, b in pairs if a != b)}. Write a baseline here with --update."
+        )
+        return NOT_COMPARABLE
+    return SLOWER if slower else 0

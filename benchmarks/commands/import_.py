@@ -1,0 +1,23 @@
+"""Add JSON lines to the history; what is there already is not added again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.commands import selection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """From where."""
+    parser.add_argument("file", type=Path, nargs="+", metavar="FILE")
+    selection.add_history(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; files are read before anything is written, so that a bad one adds nothing."""
+    read = [result for path in args.file for result in results.load(path)]
+    added = selection.history(args).add(read)
+    print(f"{added} results added, {len(read) - added} were there already")
+    return 0

@@ -1,0 +1,186 @@
+"""Figures of results, for the page (SVG that takes the text colour around it) and for papers (PNG, SVG)."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from benchmarks.cases import Case
+from benchmarks.changes import STEP, Change, Point
+from benchmarks.results import Result
+from benchmarks.tables import REFERENCE, reference_median
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; without their yellow, which is invisible on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKS = "osD^vP*X"
+# Stands for the text's colour until the SVG is in a page.
+INK = "#010203"
+T = TypeVar("T")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text, so that a page can be searched and read aloud; ids must not change from run to run.
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "fused_attn", "text.parse_math": False, "font.family": "sans-serif"}
+    )
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Powers of ten as numbers: their usual form is mathematical text, which is switched off for the sake of names with dollar signs."""
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def look(providers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a mark for each provider, the same in every figure."""
+    names = sorted(set(providers), key=lambda n: (not n.startswith("fused_attn"), n))
+    return {name: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, name in enumerate(names)}
+
+
+def speedups(results: Sequence[Result]) -> Figure:
+    """Bars: how many times faster than plain torch each provider is on each case."""
+    timed = [r for r in results if r.median and r.provider != REFERENCE and reference_median(r, results)]
+    cases, looks = list(dict.fromkeys(r.case for r in timed)), look([r.provider for r in results])
+    providers = [name for name in looks if any(r.provider == name for r in timed)]
+    figure, axes = _figure(8, 1.2 + 0.16 * len(cases) * (len(providers) + 1))
+    for i, provider in enumerate(providers):
+        mine = [r for r in timed if r.provider == provider]
+        places = [cases.index(r.case) + (i - (len(providers) - 1) / 2) * 0.8 / len(providers) for r in mine]
+        ratios = [(reference_median(r, results) or 0.0) / (r.median or 1.0) for r in mine]
+        axes.barh(places, ratios, 0.8 / len(providers), color=looks[provider][0], label=provider)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(cases)), cases, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel(f"times faster than {REFERENCE}")
+    if providers:
+        axes.legend(frameon=False, ncols=len(providers), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def roofline(results: Sequence[Result]) -> Figure:
+    """Achieved rate over arithmetic intensity, under the roofs that were measured in the same run (Williams et al., 2009)."""
+    placed = [r for r in results if r.median and r.flops and r.roofs]
+    figure, axes = _figure(6.4, 4.2)
+    looks = look([r.provider for r in results])
+    for copy, matmul in dict.fromkeys((r.roofs[0], r.roofs[1]) for r in placed):
+        dtype = next(Case.parse(r.case).dtype for r in placed if r.roofs == (copy, matmul))
+        ridge, right = matmul / copy, matmul / copy * 300
+        axes.loglog([ridge / 30, ridge, right], [matmul / 30 / 1e9, matmul / 1e9, matmul / 1e9], color=INK, linewidth=1)
+        label = f"{dtype}: {matmul / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"
+        axes.annotate(label, (right, matmul / 1e9), (0, 4), textcoords="offset points", ha="right", fontsize=8, color=INK)
+    for provider, (colour, mark) in looks.items():
+        mine = [(r.flops / r.bytes, r.flops / r.median / 1e9) for r in placed if r.provider == provider and r.median]
+        if mine:
+            axes.loglog(*zip(*mine, strict=True), mark, color=colour, label=provider, markersize=5, alpha=0.8)
+    axes.set_xlabel("operations per byte that has to move")
+    axes.set_ylabel("GFLOP/s")
+    _plain_ticks(axes)
+    if placed:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def families(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Timed results that differ in length only, where there are three lengths or more."""
+    found: dict[str, list[Result]] = {}
+    for r in results:
+        case = Case.parse(r.case)
+        if r.median and case.op == "attention":
+            batch, heads, _, head_dim = case.shape
+            found.setdefault(f"{case.op}/{case.variant}/{case.mode}/{case.dtype}/{batch}x{heads}xLx{head_dim}", []).append(r)
+    return {name: rs for name, rs in found.items() if len({r.case for r in rs}) >= 3}
+
+
+def sweep(name: str, results: Sequence[Result], looks: Mapping[str, tuple[str, str]]) -> Figure:
+    """Time over length, one line per provider."""
+    figure, axes = _figure(5.2, 3.6)
+    for provider, (colour, mark) in looks.items():
+        mine = sorted((Case.parse(r.case).shape[2], r.median * 1e3) for r in results if r.provider == provider and r.median)
+        if mine:
+            axes.loglog(*zip(*mine, strict=True), f"{mark}-", color=colour, label=provider, markersize=5)
+    lengths = sorted({Case.parse(r.case).shape[2] for r in results})
+    _plain_ticks(axes)
+    axes.set_xticks(lengths, map(str, lengths))
+    low, high = axes.get_ylim()
+    axes.set_yticks([t for e in range(-4, 7) for d in (1, 2, 5) if low <= (t := d * 10.0**e) <= high])
+    axes.set_xlabel("length")
+    axes.set_ylabel("ms")
+    axes.set_title(name, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def history(name: str, points: Sequence[Point], changes: Sequence[Change]) -> Figure:
+    """Medians run by run; a step is a vertical line, drift a note."""
+    figure, axes = _figure(5.2, 2.6)
+    axes.plot(range(len(points)), [p.median * 1e3 for p in points], "o-", color=COLOURS[0], markersize=4, linewidth=1)
+    for change in changes:
+        if change.kind == STEP:
+            axes.axvline(change.index - 0.5, color=COLOURS[1], linewidth=1.2, linestyle="--")
+            axes.annotate(
+                f"{change.percent:+.1f}% at {points[change.index].commit[:8]}",
+                (change.index - 0.5, 1),
+                (3, -9),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLOURS[1],
+            )
+        else:
+            axes.annotate(f"drift {change.percent:+.1f}%", (0.02, 0.92), xycoords="axes fraction", fontsize=8, color=COLOURS[1])
+    axes.set_xlabel("run")
+    axes.set_ylabel("ms")
+    axes.set_ylim(bottom=0)
+    axes.set_title(name, fontsize=9)
+    return figure
+
+
+def svg(figure: Figure, label: str, number: int) -> str:
+    """Markup to put into a page: what is black takes the colour of the text, and no id is used twice."""
+    from html import escape
+
+    written = io.StringIO()
+    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>f{number}-", text)
+    # Text and axes have no colour of their own in matplotlib's SVG, or black.
+    text = text.replace("#000000", "currentColor").replace(INK, "currentColor").replace("#262626", "currentColor")
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}" fill="currentColor">{text[text.index(">") + 1 :]}'
+
+
+def save(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Writes every figure of a run as PNG and SVG; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    looks = look([r.provider for r in results])
+    figures: dict[str, Callable[[], Figure]] = {"speedups": lambda: speedups(results), "roofline": lambda: roofline(results)}
+    for name, members in families(results).items():
+        figures[f"sweep-{name.replace('/', '-')}"] = lambda name=name, members=members: sweep(name, members, looks)
+    written = []
+    for name, make in figures.items():
+        figure = make()
+        for kind in ("png", "svg"):
+            written.append(folder / f"{name}.{kind}")
+            figure.savefig(written[-1], dpi=160, facecolor="white")
+    return written

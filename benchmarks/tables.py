@@ -1,0 +1,120 @@
+"""What the commands print: plain text for a terminal, Markdown for a pull request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from benchmarks.compare import Comparison
+from benchmarks.results import Result
+from fused_attn.cli.text import ratio, seconds, size, table
+
+REFERENCE = "eager"
+
+
+def environment(described: Mapping[str, str]) -> str:
+    """One line."""
+    return ", ".join(f"{name} {value}" for name, value in described.items() if value)
+
+
+def reference_median(result: Result, results: Sequence[Result]) -> float | None:
+    """What plain torch took on the same case in the same run."""
+    return next((r.median for r in results if (r.run, r.case, r.provider) == (result.run, result.case, REFERENCE)), None)
+
+
+def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
+    """Time, its spread, host time, speed against plain torch, TFLOP/s, GB/s, part of the roof; a dash where there is none."""
+    median = result.median
+    if median is None:
+        return ("-",) * 7
+    plain = reference_median(result, results)
+    host = sorted(result.host)[len(result.host) // 2] if result.host else None
+    return (
+        seconds(median),
+        "-" if result.spread is None else f"{100 * result.spread:.0f}%",
+        "-" if host is None else seconds(host),
+        "-" if plain is None else ratio(plain / median),
+        f"{result.flops / median / 1e12:.3g}" if result.flops else "-",
+        f"{result.bytes / median / 1e9:.3g}",
+        "-" if result.limit is None else f"{100 * result.limit / median:.0f}%",
+    )
+
+
+def results(measured: Sequence[Result]) -> str:
+    """One line per case and provider; what could not be measured is a line of its own below."""
+    headers = ("case", "provider", "backend", "time", "±", "host", "vs eager", "TFLOP/s", "GB/s", "of roof", "peak", "error")
+    rows, notes, shown = [], [], ""
+    for r in measured:
+        if r.status == "ok":
+            name = "" if r.case == shown else r.case
+            shown = r.case
+            peak, error = "-" if r.peak is None else size(r.peak), "-" if r.error is None else f"{r.error:.1e}"
+            rows.append((name, r.provider, r.backend or "-", *figures(r, measured), peak, error))
+        if r.reason:
+            notes.append((r.provider, r.status, r.reason, r.case))
+    lines = [table(headers, rows, left=3)] if rows else []
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for provider, status, reason, case in notes:
+        grouped.setdefault((provider, status, reason), []).append(case)
+    lines += [
+        f"  {provider} {status} ({names[0] if len(names) == 1 else f'{len(names)} cases'}): {reason}"
+        for (provider, status, reason), names in grouped.items()
+    ]
+    return "\n".join(lines)
+
+
+HEADERS = ("case", "A", "B", "B takes", "95 % interval", "p", "floor", "verdict")
+
+
+def _cells(c: Comparison) -> tuple[str, ...]:
+    times = ("-" if r.median is None else seconds(r.median) for r in (c.a, c.b))
+    d = c.difference
+    if d is None:
+        return (c.case, *times, "-", "-", "-", "-", f"{c.verdict}: {c.reason}")
+    low, high = (_percent(x) for x in (d.low, d.high))
+    return (c.case, *times, _percent(d.effect), f"{low} … {high}", f"{d.p:.1g}", _percent(d.floor), c.verdict)
+
+
+def _percent(effect: float) -> str:
+    """A log ratio as a change.
+
+    Example:
+        >>> _percent(0.0953), _percent(float("inf"))
+        ('+10.0%', '?')
+    """
+    return f"{100 * math.expm1(effect):+.1f}%" if math.isfinite(effect) else "?"
+
+
+def change(c: Comparison) -> str:
+    """One line on a comparison."""
+    if c.difference is None:
+        return f"{c.verdict}: {c.reason}"
+    low, high = _percent(c.difference.low), _percent(c.difference.high)
+    return f"{_percent(c.difference.effect)} ({low} … {high}): {c.verdict}"
+
+
+def comparisons(compared: Sequence[Comparison]) -> str:
+    """A line per case."""
+    return table(HEADERS, [_cells(c) for c in compared])
+
+
+def markdown(title: str, described: Mapping[str, str], compared: Sequence[Comparison]) -> str:
+    """For a pull request: changes first, the rest folded away."""
+    changed = [c for c in compared if c.verdict not in ("no change",)]
+    rest = [c for c in compared if c not in changed]
+    parts = [f"### {_escaped(title)}", _escaped(environment(described)), ""]
+    parts += _markdown_table(changed) if changed else ["No change beyond the noise.", ""]
+    if rest:
+        parts += [f"<details><summary>{len(rest)} cases without a change</summary>", "", *_markdown_table(rest), "</details>", ""]
+    return "\n".join(parts)
+
+
+def _markdown_table(compared: Sequence[Comparison]) -> list[str]:
+    rows = [HEADERS, *map(_cells, compared)]
+    lines = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
+    return [lines[0], "|" + " --- |" * len(HEADERS), *lines[1:], ""]
+
+
+def _escaped(text: str) -> str:
+    """No cell may end a table or begin a tag."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

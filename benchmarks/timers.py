@@ -1,0 +1,120 @@
+"""One sample of a function's time: on the device, and on the host that starts it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+Function = Callable[[], object]
+
+
+class Sample(NamedTuple):
+    """Seconds per call.
+
+    Args:
+        seconds: on the device; on the CPU the wall's.
+        host: until the call returned to its caller; None where that is the same.
+        telemetry: clocks, power, temperature and reasons for throttling right after; empty where nothing can be read.
+    """
+
+    seconds: float
+    host: float | None = None
+    telemetry: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+
+
+class Timer(Protocol):
+    """Takes samples."""
+
+    name: str
+
+    def __call__(self, function: Function, repeats: int) -> Sample: ...
+
+
+class WallTimer:
+    """The wall clock, for functions that compute on the CPU."""
+
+    name = "wall"
+
+    def __call__(self, function: Function, repeats: int) -> Sample:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return Sample((time.perf_counter() - start) / repeats)
+
+
+class EventTimer:
+    """CUDA events around each call; the cache is flushed before each, outside of what is timed.
+
+    Args:
+        device: whose stream the calls go to.
+        cold: whether the L2 cache is flushed.
+    """
+
+    name = "events"
+
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
+        self.device = device
+        # Twice the cache, so that a partial replacement policy leaves nothing.
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if cold else 0
+        self.flush = torch.empty(size, dtype=torch.int8, device=device) if size else None
+
+    def __call__(self, function: Function, repeats: int) -> Sample:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        host = 0.0
+        torch.cuda.synchronize(self.device)
+        for begin, end in events:
+            if self.flush is not None:
+                self.flush.zero_()
+            begin.record()
+            start = time.perf_counter()
+            function()
+            host += time.perf_counter() - start
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return Sample(sum(begin.elapsed_time(end) for begin, end in events) / 1e3 / repeats, host / repeats)
+
+
+class GraphTimer(EventTimer):
+    """The same on a captured CUDA graph: no host work between kernels. The host time is that of the call itself."""
+
+    name = "graph"
+
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
+        super().__init__(device, cold)
+        self.graphs: dict[int, tuple[Function, torch.cuda.CUDAGraph]] = {}
+
+    def __call__(self, function: Function, repeats: int) -> Sample:
+        if id(function) not in self.graphs:
+            side = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(side):  # what allocates or compiles on its first runs must not do so in the capture
+                for _ in range(3):
+                    function()
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function()
+            self.graphs[id(function)] = (function, graph)
+        start = time.perf_counter()
+        function()
+        host = time.perf_counter() - start
+        return Sample(super().__call__(self.graphs[id(function)][1].replay, repeats).seconds, host)
+
+
+TIMERS = ("auto", "wall", "events", "graph")
+
+
+def make(name: str, device: torch.device, cold: bool = True) -> Timer:
+    """The timer of that name; "auto" is "events" on a GPU and "wall" elsewhere.
+
+    Raises:
+        ValueError: CUDA's timers on another device, or the wall clock on a GPU, whose calls return before they are done.
+    """
+    gpu = device.type == "cuda"
+    if (name == "wall" and gpu) or (name in ("events", "graph") and not gpu):
+        raise ValueError(f"the timer must be wall on the CPU and events or graph on a GPU; got {name} on {device.type}. Leave it at auto.")
+    if not gpu:
+        return WallTimer()
+    return GraphTimer(device, cold) if name == "graph" else EventTimer(device, cold)

@@ -1,0 +1,225 @@
+"""Cases and providers: the exact result is the definition's, and every provider computes it or says why not."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import benchmarks
+import fused_attn as fa
+from benchmarks import cases, harness, providers, timers
+from benchmarks.cases import MODES, VARIANTS, Case, Problem
+from benchmarks.harness import Local, Setup
+from benchmarks.providers import Refusal
+
+pytestmark = pytest.mark.quick
+CPU = torch.device("cpu")
+SMALL = {"attention": (2, 2, 9, 8), "softmax": (2, 2, 9, 13)}
+EVERY = [Case(op, variant, mode, "float32", SMALL[op]) for op, variants in VARIANTS.items() for variant in variants for mode in MODES]
+FAST = ("fused_attn", "eager", "sdpa", "sdpa:flash", "sdpa:math")
+
+
+@pytest.mark.parametrize(
+    "module", sorted(m.name for m in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.") if m.name != "benchmarks.__main__")
+)
+def test_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda c: c.name)
+def test_names_are_read_back(case: Case) -> None:
+    assert Case.parse(case.name) == case
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("attention/causal/fwd/float32", "op/variant/mode/dtype/1x2x3x4"),
+        ("attention/causal/fwd/float32/1x2xax4", "op/variant/mode/dtype/1x2x3x4"),
+        ("attention/nothing/fwd/float32/1x2x3x4", "softmax: plain, masked"),
+        ("attention/causal/up/float32/1x2x3x4", "a mode of fwd, bwd, fwd\\+bwd"),
+        ("attention/causal/fwd/float33/1x2x3x4", "a dtype of torch"),
+        ("attention/causal/fwd/float32/1x2x3x0", "four sizes"),
+        ("attention/causal/fwd/float32/1x2x3", "four sizes"),
+    ],
+)
+def test_bad_names(name: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Case.parse(name)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda c: c.name)
+def test_the_reference_is_the_definition(case: Case) -> None:
+    """One head at a time in plain torch gives what the eager backend makes of the whole."""
+    problem = Problem(case, CPU)
+    exact = problem.reference(torch.float64)
+    doubled = [t.detach().double().requires_grad_(case.mode != "fwd") for t in problem.leaves.values()]
+    if case.op == "softmax":
+        outputs = (fa.masked_softmax(doubled[0], problem.mask, q_offset=0, backend="eager"),)
+    else:
+        q, k, v, *bias = doubled
+        mods = tuple(map(fa.Bias, bias))
+        out, aux = fa.attention(q, k, v, mask=problem.mask, score_mods=mods, return_aux=fa.AuxRequest(probs=True), backend="eager")
+        outputs = (out, aux.probs)[: 1 + problem.variant.probs]
+    grads = torch.autograd.grad(outputs, doubled, [t.double() for t in problem.incoming]) if problem.incoming else ()
+    want = problem.results(outputs, grads)
+    assert exact.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(exact[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("provider", FAST)
+@pytest.mark.parametrize("case", EVERY, ids=lambda c: c.name)
+def test_every_provider_is_right_or_refuses(case: Case, provider: str) -> None:
+    problem = Problem(case, CPU)
+    if provider.startswith("sdpa") and (case.op == "softmax" or case.variant == "probs"):
+        with pytest.raises(Refusal, match="has no softmax" if case.op == "softmax" else "cannot return probabilities"):
+            providers.bind(provider, problem)
+        return
+    if provider == "sdpa:flash" and case.variant == "bias" and case.mode != "fwd":
+        with pytest.raises(Refusal, match="torch has no such kernel for this case"):
+            providers.bind(provider, problem)()
+        return
+    call = providers.bind(provider, problem)
+    results = call()
+    assert not harness.judge(problem)(results).broken
+    assert not harness.judge(problem)(call()).broken, "the second call differs"
+
+
+def test_the_same_case_has_the_same_tensors() -> None:
+    case = Case.parse("attention/bias/fwd+bwd/float32/1x2x9x8")
+    first, second = Problem(case, CPU), Problem(case, CPU)
+    assert all(first.leaves[name].equal(second.leaves[name]) for name in first.leaves)
+    assert all(a.equal(b) for a, b in zip(first.incoming, second.incoming, strict=True))
+
+
+def test_work_is_counted_from_the_pairs_that_attend() -> None:
+    causal = Problem(Case.parse("attention/causal/fwd/float32/2x3x5x8"), CPU)
+    assert causal.flops == 4 * (2 * 3 * 15) * 8
+    assert causal.bytes == 4 * 4 * (2 * 3 * 5 * 8)
+    both = Problem(Case.parse("attention/plain/fwd+bwd/float16/2x3x5x8"), CPU)
+    assert both.flops == 14 * (2 * 3 * 25) * 8
+    assert both.bytes == 2 * (4 + 8) * (2 * 3 * 5 * 8)
+    softmax = Problem(Case.parse("softmax/masked/fwd/float32/2x3x5x8"), CPU)
+    assert softmax.flops == 0
+    assert softmax.bytes == 2 * 4 * (2 * 3 * 5 * 8) + 2 * 8, "the mask has a byte per key and sequence"
+
+
+def test_no_row_of_a_case_is_empty() -> None:
+    """Plain torch would give NaN there, and nothing could be compared."""
+    for case in EVERY:
+        keep = Problem(case, CPU).keep
+        assert keep is None or bool(keep.any(-1).all())
+
+
+def test_what_ran_is_recorded() -> None:
+    case = Case.parse("attention/causal/fwd+bwd/float32/1x1x16x16")
+    problem = Problem(case, CPU)
+    about = Local("fused_attn:triton", problem, harness.judge(problem), Setup()).prepare()
+    assert not about.verdict.broken
+    assert about.backend == "triton"
+    assert "fwd=64x64x4x1" in about.config and "bwd_dkdv=64x64x4x1" in about.config
+    assert Local("fused_attn", problem, harness.judge(problem), Setup()).prepare().backend == "cpu"
+
+
+def test_refusals_say_why() -> None:
+    problem = Problem(Case.parse("attention/masked/fwd/float32/1x1x16x16"), CPU)
+    for name, reason in {
+        "flash-attn": "dense mask",
+        "xformers": "without masks",
+        "x-transformers": "without masks",
+        "liger": "has no attention",
+    }.items():
+        with pytest.raises(Refusal, match=reason):
+            providers.bind(name, problem)
+    with pytest.raises(Refusal, match="no backward on the CPU"):
+        providers.bind("flex", Problem(Case.parse("attention/plain/bwd/float32/1x1x16x16"), CPU))
+    with pytest.raises(ValueError, match=r"a provider must be one of fused_attn, .*got 'torch'"):
+        providers.bind("torch", problem)
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "xformers", "x-transformers", "liger"])
+def test_packages_that_are_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = "softmax" if name == "liger" else "attention"
+    problem = Problem(Case(op, "plain", "fwd", "float16", SMALL[op]), CPU)
+    object.__setattr__(problem, "device", torch.device("cuda"))  # nothing runs there: the package is looked for first
+    monkeypatch.setattr(providers.importlib, "import_module", _missing)
+    with pytest.raises(Refusal, match=r"is not installed \(No module"):
+        providers.bind(name, problem)
+
+
+def _missing(name: str) -> None:
+    raise ImportError(f"No module named {name!r}")
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "xformers", "x-transformers", "liger"])
+def test_peers_are_called_as_they_ask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the packages' signatures and layouts: what reaches them is right, and what comes back is turned round again."""
+    op = "softmax" if name == "liger" else "attention"
+    for variant in ("plain", "causal", "window", "bias")[: 1 if op == "softmax" else 4]:
+        problem = Problem(Case(op, variant, "fwd", "float16", SMALL[op]), CPU)
+        object.__setattr__(problem, "device", torch.device("cuda"))
+        monkeypatch.setattr(providers.importlib, "import_module", lambda package: _StandIn(package))
+        try:
+            results = providers.bind(name, problem)()
+        except Refusal:
+            continue
+        object.__setattr__(problem, "device", CPU)
+        assert not harness.judge(problem)(results).broken
+
+
+class _StandIn:
+    """The functions of the other packages that providers call, on torch's SDPA."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.LigerSoftmaxFunction = self
+
+    class LowerTriangularMask:
+        pass
+
+    @staticmethod
+    def apply(scores: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(scores, -1)
+
+    @staticmethod
+    def flash_attn_func(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
+    ) -> torch.Tensor:
+        grid = fa.lowering.Grid((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), CPU)
+        mask = fa.Causal() & fa.SlidingWindow(*(None if side < 0 else side for side in window_size)) if causal else None
+        keep = None if mask is None else mask.allowed(grid)
+        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=keep).transpose(1, 2)
+
+    def memory_efficient_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: object = None) -> torch.Tensor:
+        causal = isinstance(attn_bias, self.LowerTriangularMask)
+        bias = attn_bias if isinstance(attn_bias, torch.Tensor) else None
+        turned = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*turned, attn_mask=bias, is_causal=causal).transpose(1, 2)
+
+    class Attend:
+        def __init__(self, *, causal: bool, flash: bool) -> None:
+            self.causal = causal
+
+        def __call__(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: torch.Tensor | None = None
+        ) -> tuple[torch.Tensor, None]:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, is_causal=self.causal), None
+
+
+def test_timers_belong_to_devices() -> None:
+    assert timers.make("auto", CPU).name == "wall"
+    for name, device in (("events", "cpu"), ("graph", "cpu"), ("wall", "cuda")):
+        with pytest.raises(ValueError, match="events or graph on a GPU"):
+            timers.make(name, torch.device(device))
+
+
+def test_default_cases_are_legal_and_named_once() -> None:
+    for kind in ("cpu", "cuda"):
+        names = [case.name for case in cases.defaults(torch.device(kind))]
+        assert len(names) == len(set(names)) > 20

@@ -1,0 +1,109 @@
+"""Changes in a history: steps where they are, slow drift, and nothing in noise."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import changes
+from benchmarks.changes import DRIFT, STEP, Point
+from benchmarks.results import History, Result
+
+pytestmark = pytest.mark.quick
+
+
+def series(seed: int, levels: list[float], noise: float = 0.01, outliers: float = 0.03) -> list[float]:
+    chance = random.Random(seed)
+    return [level * math.exp(chance.gauss(0, noise)) * (1.3 if chance.random() < outliers else 1.0) for level in levels]
+
+
+def points(medians: list[float]) -> list[Point]:
+    return [Point(f"r{i}", f"2026-01-{i:02}", f"c{i}", m) for i, m in enumerate(medians)]
+
+
+def found(medians: list[float]) -> list[changes.Change]:
+    return next(iter(changes.find({((), "c", "p"): points(medians)}).values()), [])
+
+
+def test_noise_is_no_change() -> None:
+    """Many histories, as a library with many cases has: corrected for all of them together, next to none may be named."""
+    histories = {((), f"c{seed}", "p"): points(series(seed, [1.0] * 30)) for seed in range(150)}
+    assert len(changes.find(histories)) <= 1
+    single = sum(bool(found(series(1000 + seed, [1.0] * 30))) for seed in range(150))
+    assert single <= 5
+
+
+@pytest.mark.parametrize("effect", [0.05, -0.05, 0.20])
+def test_a_step_is_found_where_it_is(effect: float) -> None:
+    for seed in range(20):
+        steps = found(series(seed, [1.0] * 14 + [1 + effect] * 14, outliers=0.0))
+        assert [s.kind for s in steps] == [STEP], seed
+        assert abs(steps[0].index - 14) <= 1 and steps[0].percent == pytest.approx(100 * effect, abs=1.5)
+
+
+def test_a_step_among_outliers() -> None:
+    """One run in thirty takes a third longer; next to the step one may move it by as many runs."""
+    for seed in range(20):
+        steps = found(series(seed, [1.0] * 14 + [1.1] * 14))
+        assert [s.kind for s in steps] == [STEP] and abs(steps[0].index - 14) <= 2, seed
+
+
+def test_two_steps() -> None:
+    steps = found(series(1, [1.0] * 12 + [1.1] * 12 + [0.95] * 12))
+    assert [s.index for s in steps] == [12, 24] and steps[0].effect > 0 > steps[1].effect
+
+
+def test_slow_drift_is_drift() -> None:
+    """A third of a percent from run to run, which no comparison of neighbours would notice."""
+    for seed in range(20):
+        drift = found(series(seed, [1.003**i for i in range(40)], outliers=0.0))
+        assert [c.kind for c in drift] == [DRIFT], seed
+        assert drift[0].percent == pytest.approx(100 * (1.003**39 - 1), abs=2)
+
+
+def test_single_outliers_are_no_step() -> None:
+    assert found([1.0, 1.001] * 7 + [3.0] + [1.0, 1.001] * 7) == []
+
+
+def test_short_and_constant_histories() -> None:
+    assert found([1.0] * 7) == [] and found([]) == []
+    assert found([1.0] * 30) == []
+
+
+def test_series_are_kept_apart_and_in_order() -> None:
+    results = [
+        Result("c", "p", samples=(2.0,), run="b", time="2", environment={"commit": "y"}),
+        Result("c", "p", samples=(1.0,), run="a", time="1", environment={"commit": "x"}),
+        Result("c", "p", samples=(1.0,), run="a", time="1", environment={"device": "other"}),
+        Result("c", "q", samples=(1.0,), run="a", time="1"),
+        Result("c", "p", "failed", run="c", time="3"),
+    ]
+    found = changes.series(results)
+    assert sorted(len(p) for p in found.values()) == [1, 1, 2]
+    assert [p.commit for p in max(found.values(), key=len)] == ["x", "y"]
+
+
+def test_track_names_the_commits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = History(tmp_path / "h.sqlite")
+    for i, level in enumerate(series(3, [1e-3] * 10 + [1.2e-3] * 10, outliers=0.0)):
+        history.add(
+            [
+                Result(
+                    "attention/plain/fwd/float32/1x1x8x8",
+                    "eager",
+                    samples=(level,),
+                    run=f"r{i}",
+                    time=f"2026-01-{i + 1:02}",
+                    environment={"commit": f"commit{i:02}"},
+                )
+            ]
+        )
+    assert cli.main(["track", "--db", str(tmp_path / "h.sqlite"), "--fail-on", "3%"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 series, 1 of them with the 8 runs that a change needs; 1 changes" in shown and "commit09 → commit10" in shown
+    assert cli.main(["track", "--db", str(tmp_path / "h.sqlite"), "--fail-on", "50%"]) == 0
+    assert cli.main(["track", "--db", str(tmp_path / "empty.sqlite"), "--fail-on", "3%"]) == 0

@@ -1,0 +1,122 @@
+"""The gate for CI: each exit code, from the outcome that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import baseline, providers
+from benchmarks.results import ResultsError
+
+pytestmark = pytest.mark.quick
+CASES = ("attention/plain/fwd/float32/1x1x8x8", "softmax/masked/fwd+bwd/float32/1x1x4x8")
+QUICK = ("--device", "cpu", "--seconds", "0", "--launches", "3")
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = tmp_path / "baseline.jsonl"
+    assert cli.main(["check", str(path), "--update", "--case", *CASES, *QUICK]) == 0
+    return path
+
+
+def edited(path: Path, **changes: object) -> None:
+    entries = [dataclasses.replace(entry, **changes) for entry in baseline.read(path)]
+    baseline.write(entries, path)
+
+
+def check(path: Path, *more: str) -> int:
+    return cli.main(["check", str(path), *QUICK, *more])
+
+
+def test_a_baseline_is_written_and_read(stored: Path) -> None:
+    entries = baseline.read(stored)
+    assert tuple(e.case for e in entries) == CASES
+    assert all((e.provider, e.reference, len(e.ratios)) == ("fused_attn", "eager", 3) and e.environment["torch"] for e in entries)
+
+
+def test_all_right(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such small cases are noise; a factor of ten is beyond it."""
+    assert check(stored, "--fail-on", "900%") == 0
+    assert capsys.readouterr().out.count("right") == 2
+
+
+def test_slower(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = tuple(math.log(1e-3) + x for x in (0.0, 0.1, -0.1))
+    edited(stored, ratios=ratios)
+    assert check(stored) == 1
+    assert capsys.readouterr().out.count("SLOWER") == 2
+
+
+def test_faster_passes(stored: Path) -> None:
+    edited(stored, ratios=(math.log(1e3), math.log(1.1e3), math.log(1.2e3)))
+    assert check(stored) == 0
+
+
+def test_wrong(stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong outweighs slow, and a baseline is not written over with it."""
+
+    def maker(problem: providers.Problem) -> providers.Forward:
+        return lambda *leaves: tuple(t * 1.01 for t in providers.plain(problem, problem.keep, *leaves))
+
+    monkeypatch.setitem(providers.PROVIDERS["softmax"], "fused_attn", maker)
+    before = stored.read_text()
+    assert check(stored) == 3
+    assert "breaks the error rule in out" in capsys.readouterr().out
+    assert check(stored, "--update", "--case", *CASES) == 3 and stored.read_text() == before
+
+
+def test_another_machine(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited(stored, environment={**baseline.read(stored)[0].environment, "device": "another chip"})
+    assert check(stored) == 4
+    assert "device was 'another chip'" in capsys.readouterr().out
+
+
+GOOD = {"case": CASES[0], "provider": "p", "reference": "r", "ratios": [0.1, 0.2], "timer": "wall", "environment": {}}
+BAD = {
+    "empty": "",
+    "not json": "{",
+    "a list": "[1]",
+    "no ratios": json.dumps({k: v for k, v in GOOD.items() if k != "ratios"}),
+    "text for a ratio": json.dumps({**GOOD, "ratios": ["x", "y"]}),
+    "infinite": json.dumps({**GOOD, "ratios": [0.1, 1e999]}),
+    "one ratio": json.dumps({**GOOD, "ratios": [0.1]}),
+    "bad case": json.dumps({**GOOD, "case": "nonsense"}),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_unreadable_baseline(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(BAD[kind])
+    with pytest.raises(ResultsError):
+        baseline.read(path)
+    assert check(path) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_bad_arguments(tmp_path: Path, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path / "absent.jsonl") == 2
+    assert "Write one with --update" in capsys.readouterr().err
+    assert check(stored, "--launches", "2") == 2
+    edited(stored, provider="unknown")
+    assert check(stored) == 2
+    assert "a provider must be one of" in capsys.readouterr().err
+
+
+def test_the_spread_between_launches_is_the_error_bar() -> None:
+    def entry(ratios: Sequence[float]) -> baseline.Entry:
+        return baseline.Entry("c", "p", "r", tuple(ratios))
+
+    steady, slower = entry([0.0, 0.01, -0.01, 0.005, -0.005]), entry([0.10, 0.11, 0.09, 0.105, 0.095])
+    assert baseline.is_slower(steady, slower, 0.05)[2]
+    assert not baseline.is_slower(steady, slower, 0.15)[2], "below the limit"
+    assert not baseline.is_slower(slower, steady, 0.05)[2], "faster"
+    noisy = entry([0.4, -0.2, 0.3, -0.1, 0.15])
+    assert not baseline.is_slower(steady, noisy, 0.05)[2], "10 % more, but launches differ by more than that"
