@@ -13,7 +13,7 @@ from benchmarks.cases import Case
 from benchmarks.compare import Progress, Providers, compare_launches
 from benchmarks.harness import Setup
 from benchmarks.results import Result, ResultsError, machine
-from benchmarks.significance import ALPHA
+from benchmarks.significance import SLOWER, Difference
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,16 @@ def measure(
     return found
 
 
-def is_slower(old: Entry, new: Entry, limit: float) -> tuple[float, float, bool]:
-    """Change as a fraction, p-value, and whether it is a regression: at least the limit, and beyond the spread between launches (Welch's test)."""
+def difference(old: Entry, new: Entry) -> Difference:
+    """How much longer it takes now; the spread between launches on both sides is the error bar (Welch's test)."""
     from scipy import stats
 
-    change = new.median / old.median - 1
-    p = float(stats.ttest_ind(old.ratios, new.ratios, equal_var=False).pvalue)
-    return change, p, change >= limit and p < ALPHA
+    test = stats.ttest_ind(new.ratios, old.ratios, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    effect = statistics.fmean(new.ratios) - statistics.fmean(old.ratios)
+    return Difference(effect, float(low), float(high), float(test.pvalue), len(new.ratios), floor=0.0)
+
+
+def is_slower(found: Difference, limit: float) -> bool:
+    """At least the limit, a fraction, and beyond the spread between launches."""
+    return found.verdict == SLOWER and found.percent >= 100 * limit

@@ -148,7 +148,8 @@ def history(name: str, points: Sequence[Point], changes: Sequence[Change]) -> Fi
             axes.annotate(f"drift {change.percent:+.1f}%", (0.02, 0.92), xycoords="axes fraction", fontsize=8, color=COLOURS[1])
     axes.set_xlabel("run")
     axes.set_ylabel("ms")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3e3 * max(p.median for p in points))  # room for the notes
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(name, fontsize=9)
     return figure
 

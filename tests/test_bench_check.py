@@ -114,9 +114,12 @@ def test_the_spread_between_launches_is_the_error_bar() -> None:
     def entry(ratios: Sequence[float]) -> baseline.Entry:
         return baseline.Entry("c", "p", "r", tuple(ratios))
 
-    steady, slower = entry([0.0, 0.01, -0.01, 0.005, -0.005]), entry([0.10, 0.11, 0.09, 0.105, 0.095])
-    assert baseline.is_slower(steady, slower, 0.05)[2]
-    assert not baseline.is_slower(steady, slower, 0.15)[2], "below the limit"
-    assert not baseline.is_slower(slower, steady, 0.05)[2], "faster"
+    def slower(old: baseline.Entry, new: baseline.Entry, limit: float) -> bool:
+        return baseline.is_slower(baseline.difference(old, new), limit)
+
+    steady, later = entry([0.0, 0.01, -0.01, 0.005, -0.005]), entry([0.10, 0.11, 0.09, 0.105, 0.095])
+    assert slower(steady, later, 0.05)
+    assert not slower(steady, later, 0.15), "below the limit"
+    assert not slower(later, steady, 0.05), "faster"
     noisy = entry([0.4, -0.2, 0.3, -0.1, 0.15])
-    assert not baseline.is_slower(steady, noisy, 0.05)[2], "10 % more, but launches differ by more than that"
+    assert not slower(steady, noisy, 0.05), "10 % more, but launches differ by more than that"

@@ -190,8 +190,8 @@ def test_calibration_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(["calibrate", "eager", "--times", "2", *options]) == 0
     assert "2 comparisons with itself" in capsys.readouterr().out
     assert cli.main(["compare", "eager", "eager", *options]) == 0
-    shown = capsys.readouterr().out.splitlines()[-1]
-    assert "+2.0%" not in shown.split("…")[1].split()[2:], "the measured floor, not the one for machines that nobody calibrated"
+    (floor,) = History(tmp_path / "h.sqlite").connection.execute("SELECT floor FROM floors").fetchone()
+    assert f"  {100 * math.expm1(floor):+.1f}%  " in capsys.readouterr().out.splitlines()[-1]
     assert cli.main(["calibrate", "eager", "--times", "1", *options]) == 2
 
 

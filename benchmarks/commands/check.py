@@ -11,11 +11,13 @@ import dataclasses
 from pathlib import Path
 
 from benchmarks import baseline, providers, tables
+from benchmarks.baseline import Entry
 from benchmarks.cases import Case
 from benchmarks.commands import selection
 from benchmarks.commands.compare import progress
 from benchmarks.environment import KEY, describe
-from benchmarks.results import machine
+from benchmarks.results import Result, machine
+from benchmarks.significance import Difference, corrected
 from fused_attn.cli.text import ratio, table
 
 SLOWER, WRONG, NOT_COMPARABLE = 1, 3, 4
@@ -48,24 +50,15 @@ def run(args: argparse.Namespace) -> int:
         measured = baseline.measure((providers.known(pair[0]), providers.known(pair[1])), cases, setup, args.launches, tell)
     print(tables.environment(described))
     comparable = all(entry.machine == machine(described, setup.timer) for entry in old.values())
-    rows, new, slower, wrong = [], [], 0, 0
-    for result, entry in measured:
-        if entry is None:
-            wrong += 1
-            rows.append((result.case, "-", "-", "-", "-", f"{result.status}: {result.reason}"))
-            continue
-        new.append(dataclasses.replace(entry, environment=described))
-        before = old.get(entry.case) if comparable else None
-        if before is None:
-            rows.append((entry.case, "-", ratio(entry.median), "-", "-", "right"))
-            continue
-        change, p, is_slower = baseline.is_slower(before, entry, args.fail_on)
-        slower += is_slower
-        verdict = "SLOWER" if is_slower else "right"
-        rows.append((entry.case, ratio(before.median), ratio(entry.median), f"{100 * change:+.1f}%", f"{p:.1g}", verdict))
+    new = [dataclasses.replace(entry, environment=described) for _, entry in measured if entry is not None]
+    pairs = [(old[entry.case], entry) for entry in new] if old and comparable else []
+    differences = corrected([baseline.difference(before, now) for before, now in pairs])
+    changes = {now.case: (before, change) for (before, now), change in zip(pairs, differences, strict=True)}
+    slower = {case for case, (_, change) in changes.items() if baseline.is_slower(change, args.fail_on)}
+    rows = [_row(result, entry, changes.get(result.case), result.case in slower) for result, entry in measured]
     print(f"{pair[1]}: time as a multiple of {pair[0]}'s")
     print(table(("case", "baseline", "now", "change", "p", "verdict"), rows))
-    if wrong:
+    if len(new) < len(measured):
         return WRONG
     if args.update:
         baseline.write(new, args.baseline)
@@ -73,9 +66,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not comparable:
         was = next(iter(old.values())).machine
-        pairs = zip((*KEY, "timer"), was, machine(described, setup.timer), strict=True)
+        both = zip((*KEY, "timer"), was, machine(described, setup.timer), strict=True)
         print(
-            f"not comparable: {', '.join(f'{name} was {a!r}, is {b!r}' for name, a, b in pairs if a != b)}. Write a baseline here with --update."
+            f"not comparable: {', '.join(f'{name} was {a!r}, is {b!r}' for name, a, b in both if a != b)}. Write a baseline here with --update."
         )
         return NOT_COMPARABLE
     return SLOWER if slower else 0
+
+
+def _row(result: Result, entry: Entry | None, change: tuple[Entry, Difference] | None, is_slower: bool) -> tuple[str, ...]:
+    if entry is None:
+        return (result.case, "-", "-", "-", "-", f"{result.status}: {result.reason}")
+    if change is None:
+        return (result.case, "-", ratio(entry.median), "-", "-", "right")
+    before, difference = change
+    cells = (ratio(before.median), ratio(entry.median), f"{difference.percent:+.1f}%", f"{difference.p:.1g}")
+    return (result.case, *cells, "SLOWER" if is_slower else "right")

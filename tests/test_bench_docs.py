@@ -1,0 +1,70 @@
+"""docs/benchmarking.md and the ready workflow say what is so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import power, providers
+from benchmarks.commands import check
+from benchmarks.results import History
+
+pytestmark = pytest.mark.quick
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "benchmarking.md").read_text()
+
+
+def test_the_provider_of_the_example_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(providers.PROVIDERS, "attention", dict(providers.PROVIDERS["attention"]))
+    (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", TEXT, re.S)[0])
+    options = [
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--rounds",
+        "2",
+        "--db",
+        str(tmp_path / "h.sqlite"),
+        "--load",
+        str(tmp_path / "mine.py"),
+    ]
+    assert cli.main(["run", "--op", "attention", "--shape", "1x2x16x8", "--provider", "mine", *options]) == 0
+    results = History(tmp_path / "h.sqlite").results()
+    assert len(results) == 14 and {r.status for r in results} == {"ok"}
+
+
+def test_every_command_is_named() -> None:
+    for command in cli.COMMANDS:
+        assert f"{command} " in TEXT or f"{command}`" in TEXT, command
+
+
+def test_exit_codes_are_those_of_check() -> None:
+    codes = [int(code) for code in re.findall(r"^\| (\d) \|", TEXT, re.M)]
+    assert codes == [0, check.SLOWER, 2, check.WRONG, check.NOT_COMPARABLE]
+    for code in codes:
+        assert re.search(rf"\b{code} ", check.__doc__ or "")
+
+
+def test_figures_are_those_of_the_committed_measurement() -> None:
+    """The table is what ``benchmarks.power`` prints for the file beside it."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "power.json").read_text())
+    tallies = [power.Tally(**experiment) for experiment in measured["experiments"]]
+    assert {t.title for t in tallies} == {e.title for e in power.EXPERIMENTS}
+    for tally in tallies:
+        assert "| " + " | ".join(tally.row()) + " |" in TEXT
+        if tally.truth == power.SAME:
+            assert tally.verdicts.count(power.SAME) >= 0.99 * len(tally.verdicts)
+
+
+def test_the_workflow_is_one() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / "docs" / "benchmark-workflow.yml").read_text())
+    steps = workflow["jobs"]["check"]["steps"]
+    script = next(step["run"] for step in steps if step.get("name") == "check")
+    assert "python -m benchmarks check" in script and f"= {check.NOT_COMPARABLE} ]" in script
+    assert all("uses" in step or "run" in step for step in steps)
