@@ -35,7 +35,6 @@ class Comparison:
         case: its name.
         a, b: the last result of each side.
         difference: None where a side has no time.
-        reason: why.
     """
 
     case: str
@@ -53,6 +52,14 @@ class Comparison:
     def reason(self) -> str:
         """Why there is no difference, side by side."""
         return "; ".join(f"{r.provider}: {r.reason}" for r in (self.a, self.b) if r.status != "ok")
+
+    @property
+    def remark(self) -> str:
+        """That one provider ran different backends, as when only one of two commits has its library built; empty when it did not."""
+        same = self.a.provider.partition("@")[0] == self.b.provider.partition("@")[0]
+        if not same or self.a.backend == self.b.backend or self.difference is None:
+            return ""
+        return f"{self.case}: {self.a.provider} ran {self.a.backend}, {self.b.provider} {self.b.backend}"
 
 
 class Sides(Protocol):
@@ -143,11 +150,9 @@ class Commits:
     def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
         """Two new processes."""
         with ExitStack() as stack:
-            processes = [Process(tree, label) for tree, label in zip(self.trees, self.labels, strict=True)]
+            processes = [Process(tree, label, self.load) for tree, label in zip(self.trees, self.labels, strict=True)]
             for process in processes:
                 stack.callback(process.close)
-                for path in self.load:
-                    process.ask("load", path=str(path.resolve()))
             yield lambda case, side: Remote(processes[side], case, self.provider, self.setup)
 
 

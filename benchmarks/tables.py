@@ -94,8 +94,9 @@ def change(c: Comparison) -> str:
 
 
 def comparisons(compared: Sequence[Comparison]) -> str:
-    """A line per case."""
-    return table(HEADERS, [_cells(c) for c in compared])
+    """A line per case, and below what the sides did not have in common."""
+    remarks = [f"  {c.remark}" for c in compared if c.remark]
+    return "\n".join([table(HEADERS, [_cells(c) for c in compared]), *remarks])
 
 
 def markdown(title: str, described: Mapping[str, str], compared: Sequence[Comparison]) -> str:
@@ -106,6 +107,7 @@ def markdown(title: str, described: Mapping[str, str], compared: Sequence[Compar
     parts += _markdown_table(changed) if changed else ["No change beyond the noise.", ""]
     if rest:
         parts += [f"<details><summary>{len(rest)} cases without a change</summary>", "", *_markdown_table(rest), "</details>", ""]
+    parts += [f"- {_escaped(c.remark)}" for c in compared if c.remark]
     return "\n".join(parts)
 
 

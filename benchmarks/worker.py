@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fused_attn.testing.workload import Verdict
 # fused_attn comes from the commit's tree, but for fused_attn.testing, which measures: both sides must be measured by the same code.
 BOOT = """
 import sys, types
-tree, here = sys.argv[1:]
+tree, here, *files = sys.argv[1:]
 sys.path[0] = tree
 import fused_attn
 if not fused_attn.__file__.startswith(tree):
@@ -34,7 +35,7 @@ testing.__path__ = [here + "/fused_attn/testing"]
 sys.modules["fused_attn.testing"] = testing
 sys.path[0] = here
 from benchmarks.worker import serve
-serve()
+serve(files)
 """
 
 # Alike on both sides, against what makes one process on a CPU slower than its twin. Memory stays in the heap instead of being given back
@@ -49,14 +50,15 @@ class Process:
     Args:
         tree: a checkout whose fused_attn is measured.
         name: of the commit, for messages.
+        files: Python files that add providers.
     """
 
-    def __init__(self, tree: Path, name: str) -> None:
+    def __init__(self, tree: Path, name: str, files: Sequence[Path] = ()) -> None:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | CALM
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, str(tree), str(ROOT)],
+            [sys.executable, "-c", BOOT, str(tree), str(ROOT), *(str(path.resolve()) for path in files)],
             cwd=tree,
             env=environment,
             stdin=subprocess.PIPE,
@@ -127,8 +129,10 @@ def _verdict(values: list[Any]) -> Verdict:
     return Verdict(error, plain_error, tuple(broken))
 
 
-def serve() -> None:
-    """Answers until standard input ends."""
+def serve(files: Sequence[str]) -> None:
+    """Runs files that add providers, then answers until standard input ends."""
+    for path in files:
+        providers.load(Path(path))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not mix with the answers
     held: list[Local] = []
@@ -145,9 +149,6 @@ def serve() -> None:
 
 def _answer(request: dict[str, Any], held: list[Local]) -> Any:
     what = request["what"]
-    if what == "load":
-        providers.load(Path(request["path"]))
-        return None
     if what == "bind":
         held.clear()
         options = request["setup"]

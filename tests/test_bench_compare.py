@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import bisection, compare, tables, worker
+from benchmarks import bisection, compare, providers, tables, worker
 from benchmarks.cases import Case
 from benchmarks.compare import Comparison, Providers
 from benchmarks.harness import About, Contestant, Setup
@@ -216,6 +216,16 @@ def test_markdown_keeps_text_from_files_apart() -> None:
 
 
 @pytest.mark.quick
+def test_different_backends_are_remarked_on() -> None:
+    """As when only one of two commits has its library built: the comparison is one of backends then."""
+    same = Comparison("c", Result("c", "p@a", backend="cuda"), Result("c", "p@b", backend="cuda"), Difference(0.0, 0.0, 0.0, 0.5, 8))
+    other = replace(same, b=Result("c", "p@b", backend="triton"))
+    assert not replace(other, a=Result("c", "eager")).remark, "two providers are not expected to"
+    assert not same.remark and other.remark == "c: p@a ran cuda, p@b triton"
+    assert other.remark in tables.comparisons([same, other]) and other.remark in tables.markdown("t", {}, [same, other])
+
+
+@pytest.mark.quick
 def test_operands_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     db = ["--db", str(tmp_path / "h.sqlite")]
     assert cli.main(["compare", "eager", "no-such-commit", *db]) == 2
@@ -269,7 +279,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_commits_are_compared_and_bisected(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commits_are_compared_and_bisected(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A call of microseconds that begins to sleep for 20 ms: no noise hides that."""
     options = ["--device", "cpu", "--case", CASES[0].name, "--seconds", "0", "--launches", "3", "--db", str(tmp_path / "h.sqlite")]
     assert cli.main(["compare", "one", "three", *options, "--fail-on", "900%"]) == 1
@@ -278,6 +290,11 @@ def test_commits_are_compared_and_bisected(repository: Path, tmp_path: Path, cap
     assert "faster" in capsys.readouterr().out
     assert cli.main(["compare", "one", "broken", *options]) == 0
     assert "this commit is broken" in capsys.readouterr().out
+    mine = tmp_path / "mine.py"
+    mine.write_text("from benchmarks.providers import PROVIDERS\n\nPROVIDERS['attention']['mine'] = PROVIDERS['attention']['fused_attn']\n")
+    monkeypatch.setitem(providers.PROVIDERS, "attention", dict(providers.PROVIDERS["attention"]))
+    assert cli.main(["compare", "one", "three", "--of", "mine", "--load", str(mine), *options, "--fail-on", "900%"]) == 1
+    assert cli.main(["compare", "one", "broken", "--of", "mine", "--load", str(mine), *options]) == 0
     assert cli.main(["bisect", "one", "four", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].endswith("two") and lines[-1].endswith(": three")
