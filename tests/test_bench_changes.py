@@ -13,8 +13,6 @@ from benchmarks import changes
 from benchmarks.changes import DRIFT, STEP, Point
 from benchmarks.results import History, Result
 
-pytestmark = pytest.mark.quick
-
 
 def series(seed: int, levels: list[float], noise: float = 0.01, outliers: float = 0.03) -> list[float]:
     chance = random.Random(seed)

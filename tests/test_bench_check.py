@@ -19,6 +19,12 @@ CASES = ("attention/plain/fwd/float32/1x1x8x8", "softmax/masked/fwd+bwd/float32/
 QUICK = ("--device", "cpu", "--seconds", "0", "--launches", "3")
 
 
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not how fast anything is."""
+    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+
+
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     path = tmp_path / "baseline.jsonl"

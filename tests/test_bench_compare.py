@@ -29,6 +29,12 @@ SOON = Setup(seconds=0.0, rounds=6, sample=0.0)
 RIGHT = Verdict(1e-7, 1e-7, ())
 
 
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not how fast anything is."""
+    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+
+
 class Noisy:
     """A contestant on a machine that drifts, has a place in memory per launch, and is disturbed now and then."""
 

@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "benchmarking.md").read_text()
 
 
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not how fast anything is."""
+    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+
+
 def test_the_provider_of_the_example_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(providers.PROVIDERS, "attention", dict(providers.PROVIDERS["attention"]))
     (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", TEXT, re.S)[0])

@@ -26,6 +26,12 @@ SOON = Setup(seconds=0.0, rounds=2, sample=0.0)
 RIGHT, WRONG = Verdict(1e-7, 1e-7, ()), Verdict(0.5, 1e-7, ("out", "dq"))
 
 
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not how fast anything is."""
+    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+
+
 @pytest.fixture
 def extra(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, providers.Maker], None]:
     """Adds a provider for one test."""

@@ -18,7 +18,6 @@ from benchmarks import __main__ as cli
 from benchmarks import results
 from benchmarks.results import FORMAT, History, Result, ResultsError, load
 
-pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"device": "a chip", "driver": "1", "cuda": "13", "torch": "2", "triton": "3", "threads": "2", "commit": "abc"}
 RESULT = Result(
