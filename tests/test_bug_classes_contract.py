@@ -181,7 +181,6 @@ def test_46_every_public_option_runs_backward(backend: str, device: torch.device
         assert scores.grad.isfinite().all()
 
 
-@quick
 @pytest.mark.parametrize(
     "shape", [(2, 1, 33, 65), (1, 2, 33, 65), (1, 1, 33, 65), (2, 2, 33, 65), (1, 1, 1, 65), (1, 2, 33, 1), (2, 2, 1, 1), (65,)], ids=str
 )
@@ -296,7 +295,6 @@ def test_56_57_every_configuration_is_right(dim: int, dtype: torch.dtype, backen
     check(Case((1, 1, 1), (150, 140), (dim, dim), dtype, ("Causal0",)), backend, device)
 
 
-@quick
 @pytest.mark.parametrize("content", ["outliers", "repeated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_58_structured_inputs(dtype: torch.dtype, content: str, backend: str, device: torch.device) -> None:
