@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ def describe(device: torch.device, root: Path = ROOT) -> dict[str, str]:
 
 @functools.cache
 def commit(root: Path = ROOT) -> str:
-    """Of the checkout, with a mark when files differ from it; "unknown" outside of one."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--match="], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    """Of the checkout, with a mark when files differ from it; "unknown" outside of one, and without git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def _cpu_name() -> str:
@@ -87,12 +89,27 @@ def telemetry(device: torch.device) -> dict[str, Any]:
     nvml = _nvml()
     if nvml is None:
         return {}
-    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    return {
-        "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-        "memory_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-        "watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "celsius": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-        "throttled": [name for name in THROTTLE if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}", 0)],
-    }
+    found: dict[str, Any] = {}
+    for name, read in _READINGS.items():
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            found[name] = read(nvml, handle)
+        except nvml.NVMLError:  # a container, a MIG slice or an old driver may hide some of them
+            continue
+    return found
+
+
+def _throttled(nvml: Any, handle: Any) -> list[str]:
+    # Named anew in 2024; older packages have the older name.
+    reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or nvml.nvmlDeviceGetCurrentClocksThrottleReasons
+    bits = reasons(handle)
+    return [name for name in THROTTLE if bits & getattr(nvml, f"nvmlClocksThrottleReason{name}", 0)]
+
+
+_READINGS: dict[str, Callable[[Any, Any], Any]] = {
+    "sm_mhz": lambda nvml, handle: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+    "memory_mhz": lambda nvml, handle: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+    "watts": lambda nvml, handle: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+    "celsius": lambda nvml, handle: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+    "throttled": _throttled,
+}

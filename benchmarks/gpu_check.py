@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.commands.bounds import BOUNDS
+from benchmarks.environment import commit
 from fused_attn.backends.cuda import library_path
 from fused_attn.cli.info import devices, versions
 from fused_attn.cli.text import seconds, table
@@ -93,7 +94,8 @@ def steps(out_dir: Path, device: str, budget: float) -> list[Step]:
         made.append(Step(name, command, 60 + 10 * budget, _bounds))
     kept = ("--json", str(out_dir / SWEEP), "--db", str(out_dir / "history.sqlite"))
     # As long as one bound's benchmark for every ten cases: each case has many providers on a GPU.
-    made.append(Step("sweep", (*measuring, "run", *where, str(budget / 10), *kept), 1200, _last_line))
+    without_bar = "" if importlib.util.find_spec("tqdm") else "tqdm not installed"
+    made.append(Step("sweep", (*measuring, "run", *where, str(budget / 10), *kept), 1200, _last_line, without_bar))
     return made
 
 
@@ -135,10 +137,9 @@ def perform(step: Step, out_dir: Path) -> Outcome:
 
 def environment() -> dict[str, str]:
     """What the numbers belong to."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     library = library_path()
     native = f"{library.name}, {library.stat().st_size} bytes" if library.is_file() else "not built"
-    return {**dict(versions()), **dict(devices()), "commit": commit or "unknown", "native library": native}
+    return {**dict(versions()), **dict(devices()), "commit": commit(), "native library": native}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,6 +49,7 @@ def test_run_on_a_gpu(timer: str, tmp_path: Path) -> None:
 class Sensors:
     """NVML's functions on a chip that is too hot and idle at once."""
 
+    NVMLError = RuntimeError
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     nvmlClocksThrottleReasonSwPowerCap = 0x4
     nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
@@ -78,11 +79,33 @@ def test_what_is_read_of_the_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.quick
+def test_sensors_that_are_hidden_or_have_their_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old(Sensors):
+        nvmlDeviceGetCurrentClocksEventReasons = None
+
+        def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
+            return 0x4
+
+        def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+            raise self.NVMLError("not supported")
+
+    monkeypatch.setattr(environment, "_nvml", Old)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2-3"))
+    assert environment.telemetry(torch.device("cuda")) == {"sm_mhz": 1980, "memory_mhz": 3201, "celsius": 84, "throttled": ["SwPowerCap"]}
+
+
+@pytest.mark.quick
 def test_without_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_nvml", lambda: None)
     assert environment.telemetry(torch.device("cuda")) == {}
     assert environment._driver() == ""
     assert set(environment.telemetry(CPU)) == {"load"}
+
+
+@pytest.mark.quick
+def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.commit.__wrapped__(tmp_path) == "unknown"
 
 
 @pytest.mark.quick

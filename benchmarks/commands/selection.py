@@ -19,9 +19,8 @@ from benchmarks.harness import Setup
 
 def add_history(parser: argparse.ArgumentParser) -> None:
     """``--db``."""
-    parser.add_argument(
-        "--db", type=Path, metavar="FILE", help=f"the history (default: FUSED_ATTN_BENCHMARKS, or {results.default_path()})"
-    )
+    text = "the history (default: FUSED_ATTN_BENCHMARKS, or benchmarks.sqlite in the user's data folder)"
+    parser.add_argument("--db", type=Path, metavar="FILE", help=text)
 
 
 def history(args: argparse.Namespace) -> results.History:
