@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from benchmarks.cases import Case
-from benchmarks.compare import Progress, Providers, compare_launches
+from benchmarks.compare import Progress, Separate, compare_launches
 from benchmarks.harness import Setup
 from benchmarks.results import Result, ResultsError, machine
 from benchmarks.significance import SLOWER, Difference
@@ -78,20 +78,18 @@ def read(path: Path) -> list[Entry]:
     return entries
 
 
-def measure(
-    pair: tuple[str, str], cases: Sequence[Case], setup: Setup, launches: int, progress: Progress
-) -> list[tuple[Result, Entry | None]]:
+def measure(pair: Separate, cases: Sequence[Case], setup: Setup, launches: int, progress: Progress) -> list[tuple[Result, Entry | None]]:
     """The provider's last result on each case, and its entry; None where it or the reference has no time.
 
     Args:
-        pair: reference and provider.
+        pair: reference and provider, in a new process for each launch: within one process launches are more alike than two days are.
         cases: on what.
         setup: how; its seconds are shared by the launches.
         launches: fresh starts of both.
         progress: told of every case before it is measured.
     """
-    reference, provider = pair
-    measured = compare_launches(Providers(pair, setup), cases, setup, launches, progress)
+    reference, provider = pair.labels
+    measured = compare_launches(pair, cases, setup, launches, progress)
     found: list[tuple[Result, Entry | None]] = []
     for case, ((a, b), blocks) in measured.items():
         timed = a.status == b.status == "ok"
@@ -106,12 +104,15 @@ def measure(
 
 
 def difference(old: Entry, new: Entry) -> Difference:
-    """How much longer it takes now; the spread between launches on both sides is the error bar (Welch's test)."""
+    """How much longer it takes now; the spread between launches on both sides is the error bar.
+
+    Yuen's test: a fifth of the launches is left out at each end, for one that other work on the machine spoiled.
+    """
     from scipy import stats
 
-    test = stats.ttest_ind(new.ratios, old.ratios, equal_var=False)
+    test = stats.ttest_ind(new.ratios, old.ratios, equal_var=False, trim=0.2)
     low, high = test.confidence_interval(0.95)
-    effect = statistics.fmean(new.ratios) - statistics.fmean(old.ratios)
+    effect = float(stats.trim_mean(new.ratios, 0.2) - stats.trim_mean(old.ratios, 0.2))
     return Difference(effect, float(low), float(high), float(test.pvalue), len(new.ratios), floor=0.0)
 
 

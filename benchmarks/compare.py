@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -103,6 +103,25 @@ class Providers:
             return Local(self.labels[side], problems[case], self.judges[case], self.setup)
 
         yield make
+
+
+@dataclass
+class Separate:
+    """Two providers together in a process of their own, a new one in each launch: their ratio as another day's run would find it."""
+
+    labels: tuple[str, str]
+    setup: Setup
+    load: Sequence[Path] = ()
+
+    @property
+    def calibrations(self) -> tuple[str, str]:
+        return self.labels
+
+    @contextmanager
+    def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
+        """A new process."""
+        with closing(Process(ROOT, "the measuring", self.load)) as process:
+            yield lambda case, side: Remote(process, case, self.labels[side], self.setup, side)
 
 
 @dataclass

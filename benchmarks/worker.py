@@ -106,22 +106,22 @@ class Process:
 
 
 class Remote:
-    """A provider in a worker's process; the worker holds one at a time."""
+    """A provider in a worker's process, which holds one for each place."""
 
-    def __init__(self, process: Process, case: Case, provider: str, setup: Setup) -> None:
-        self.process = process
+    def __init__(self, process: Process, case: Case, provider: str, setup: Setup, place: int = 0) -> None:
+        self.process, self.place = process, place
         options = {"device": str(setup.device), "sample": setup.sample, "timer": setup.timer, "cold": setup.cold}
-        process.ask("bind", case=case.name, provider=provider, setup=options)
+        process.ask("bind", place=place, case=case.name, provider=provider, setup=options)
 
     def prepare(self) -> About:
-        verdict, *rest = self.process.ask("prepare")
+        verdict, *rest = self.process.ask("prepare", place=self.place)
         return About(_verdict(verdict), *rest)
 
     def sample(self) -> Sample:
-        return Sample(*self.process.ask("sample"))
+        return Sample(*self.process.ask("sample", place=self.place))
 
     def check(self) -> Verdict:
-        return _verdict(self.process.ask("check"))
+        return _verdict(self.process.ask("check", place=self.place))
 
 
 def _verdict(values: list[Any]) -> Verdict:
@@ -135,7 +135,7 @@ def serve(files: Sequence[str]) -> None:
         providers.load(Path(path))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not mix with the answers
-    held: list[Local] = []
+    held: dict[int, Local] = {}
     for line in sys.stdin:
         try:
             answer = {"value": _answer(json.loads(line), held)}
@@ -147,16 +147,16 @@ def serve(files: Sequence[str]) -> None:
         answers.flush()
 
 
-def _answer(request: dict[str, Any], held: list[Local]) -> Any:
-    what = request["what"]
+def _answer(request: dict[str, Any], held: dict[int, Local]) -> Any:
+    what, place = request["what"], request["place"]
     if what == "bind":
-        held.clear()
+        held.pop(place, None)
         options = request["setup"]
         setup = Setup(torch.device(options.pop("device")), **options)
         problem = Problem(Case.parse(request["case"]), setup.device)
-        held.append(Local(request["provider"], problem, judge(problem), setup))
+        held[place] = Local(request["provider"], problem, judge(problem), setup)
         return None
-    local = held[0]
+    local = held[place]
     if what == "prepare":
         about = local.prepare()
         return _values(about.verdict), about.peak, about.backend, about.config

@@ -15,6 +15,7 @@ from benchmarks.baseline import Entry
 from benchmarks.cases import Case
 from benchmarks.commands import selection
 from benchmarks.commands.compare import progress
+from benchmarks.compare import Separate
 from benchmarks.environment import KEY, describe
 from benchmarks.results import Result, machine
 from benchmarks.significance import Difference, corrected
@@ -45,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
     old = {} if args.update else {entry.case: entry for entry in baseline.read(args.baseline)}
     first = next(iter(old.values()), None)
     pair = (first.reference, first.provider) if first else (args.reference, args.provider)
+    for name in pair:
+        providers.known(name)
     cases = [Case.parse(name) for name in old] or selection.chosen_cases(args)
     with progress(len(cases) * args.launches) as tell:
-        measured = baseline.measure((providers.known(pair[0]), providers.known(pair[1])), cases, setup, args.launches, tell)
+        measured = baseline.measure(Separate(pair, setup, args.load), cases, setup, args.launches, tell)
     print(tables.environment(described))
     comparable = all(entry.machine == machine(described, setup.timer) for entry in old.values())
     new = [dataclasses.replace(entry, environment=described) for _, entry in measured if entry is not None]
