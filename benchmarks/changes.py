@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.results import Result
-from benchmarks.significance import ALPHA, MIN_EFFECT
+from benchmarks.significance import ALPHA, MIN_EFFECT, holm
 
 # Fewer runs than this on a side of a step cannot be told from an outlier or two.
 SEGMENT = 4
@@ -36,7 +36,7 @@ class Change:
         kind: "step" or "drift".
         index: of the first point after a step; 0 for drift, which has no place.
         effect: log of the ratio of times, after / before.
-        p: of a rank test on both sides, or of Kendall's tau; corrected for all series together by ``find``.
+        p: of Yuen's test on both sides, or of Kendall's tau; corrected for all series together by ``find``.
     """
 
     kind: str
@@ -65,13 +65,10 @@ def series(results: Iterable[Result]) -> dict[Series, list[Point]]:
 def find(histories: Mapping[Series, Sequence[Point]]) -> dict[Series, list[Change]]:
     """The changes of every series that has any; Holm's correction over all of them."""
     candidates = [(key, change) for key, points in histories.items() for change in candidate_changes([p.median for p in points])]
-    candidates.sort(key=lambda pair: pair[1].p)
     kept: dict[Series, list[Change]] = {}
-    worst = 0.0
-    for rank, (key, change) in enumerate(candidates):
-        worst = max(worst, min(1.0, (len(histories) + len(candidates) - rank) * change.p))
-        if worst < ALPHA:
-            kept.setdefault(key, []).append(replace(change, p=worst))
+    for (key, change), p in zip(candidates, holm([c.p for _, c in candidates], len(histories) + len(candidates)), strict=True):
+        if p < ALPHA:
+            kept.setdefault(key, []).append(replace(change, p=p))
     return {key: sorted(changes, key=lambda c: c.index) for key, changes in kept.items()}
 
 

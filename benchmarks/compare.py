@@ -16,7 +16,7 @@ from benchmarks.cases import Case, Problem
 from benchmarks.environment import ROOT
 from benchmarks.harness import Contestant, Local, Setup, contest, judge
 from benchmarks.results import History, Result
-from benchmarks.significance import FASTER, SLOWER, UNCALIBRATED, Difference, against, blocks, corrected, difference, noise_floor
+from benchmarks.significance import SLOWER, UNCALIBRATED, Difference, against, blocks, corrected, difference, noise_floor
 from benchmarks.worker import Process, Remote
 from fused_attn.testing.workload import Judge
 
@@ -303,8 +303,3 @@ def regressions(comparisons: Sequence[Comparison], limit: float) -> list[Compari
     """Those that are slower by at least the limit, a fraction, and those that no longer compute the right result."""
     slow = [c for c in comparisons if c.difference is not None and c.verdict == SLOWER and c.difference.percent >= 100 * limit]
     return slow + [c for c in comparisons if c.difference is None and c.b.status in ("wrong", "failed") and c.a.status == "ok"]
-
-
-def is_change(comparison: Comparison) -> bool:
-    """Whether B is slower or faster."""
-    return comparison.verdict in (SLOWER, FASTER)

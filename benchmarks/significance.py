@@ -108,12 +108,21 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
         >>> [round(d.p, 3) for d in corrected([one, one, replace(one, p=0.5)])]
         [0.012, 0.012, 0.5]
     """
-    order = sorted(range(len(differences)), key=lambda i: differences[i].p)
-    adjusted, worst = [0.0] * len(differences), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(differences) - rank) * differences[i].p))
+    return [replace(d, p=p) for d, p in zip(differences, holm([d.p for d in differences], len(differences)), strict=True)]
+
+
+def holm(values: Sequence[float], tested: int) -> list[float]:
+    """p-values corrected for how many hypotheses were tested, of which those not given had larger ones (Holm, 1979).
+
+    Example:
+        >>> holm([0.02, 0.01], 2), holm([0.01], 3)
+        ([0.02, 0.02], [0.03])
+    """
+    adjusted, worst = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        worst = max(worst, min(1.0, (tested - rank) * values[i]))
         adjusted[i] = worst
-    return [replace(d, p=p) for d, p in zip(differences, adjusted, strict=True)]
+    return adjusted
 
 
 def noise_floor(effects: Sequence[float]) -> float:

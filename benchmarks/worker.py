@@ -153,8 +153,10 @@ def _answer(request: dict[str, Any], held: dict[int, Local]) -> Any:
         held.pop(place, None)
         options = request["setup"]
         setup = Setup(torch.device(options.pop("device")), **options)
-        problem = Problem(Case.parse(request["case"]), setup.device)
-        held[place] = Local(request["provider"], problem, judge(problem), setup)
+        case = Case.parse(request["case"])
+        twin = next((local for local in held.values() if local.problem.case == case), None)
+        problem = Problem(case, setup.device) if twin is None else twin.problem
+        held[place] = Local(request["provider"], problem, judge(problem) if twin is None else twin.judge, setup)
         return None
     local = held[place]
     if what == "prepare":

@@ -48,20 +48,30 @@ def add_cases(parser: argparse.ArgumentParser) -> None:
 def add_setup(parser: argparse.ArgumentParser, seconds: float) -> None:
     """How it is measured."""
     group = parser.add_argument_group("measuring")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(group)
     group.add_argument("--seconds", type=float, default=seconds, help=f"of timing per case, for all providers (default {seconds:g})")
     group.add_argument("--rounds", type=int, default=6, help="at least so many samples of each, even (default 6)")
     group.add_argument("--timer", choices=timers.TIMERS, default="auto", help="auto: wall on the CPU, events on a GPU; graph: CUDA graphs")
     group.add_argument("--warm", action="store_true", help="do not flush a GPU's L2 cache before each call")
 
 
-def setup(args: argparse.Namespace) -> Setup:
-    """As given."""
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """``--device``."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    """As given, if it is there."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see; it sees none. Check nvidia-smi and torch.version.cuda.")
-    device = torch.device(args.device)
-    name = timers.make(args.timer, device).name
-    return Setup(device, args.seconds, args.rounds, timer=name, cold=not args.warm)
+    return torch.device(args.device)
+
+
+def setup(args: argparse.Namespace) -> Setup:
+    """As given."""
+    where = device(args)
+    name = timers.make(args.timer, where).name
+    return Setup(where, args.seconds, args.rounds, timer=name, cold=not args.warm)
 
 
 def load(args: argparse.Namespace) -> None:
