@@ -29,7 +29,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
     """Runs a problem on a kernel backend, differentiably."""
     call, request = problem.lower(), problem.aux or NOTHING
     if problem.requires_grad:
-        out, *aux = _Attention.apply(request, backend, call.q, call.k, call.v, *_split(call.terms))  # type: ignore[no-untyped-call]
+        out, *aux = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
     forward = ops.attention_fwd(call, backend)
     if request is NOTHING:
@@ -42,7 +42,7 @@ def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
     """Runs a problem on a kernel backend, differentiably."""
     call = problem.lower()
     if problem.requires_grad:
-        result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, call.scores, *_split(call.terms))  # type: ignore[no-untyped-call]
+        result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, *_distinct(call.scores, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return result
     return ops.softmax_fwd(call, backend)[0]
 
@@ -61,6 +61,13 @@ def _split(terms: Terms) -> tuple[Any, ...]:
         return terms, None
     q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = terms.flatten()
     return (tuple(ints), tuple(floats), mods), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+
+
+def _distinct(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments, tensors as views while a compiler looks: it refuses one tensor in two places of a Function."""
+    if not torch.compiler.is_compiling():
+        return arguments
+    return tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in arguments)
 
 
 def _join(static: Static, tensors: tuple[Tensor | None, ...]) -> Terms:

@@ -15,9 +15,12 @@ MAX_WIDTH, MAX_OFFSET = 2**30, 2**29
 
 
 def captured(tensor: Tensor) -> bool:
-    """Whether something records the call (a compiler, a dispatch mode, a tensor subclass, the meta device), so that values cannot be looked at."""
+    """Whether something records the call (a compiler, a tracer, a transform, a dispatch mode, a tensor subclass, the meta device), so
+    that values cannot be looked at."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or torch._C._len_torch_dispatch_stack() > 0
         or type(tensor) not in (Tensor, torch.nn.Parameter)
         or tensor.is_meta
@@ -84,6 +87,21 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """A tensor where the inputs are."""
     if tensor.device != device:
         raise ValueError(f"{name} must be on the inputs' device {device}; got {tensor.device}. Move it with .to({str(device)!r}).")
+
+
+def require_true(holds: Tensor, message: str) -> None:
+    """A bool tensor that is True; where values cannot be looked at yet, the device checks it when it gets there."""
+    if torch.compiler.is_compiling():
+        if not torch._C._are_functorch_transforms_active():  # eager runs what a transform sees, and needs no such promise
+            torch._assert_async(holds, message)
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(holds):
+        holds = torch._C._functorch.get_unwrapped(holds)
+    if not captured(holds):
+        if not bool(holds.all()):
+            raise ValueError(message)
+    elif not holds.is_meta:
+        torch._assert_async(holds, message)
 
 
 def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:

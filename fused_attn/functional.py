@@ -13,8 +13,9 @@ from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.backends import Explanation, eager
 from fused_attn.checks import as_number, described, require_broadcast, require_tensor
 from fused_attn.dropout import Dropout
+from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.masks import Causal, Dense, Mask
-from fused_attn.problem import DTYPES, AttentionProblem, SoftmaxProblem, require_input, softmax_dim
+from fused_attn.problem import DTYPES, AttentionProblem, SoftmaxProblem, active_transform, require_input, softmax_dim
 from fused_attn.score_mods import Bias, ScoreMod
 
 
@@ -190,6 +191,8 @@ def masked_softmax(
         >>> masked_softmax(torch.zeros(1, 1, 4), ValidLengths(torch.tensor([2])))
         tensor([[[0.5000, 0.5000, 0.0000, 0.0000]]])
     """
+    if isinstance(scores, Tensor) and scores.dim() > 4:  # more dimensions are merged, which may copy them into another order
+        scores, bias = _in_their_own_layout(scores, bias)
     options = {
         "mask": mask,
         "scale": scale,
@@ -204,7 +207,16 @@ def masked_softmax(
     name = backends.resolve(problem, backend)
     rows = eager.softmax(problem) if name == backends.EAGER else autograd.softmax(problem, name)
     axis = softmax_dim(scores, dim)
-    return rows.reshape(scores.movedim(axis, -1).shape).movedim(-1, axis)
+    return laid_out_like(rows.reshape(scores.movedim(axis, -1).shape).movedim(-1, axis), scores)
+
+
+def _in_their_own_layout(*tensors: Any) -> tuple[Any, ...]:
+    """The same tensors; the gradients of those that want one come in their layout, except under torch's transforms."""
+    wanting = tuple(t for t in tensors if isinstance(t, Tensor) and t.requires_grad)
+    if not wanting or not torch.is_grad_enabled() or active_transform() is not None:
+        return tensors
+    kept = iter(with_laid_out_gradients(wanting))
+    return tuple(next(kept) if isinstance(t, Tensor) and t.requires_grad else t for t in tensors)
 
 
 def scaled_dot_product_attention(

@@ -319,9 +319,3 @@ class LoweredSoftmax:
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of row statistics and of arithmetic: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def empty_out(q: Tensor, value_dim: int) -> Tensor:
-    """Room for [batch, heads, q_len, value_dim], laid out [batch, q_len, heads, value_dim] so that merging the heads costs nothing."""
-    batch, heads, q_len, _ = q.shape
-    return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)

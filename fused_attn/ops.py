@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fused_attn import backends
 from fused_attn.auxiliary import AuxRequest
+from fused_attn.batching import is_batched, older_vmap_kernel, vmap_rule
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
 from fused_attn.checks import captured
-from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, empty_out, stat_dtype
+from fused_attn.layout import empty_out
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, stat_dtype
 
 _N_TERMS = 10
 _library = torch.library.Library("fused_attn", "DEF")
@@ -56,7 +58,7 @@ def _optional(tensors: Any, wanted: Any) -> Gradients:
 def _attention_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (backend,) = _attention(args)
     out, lse, stats = backends.get(backend).attention_fwd(call)
-    return out, lse.contiguous(), stats
+    return out, lse, stats
 
 
 def _attention_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -104,7 +106,7 @@ def _attention_bwd_impl(*args: Any) -> list[Tensor]:
 def _attention_bwd_fake(*args: Any) -> list[Tensor]:
     call, (*_, needs, _) = _attention(args)
     inputs = (call.q, call.k, call.v, *call.terms.parameters)
-    return _filled(call.q, tuple(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)))
+    return _filled(call.q, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)))
 
 
 def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
@@ -114,8 +116,7 @@ def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
 
 def _softmax_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     call = _softmax(args, args[-2])
-    out = call.scores.new_empty(call.shape)
-    return out, call.scores.new_empty(call.shape if call.terms.dropout else 0)
+    return torch.empty_like(call.scores), torch.empty_like(call.scores) if call.terms.dropout else call.scores.new_empty(0)
 
 
 def _softmax_bwd_impl(*args: Any) -> list[Tensor]:
@@ -130,13 +131,16 @@ def _softmax_bwd_fake(*args: Any) -> list[Tensor]:
     call = _softmax(args, switches)
     inputs = (call.scores, *call.terms.parameters[1:])
     return _filled(
-        call.scores, tuple(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
+        call.scores, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
     )
 
 
 for _name in ("attention_fwd", "attention_aux", "attention_bwd", "softmax_fwd", "softmax_bwd"):
     _library.impl(_name, globals()[f"_{_name}_impl"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_attn::{_name}", globals()[f"_{_name}_fake"], lib=_library)
+    _op = getattr(torch.ops.fused_attn, _name).default
+    torch.library.register_vmap(f"fused_attn::{_name}", vmap_rule(_op), lib=_library)
+    _library.impl(_name, older_vmap_kernel(_op), "Batched")
 
 
 def attention_fwd(call: LoweredAttention, backend: str) -> Forward:
@@ -157,9 +161,9 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...], backend: str) -> Gradients:
     """Gradients of q, k, v, the sinks and the modifications' tensors, None where not needed."""
-    if not captured(call.q):
-        return backends.get(backend).attention_bwd(call, forward, incoming, needs)
     arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
+    if not captured(call.q) and not is_batched(*arriving):
+        return backends.get(backend).attention_bwd(call, forward, incoming, needs)
     tensors = torch.ops.fused_attn.attention_bwd(call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(needs), backend)
     return _optional(tensors, needs)
 
@@ -175,7 +179,7 @@ def softmax_fwd(call: LoweredSoftmax, backend: str) -> tuple[Tensor, Tensor | No
 
 def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...], backend: str) -> Gradients:
     """Gradients of the scores and the bias, None where not needed."""
-    if not captured(call.scores):
+    if not captured(call.scores) and not is_batched(dout):
         return backends.get(backend).softmax_bwd(call, result, dout, needs)
     switches = [call.log, call.uniform_empty]
     tensors = torch.ops.fused_attn.softmax_bwd(call.scores, *call.terms.flatten(), result, dout, switches, list(needs), backend)

@@ -38,8 +38,8 @@ class Chunk:
 
 def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     """The result, and the probabilities before dropout where there is dropout."""
-    out = call.scores.new_empty(call.shape)
-    probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
+    out = torch.empty_like(call.scores)
+    probs = torch.empty_like(call.scores) if call.terms.dropout else None
     for chunk in _chunks(call):
         target = (out if probs is None else probs)[chunk.rows]
         values = _normalised(call, chunk, target)
@@ -52,11 +52,11 @@ def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
 
 def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of the scores and of the bias, from the probabilities before dropout (or their logarithms)."""
-    dscores = call.scores.new_empty(call.shape) if needs[0] else None
+    dscores = torch.empty_like(call.scores) if needs[0] else None
     biases = [t for m in call.terms.mods for t in m.tensors]
     dtype = stat_dtype(call.scores.dtype)
     dbiases = [
-        torch.zeros(t.shape, dtype=t.dtype if t.shape == call.shape else dtype) if need else None
+        torch.zeros_like(t, dtype=t.dtype if t.shape == call.shape else dtype) if need else None
         for t, need in zip(biases, needs[1:], strict=True)
     ]
     for chunk in _chunks(call):
