@@ -14,6 +14,11 @@ INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_WIDTH, MAX_OFFSET = 2**30, 2**29
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace records the call."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def captured(tensor: Tensor) -> bool:
     """Whether something records the call (a compiler, a tracer, a transform, a dispatch mode, a tensor subclass, the meta device), so
     that values cannot be looked at."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_attn.checks import is_traced
+
 
 def empty_out(q: Tensor, value_dim: int) -> Tensor:
     """Room for [batch, heads, q_len, value_dim] in q's order.
@@ -50,6 +52,8 @@ def with_laid_out_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         >>> torch.autograd.grad(y, x, torch.ones(2, 3).t())[0].stride()
         (2, 1)
     """
+    if is_traced():  # a trace keeps operators, not Functions
+        return tensors
     # Views, because one tensor may stand in several places.
     result: tuple[Tensor, ...] = _LaidOutGradients.apply(*(t.view_as(t) for t in tensors))  # type: ignore[no-untyped-call]
     return result

@@ -244,7 +244,7 @@ class Terms:
         """The inverse of ``flatten``."""
         offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = flat
         scale, p, *scalars = floats
-        values, tensors = iter(scalars), iter(mod_tensors)
+        values, tensors = iter(scalars), iter(mod_tensors or ())  # AOTInductor hands an empty list over as None
         left, right = (None if x < 0 else x for x in ints[:2])
         return cls(
             KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
