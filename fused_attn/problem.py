@@ -19,6 +19,7 @@ from fused_attn.checks import (
     as_integer,
     as_number,
     described,
+    is_traced,
     require_device,
     require_shape,
     require_tensor,
@@ -50,7 +51,7 @@ def _require_offset(value: object, batch: int, device: torch.device) -> int | Te
     advice = "0 aligns top-left, kv_len - q_len bottom-right, an int tensor [batch] each sequence on its own."
     if isinstance(value, Tensor):
         require_tensor("q_offset", value, INTS, f"an int or an int tensor [batch] = [{batch}]", advice)
-        if value.dim() == 0:  # lengths are such tensors under torch.jit.trace
+        if value.dim() == 0 and is_traced():  # lengths are tensors to torch.jit.trace
             return value.to(device).expand(batch)
         require_shape("q_offset", value, ((batch,),), device)
         return value

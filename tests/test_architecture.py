@@ -319,6 +319,26 @@ def test_no_dead_device_functions():
     assert len(defined) > 40 and unused == set()
 
 
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "frombuffer", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn",
+    "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "hann_window",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_tensor_is_made_on_a_named_device(path):
+    """A factory without ``device=`` follows torch's default device, which the caller's tensors need not be on."""
+    calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    homeless = [
+        f"{path.name}:{n.lineno} {ast.unparse(n.func)}"
+        for n in calls
+        if ast.unparse(n.func.value) == "torch" and n.func.attr in FACTORIES and "device" not in {k.arg for k in n.keywords}
+    ]
+    assert homeless == []
+    # Under another name a factory would escape the rule above.
+    assert not [n for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) and n.module == "torch" and {a.name for a in n.names} & set(FACTORIES)]
+
+
 def test_backends_call_the_kernels_of_torch_and_not_its_patchable_attribute():
     calls = [
         n

@@ -22,7 +22,7 @@ NAN_SAFE_KEYS = 16
 # Below, a row of a mask often has one key; its score gradient is then exactly 0, and the kernel leaves delta's rounding instead.
 BACKWARD_KEYS = 64
 # It leaves no row statistics behind: backward recomputes rows, or needs lse alone.
-NO_STATS = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+NO_STATS = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 _flash = torch._scaled_dot_product_flash_attention_for_cpu  # bound directly, 4 us cheaper per call than through torch.ops
 
 
