@@ -262,7 +262,7 @@ def torch_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict
         options = torch_sdpa.parse(tensors, attn_mask, options)
         parsed = True
         qkv, keywords, lead = torch_sdpa.as_attention(tensors, attn_mask, options)
-        out = attention(*qkv, **keywords, backend=backend)
+        out: Tensor = attention(*qkv, **keywords, backend=backend)
     except ValueError as error:
         raise torch_sdpa.ArgumentError(*error.args).with_traceback(error.__traceback__) from None
     except TypeError as error:

@@ -52,9 +52,7 @@ def _number(name: str, value: object) -> float:
     return as_number(name, value, _ADVICE[name])
 
 
-def as_attention(
-    tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict[str, Any]
-) -> tuple[tuple[Tensor, ...], dict[str, Any], Size]:
+def as_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any], Size]:
     """One parsed call as (q, k, v), keywords of ``attention``, and the leading dimensions of the result."""
     is_causal, dropout_p = options["is_causal"], options["dropout_p"]
     if attn_mask is not None and is_causal:

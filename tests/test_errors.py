@@ -348,8 +348,6 @@ SDPA = {
 }
 
 
-
-
 GROUPS = {"attention": ATTENTION, "mask": MASKS, "mod": MODS, "softmax": SOFTMAX, "sdpa": SDPA}
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
+from fused_attn.layout import laid_out_like
 from fused_attn.masks import Causal
 from fused_attn.problem import UnsupportedError
 
@@ -60,12 +61,12 @@ def register(backend: str = "auto", device: str = "cuda") -> None:
             f"registering needs torch.nn.attention.register_flash_attention_impl; got torch {torch.__version__} without it. "
             "Install a newer torch, or route calls with fused_attn.integrations.sdpa."
         )
-    torch.nn.attention.register_flash_attention_impl(NAME, register_fn=partial(_activate, backend, device))  # type: ignore[arg-type]
+    torch.nn.attention.register_flash_attention_impl(NAME, register_fn=partial(_activate, backend, device))
 
 
 def _activate(backend: str, device: str) -> Handle:
     key = torch._C._dispatch_key_for_device(device)
-    library = torch.library.Library("aten", "IMPL", key)  # noqa: TOR901
+    library = torch.library.Library("aten", "IMPL", key)
     library.impl("_scaled_dot_product_flash_attention", partial(_forward, backend), key)
     library.impl("_scaled_dot_product_flash_attention_backward", partial(_backward, backend), key)
     return Handle(library)
@@ -97,13 +98,18 @@ def _forward(
             "return_debug_mask must be False for the flash implementation fused_attn; got True. "
             "Ask fused_attn.attention for return_aux=AuxRequest(probs=True)."
         )
+    if value.shape[-1] != query.shape[-1]:
+        raise UnsupportedError(
+            f"query and value must share one head_dim in torch's flash operators; got {query.shape[-1]} and {value.shape[-1]}. "
+            "Call fused_attn.attention."
+        )
     seed = torch.randint(2**63 - 1, (), device=query.device) if dropout_p else torch.zeros((), dtype=torch.int64, device=query.device)
     options = {"scale": scale, "backend": backend, "dropout": Dropout(dropout_p, seed)}
     q_len, kv_len = query.shape[2], key.shape[2]
     out, aux = attention(query, key, value, **_keywords(q_len, kv_len, is_causal, options))
     offset = torch.zeros_like(seed)
     state = torch.stack([seed, offset]).view(torch.uint64)
-    return _laid_out_like(query, out), aux.lse, None, None, q_len, kv_len, state, offset.view(torch.uint64), query.new_empty(0)
+    return laid_out_like(out, query), aux.lse, None, None, q_len, kv_len, state, offset.view(torch.uint64), query.new_empty(0)
 
 
 def _backward(
@@ -139,15 +145,9 @@ def _backward(
         dout = grad_out.to(weight.dtype) * weight
         dlse = (dout * (block.detach() - out)).sum(-1)
         grads = torch.autograd.grad((block, aux.lse), leaves, (dout.to(block.dtype), dlse))
-    return tuple(_laid_out_like(t, g) for t, g in zip(leaves, grads, strict=True))
+    return tuple(laid_out_like(g, t) for t, g in zip(leaves, grads, strict=True))
 
 
 def _autograd() -> Any:
     """Below torch's own autograd nothing is recorded unless it is let in again."""
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-
-
-def _laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
-    """In the memory layout that torch's compiler counts on, ``empty_like`` of an input."""
-    promised = torch.empty_like(like, device="meta").stride()
-    return tensor if tensor.stride() == promised else torch.empty_like(like).copy_(tensor)

@@ -98,7 +98,7 @@ def scaled_dot_product_attention(
     """What stands in for torch's function while a patch is in force."""
     tensors = (query, key, value)
     given = tensors if attn_mask is None else (*tensors, attn_mask)
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     # A CausalBias only waits for torch's function; it is a mask here. Modes come first: they would see every look at a tensor.
     heard = tensors if is_causal_bias(attn_mask) else given
     if not has_torch_function(heard) and _requests and _is_plain(heard) and not _torchs_turn():
@@ -119,7 +119,8 @@ def _overridden(given: tuple[Tensor, ...], attn_mask: Tensor | None, options: di
     """
     _question.open = True
     try:
-        return handle_torch_function(scaled_dot_product_attention, given, *given[:3], attn_mask, **options)  # type: ignore[no-any-return]
+        query, key, value = given[:3]
+        return handle_torch_function(scaled_dot_product_attention, given, query, key, value, attn_mask, **options)
     finally:
         _question.open = False
 
