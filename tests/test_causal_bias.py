@@ -101,6 +101,23 @@ def test_torchs_own_function_takes_it_while_the_patch_is_in_force(variant, count
         torch.testing.assert_close(out, ORIGINAL(x, y, y, attn_mask=bias._materialize()))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_traced(variant):
+    x, y = randn(2, 4, 7, 8), randn(2, 4, 11, 8)
+    with sdpa.patched():
+        traced = torch.jit.trace(lambda x, y: attend(x, y, VARIANTS[variant](7, 11)), (x, y))
+    torch.testing.assert_close(traced(x, y), ORIGINAL(x, y, y, attn_mask=VARIANTS[variant](7, 11)))
+
+
+def test_autocast():
+    x, y, bias = randn(2, 4, 7, 8), randn(2, 4, 11, 8), causal_lower_right(7, 11)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = patched(x, y, y, attn_mask=bias)
+    assert out.dtype == torch.bfloat16
+    assert out.equal(fa.attention(x.bfloat16(), y.bfloat16(), y.bfloat16(), mask=fa.Causal(), q_offset=4))
+
+
 BIAS = causal_lower_right(5, 5)
 READERS = {
     "Bias": lambda x: fa.Bias(BIAS),

@@ -1,6 +1,8 @@
 """The patch: what is routed, what comes back, torch's modules under it."""
 
+import doctest
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,12 @@ def test_compiled_layer_under_the_patch(counting):
         out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
         assert counting.calls > calls
     assert out.allclose(expected, rtol=0, atol=float(torch.finfo(x.dtype).eps * expected.abs().max() * 16**0.5))
+
+
+@pytest.mark.quick
+def test_the_page_in_docs_says_what_is_so():
+    page = Path(__file__).parents[1] / "docs" / "replacing-sdpa.md"
+    text = page.read_text().replace("```", "")
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    assert len(session.examples) > 10
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session).failed == 0

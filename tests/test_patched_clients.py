@@ -63,6 +63,37 @@ def test_a_default_device_is_a_mode_and_changes_nothing(counting):
     assert out.device.type == "cpu" and counting.calls == 1
 
 
+@pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), Watching], ids=["default-device", "watching"])
+def test_modes_around_a_compiled_function(mode, counting):
+    torch._dynamo.reset()
+    x = randn(2, 4, 6, 8)
+    compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), backend="aot_eager", fullgraph=True)
+    with sdpa.patched(), mode():
+        out = compiled(x)
+    torch.testing.assert_close(out, ORIGINAL(x, x, x, is_causal=True))
+    assert counting.calls == 1
+
+
+def test_patched_inside_a_compiled_function():
+    torch._dynamo.reset()
+
+    def inside(x):
+        with sdpa.patched():
+            return F.scaled_dot_product_attention(x, x, x) + 1
+
+    x = randn(2, 4, 6, 8)
+    torch.testing.assert_close(torch.compile(inside, backend="aot_eager")(x), ORIGINAL(x, x, x) + 1)
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_a_compiled_mistake_is_a_runtime_error():
+    torch._dynamo.reset()
+    x = randn(2, 4, 6, 8)
+    compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x[:, :3], x[:, :3]), backend="aot_eager")
+    with sdpa.patched(), pytest.raises(RuntimeError):
+        compiled(x)
+
+
 class ByName(torch.Tensor):
     """Reads torch's function when it is called, as CausalBias does."""
 

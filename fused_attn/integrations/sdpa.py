@@ -101,8 +101,9 @@ def scaled_dot_product_attention(
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     # A CausalBias only waits for torch's function; it is a mask here. Modes come first: they would see every look at a tensor.
     heard = tensors if is_causal_bias(attn_mask) else given
-    if not has_torch_function(heard) and _requests and _is_plain(heard) and not _torchs_turn():
-        return torch_attention(tensors, attn_mask, options, _requests[-1].backend)
+    latest = _requests[-1:]  # one look: another thread may leave meanwhile
+    if latest and not has_torch_function(heard) and _is_plain(heard) and not _torchs_turn():
+        return torch_attention(tensors, attn_mask, options, latest[0].backend)
     if has_torch_function(given) and all(isinstance(t, Tensor) for t in given):
         return _overridden(given, attn_mask, options)
     if not torch._C._is_torch_function_enabled() and _question.open:
