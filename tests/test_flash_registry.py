@@ -4,6 +4,9 @@ What torch itself does before it calls them, its choice among kernels on a GPU, 
 """
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from tests.torch_reference import ORIGINAL, compare, qkv, randn
 if not hasattr(torchs, "register_flash_attention_impl"):
     pytest.skip("this torch has no registry of flash implementations", allow_module_level=True)
 
+ROOT = Path(__file__).parents[1]
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
@@ -145,6 +149,22 @@ def test_a_block_of_keys_with_the_statistics_of_all(is_causal, active):
         for total, grad, at in zip(got, grads, (rows, keys, keys), strict=True):
             total[:, :, at] += grad
     torch.testing.assert_close(got, list(wanted))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed")
+def test_torchs_ring_attention_over_two_processes(tmp_path):
+    command = [sys.executable, "-m", "tests.ring"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", str(tmp_path / "rendezvous")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
 
 
 def test_what_flash_does_not_carry_is_refused_in_a_sentence(active):
