@@ -22,8 +22,7 @@ def is_traced() -> bool:
 
 
 def captured(tensor: Tensor) -> bool:
-    """Whether something records the call (a compiler, a tracer, a transform, a dispatch mode, a tensor subclass, the meta device), so
-    that values cannot be looked at."""
+    """Whether values cannot be looked at: a compiler, tracer, transform, dispatch mode, tensor subclass or the meta device has the call."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
