@@ -126,12 +126,14 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on the inputs' device {device}; got {tensor.device}. Move it with .to({str(device)!r}).")
 
 
-def require_true(holds: Tensor, message: str) -> None:
-    """A bool tensor that is True; where values cannot be looked at yet, the device checks it when it gets there."""
+def require_true(holds: Tensor, message: str, subject: Tensor) -> Tensor:
+    """``subject``, where ``holds`` is True; where values cannot be looked at yet, the device checks it when it gets there."""
     if torch.compiler.is_compiling():
         if not torch._C._are_functorch_transforms_active():  # eager runs what a transform sees, and needs no such promise
             torch._assert_async(holds, message)
-        return
+        return subject
+    if is_traced():  # a trace drops operators whose result nobody uses
+        return torch._functional_assert_async(holds, message, subject)
     while torch._C._functorch.is_functorch_wrapped_tensor(holds):
         holds = torch._C._functorch.get_unwrapped(holds)
     if not captured(holds):
@@ -139,6 +141,7 @@ def require_true(holds: Tensor, message: str) -> None:
             raise ValueError(message)
     elif not holds.is_meta:
         torch._assert_async(holds, message)
+    return subject
 
 
 def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:

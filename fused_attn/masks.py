@@ -238,11 +238,11 @@ class Documents(Mask):
         ids = require_tensor("Documents ids", self.ids, INTS, "an int tensor", "Use torch.tensor(ids), one id per key.")
         if ids.dim() not in (1, 2):
             raise ValueError(f"Documents ids must have shape [kv_len] or [batch, kv_len]; got {list(ids.shape)}. Reshape it.")
-        require_true(
-            self._is_contiguous(),
+        message = (
             "Documents ids must hold each document as one run of equal ids; got an id that comes back after another one. "
-            "Use Dense(ids[..., :, None] == ids[..., None, :]) for scattered groups.",
+            "Use Dense(ids[..., :, None] == ids[..., None, :]) for scattered groups."
         )
+        object.__setattr__(self, "ids", require_true(self._is_contiguous(), message, ids))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int | None = None) -> Documents:
