@@ -1,10 +1,15 @@
-"""The native library for tests: compiled once, whichever worker asks first, into build/native/<flavour>."""
+"""The native library and the simulator of CUDA for tests: each compiled once, whichever worker asks first, below build/."""
 
 from __future__ import annotations
 
 import fcntl
 import functools
+import importlib
+import platform
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 from fused_attn import build
 
@@ -17,3 +22,17 @@ def library(flavour: str) -> Path:
     with (folder / f"{flavour}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return build.build(flavour)
+
+
+def missing_for_simulator() -> str:
+    """Why the simulator cannot be compiled here, or an empty string."""
+    if platform.machine() != "x86_64":
+        return f"the CUDA simulator computes with the vector instructions of x86-64, not of {platform.machine()}"
+    return next((f"there is no {tool} to compile the CUDA simulator with" for tool in ("g++", "make") if shutil.which(tool) is None), "")
+
+
+@functools.cache
+def simulator() -> Any:
+    """The simulator's module; it compiles itself into build/cusim when something first runs on it."""
+    sys.path.insert(0, str(Path(__file__).with_name("cusim")))
+    return importlib.import_module("cusim")
