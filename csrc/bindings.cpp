@@ -17,9 +17,7 @@
 #include <vector>
 
 #include "fused_attn/launch.h"
-
-// Lives in the CUDA build of torch alone; without it there is one stream.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "fused_attn/stream.h"
 
 namespace fused_attn {
 namespace {
@@ -67,11 +65,8 @@ Matrix matrix(const Tensor& t, int64_t dims = 4) {
 
 Matrix matrix(const Optional& t, int64_t dims = 4) { return t.has_value() ? matrix(*t, dims) : Matrix{}; }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  if (t.is_cuda() && aoti_torch_get_current_cuda_stream != nullptr) aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
-  return static_cast<cudaStream_t>(stream);
-}
+// Tensors in host memory (the simulator's) have no stream.
+cudaStream_t stream_of(const Tensor& t) { return t.is_cuda() ? static_cast<cudaStream_t>(current_stream(t.get_device_index())) : nullptr; }
 
 void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "the cuda backend could not launch ", what, ": ", cudaGetErrorString(error));
@@ -194,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd_op(Tensor q, Tensor k, Tensor v
   if (batch * heads * q_len == 0) return {out, lse, stats};
   p.out = matrix(out), p.lse = floats_of(lse);
   set_stats(p, stats);
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = stream_of(q);
   const Optional summary = summarise(p, terms, Pass::kFwd, dtype, stream);
   check(attention_fwd(p, dtype, stream), "attention_fwd");
   return {out, lse, stats};
@@ -218,7 +213,7 @@ std::vector<Tensor> attention_aux_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
   const std::vector<Tensor> result{probs, scores, max_scores, column_sums, entropy};
   if (batch * heads == 0) return result;
   set_stats(p, stats);
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = stream_of(q);
   const Optional rows_summary = summarise(p, terms, Pass::kRows, dtype, stream);
   p.max_scores = request[2] ? floats_of(max_scores) : nullptr, p.entropy = request[4] ? floats_of(entropy) : nullptr;
   // One launch writes one matrix of scores; the second, where both are wanted, writes nothing else.
@@ -260,7 +255,7 @@ std::vector<Tensor> attention_bwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
   const OnDevice guard(q);
   AttentionParams p = attention_params(q, k, v, terms);
   const DType dtype = dtype_of(q);
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = stream_of(q);
   set_stats(p, stats);
   const auto like = [&](const Tensor& t, bool wanted) {
     return empty(t, wanted ? std::vector<int64_t>{t.size(0), t.size(1), t.size(2), t.size(3)} : std::vector<int64_t>{0});
@@ -309,7 +304,7 @@ std::tuple<Tensor, Tensor> softmax_fwd_op(Tensor scores, FUSED_ATTN_TERMS, bool 
   const Tensor out = empty(scores, sizes), probs = empty(scores, seed.has_value() ? sizes : std::vector<int64_t>{0});
   p.out = matrix(out);
   if (seed.has_value()) p.probs = matrix(probs);
-  check(softmax_fwd(p, dtype_of(scores), current_stream(scores)), "softmax_fwd");
+  check(softmax_fwd(p, dtype_of(scores), stream_of(scores)), "softmax_fwd");
   return {out, probs};
 }
 
@@ -346,7 +341,7 @@ std::vector<Tensor> softmax_bwd_op(Tensor scores, FUSED_ATTN_TERMS, Tensor resul
     }
     grads.push_back(dbias);
   }
-  check(softmax_bwd(p, dtype_of(scores), current_stream(scores)), "softmax_bwd");
+  check(softmax_bwd(p, dtype_of(scores), stream_of(scores)), "softmax_bwd");
   return grads;
 }
 

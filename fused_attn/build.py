@@ -33,6 +33,8 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "bindings.cpp": {},
 }
 COMMON_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+# Many linkers drop a library of which no symbol is used; through libtorch the current CUDA stream is found (fused_attn/stream.h).
+NEEDED = ("-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
 FLAVOURS: dict[str, tuple[str, ...]] = {
     # PTX of compute_80 serves every later chip; 8.6 and 8.9 run sm_80's machine code.
     "release": (
@@ -132,7 +134,7 @@ def units() -> dict[str, tuple[str, tuple[str, ...]]]:
 def ninja_file(flavour: str, nvcc: Path, version: str, torch: Path) -> str:
     """The build description: one compiler call per object, whose output (registers and spills) stays beside it in a .log file."""
     flags = (*COMMON_FLAGS, *FLAVOURS[flavour], f"-I{SOURCES}", f"-I{SOURCES / 'include'}", f"-I{torch / 'include'}")
-    libraries = (f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
+    libraries = (f"-L{torch / 'lib'}", *NEEDED)
     lines = [
         f"nvcc = {shlex.quote(str(nvcc))}",
         f"# CUDA {version}: another compiler writes another file, and the version in the command makes ninja compile again.",
