@@ -36,8 +36,8 @@ COMMON_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-D
 # Many linkers drop a library of which no symbol is used; through libtorch the current CUDA stream is found (fused_attn/stream.h).
 NEEDED = ("-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
 FLAVOURS: dict[str, tuple[str, ...]] = {
-    # 8.6 and 8.9 run sm_80's machine code, 10.3 sm_100's, 12.1 sm_120's. Three chips share one PTX, which halves what each of them adds to
-    # the build; the PTX in the library serves chips that are none of these, after 15 to 20 seconds of compiling per unit at first use.
+    # 8.6 and 8.9 run sm_80's machine code, 10.3 sm_100's, 12.1 sm_120's; any later chip compiles the PTX, 15 to 20 s per unit at first use.
+    # Three chips share that PTX: sm_100 and sm_120 add half to a unit's CPU time (float16, head size 64: 30 to 45 s; from PTX of their own, 55).
     "release": (
         "-gencode=arch=compute_80,code=[sm_80,sm_100,sm_120,compute_80]",
         "-gencode=arch=compute_90a,code=sm_90a",
