@@ -29,8 +29,8 @@ def missing() -> str:
 @functools.cache
 def simulator() -> Any:
     """The simulator's module, with the library loaded into it."""
-    library = os.environ.get("FUSED_ATTN_LIBRARY") or native.library("simulator")
     cusim = native.simulator()
+    library = os.environ.get("FUSED_ATTN_LIBRARY") or native.simulated_library()
     importlib.import_module("cusim.torch_ext").load(library)
     os.environ["FUSED_ATTN_LIBRARY"] = str(library)
     cusim.torch_ext._Track.__torch_dispatch__ = _poisoning(cusim.torch_ext._Track.__torch_dispatch__)

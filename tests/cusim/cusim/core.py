@@ -1,4 +1,5 @@
 import ctypes as C
+import functools
 import json
 import os
 import struct
@@ -66,8 +67,17 @@ class _CLaunch(C.Structure):
 _lib = None
 
 
+@functools.cache
+def is_private():
+    """Whether the process had a CUDA run-time before this one (a CUDA build of torch brings it). A library reaches the replacement then
+    only when it was linked against ``library_path()`` and is opened with RTLD_DEEPBIND."""
+    loaded = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "libcudart.so" in line}
+    return any(not path.with_name("libcusim.so").exists() for path in loaded)
+
+
 def library_path():
-    return str(build.library())
+    library = build.library()
+    return str(library.with_name("libcusim_private.so") if is_private() else library)
 
 
 def lib():
@@ -91,7 +101,7 @@ def runtime():
     """Load the CUDA run-time replacement into this process; libraries that need libcudart.so.13 (or libcuda.so.1) then bind to it."""
     l = lib()
     stub = Path(library_path()).parent / "libcuda.so.1"
-    if stub.exists():
+    if stub.exists() and not is_private():
         C.CDLL(str(stub), mode=C.RTLD_GLOBAL)
     return l
 

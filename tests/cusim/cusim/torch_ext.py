@@ -1,5 +1,8 @@
 """Call the CUDA implementation of a PyTorch operator (an extension built by nvcc with -cudart shared) on CPU tensors."""
 
+import ctypes
+import os
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -10,7 +13,10 @@ from . import core
 def load(path):
     """torch.ops.load_library with the run-time replacement in place."""
     core.runtime()
-    torch.ops.load_library(str(path))
+    if core.is_private():
+        ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
+    else:
+        torch.ops.load_library(str(path))
 
 
 class _Track(TorchDispatchMode):
