@@ -60,8 +60,8 @@ KERNEL mma_bfloat16(float* d, const bfloat16* a, const bfloat16* b) { mma(d, a, 
 
 KERNEL ex2(float* to, const float* from) { to[threadIdx.x] = ptx::ex2(from[threadIdx.x]); }
 
-// Rows [first, first + 32) of a matrix through a tile [32, 64] to `to` (what the tile holds, row by row) and to another matrix. The source is
-// the second head of a tensor that begins at no multiple of 16 bytes.
+// Rows [first, first + 32) of a matrix through a tile [32, 64] to `to` (what the tile holds, row by row) and to another matrix. The source
+// is the second head of a tensor that begins at no multiple of 16 bytes.
 template <class T>
 __device__ void tile(T* to, int* broken, T* back, T* from, int row_stride, int col_stride, int low, int high, int cols, int first) {
   __shared__ __align__(128) unsigned char shared[32 * 64 * sizeof(T)];
