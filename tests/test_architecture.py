@@ -30,7 +30,7 @@ TEXTS = [
     for p in (
         *PROJECT,
         *sorted((ROOT / "csrc").rglob("*.*")),
-        *(ROOT / "tests").glob("*.cu"),
+        *(p for p in sorted((ROOT / "tests").rglob("*.*")) if p.suffix in (".cpp", ".cu", ".h", ".ini", ".map", ".md")),
         *ROOT.glob("*.md"),
         *ROOT.glob("*.toml"),
         *ROOT.glob("*.py"),
