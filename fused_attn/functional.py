@@ -190,7 +190,7 @@ def masked_softmax(
         >>> masked_softmax(torch.zeros(1, 1, 4), ValidLengths(torch.tensor([2])))
         tensor([[[0.5000, 0.5000, 0.0000, 0.0000]]])
     """
-    if isinstance(scores, Tensor) and scores.dim() > 4:  # more dimensions are merged, which may copy them into another order
+    if isinstance(scores, Tensor) and scores.dim() > 4:  # leading dimensions are merged, which may copy them into another order
         scores, bias = _in_their_own_layout(scores, bias)
     options = {
         "mask": mask,
@@ -261,6 +261,8 @@ def torch_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict
     try:
         options = torch_sdpa.parse(tensors, attn_mask, options)
         parsed = True
+        if tensors[0].dim() > 4:
+            tensors = _in_their_own_layout(*tensors)
         qkv, keywords, lead = torch_sdpa.as_attention(tensors, attn_mask, options)
         out: Tensor = attention(*qkv, **keywords, backend=backend)
     except ValueError as error:
@@ -269,4 +271,7 @@ def torch_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict
         if not parsed:
             raise
         raise torch_sdpa.ArgumentTypeError(*error.args).with_traceback(error.__traceback__) from None
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+    if len(lead) == 2:
+        return out
+    out = out.reshape(*lead, *out.shape[-2:])
+    return laid_out_like(out, tensors[0]) if tensors[0].dim() == out.dim() else out

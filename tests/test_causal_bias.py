@@ -149,3 +149,14 @@ def test_subclasses_of_it_are_it():
 
     bias = Mine(causal_lower_right(7, 11).variant, 7, 11)
     assert patched(*qkv(), attn_mask=bias).equal(patched(*qkv(), attn_mask=causal_lower_right(7, 11)))
+
+
+@pytest.mark.quick
+def test_a_name_bound_before_the_patch_still_knows_the_bias():
+    """torch's class compares with the attribute, which the patch replaced; its storage must not be read as a mask for that."""
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    for bias in (causal_lower_right(5, 7), causal_upper_left(5, 7)):
+        want = ORIGINAL(q, k, k, attn_mask=bias)
+        with sdpa.patched():
+            assert ORIGINAL(q, k, k, attn_mask=bias).allclose(want, atol=1e-5)
+        assert ORIGINAL(q, k, k, attn_mask=bias).equal(want)

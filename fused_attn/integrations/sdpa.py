@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.jit._builtins import _get_builtin_table
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_attn.checks import is_causal_bias
@@ -126,6 +127,17 @@ def _overridden(given: tuple[Tensor, ...], attn_mask: Tensor | None, options: di
         _question.open = False
 
 
+_of_bias = CausalBias.__dict__["__torch_function__"]
+_answer_of_bias = _of_bias.__func__
+
+
+def _recognising(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """A CausalBias that knows torch's function by a name bound before the patch, too: it compares with the name in force."""
+    if func is _original:
+        func = torch.nn.functional.scaled_dot_product_attention
+    return _answer_of_bias(cls, func, types, args, kwargs)
+
+
 def _enter(backend: str) -> _Request:
     request = _Request(backend)
     with _lock:
@@ -134,6 +146,7 @@ def _enter(backend: str) -> _Request:
             torch.nn.functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
             # torch.jit.script compiles no keyword-only default; by this entry it takes the function for torch's own.
             _get_builtin_table()[id(scaled_dot_product_attention)] = "aten::scaled_dot_product_attention"
+            CausalBias.__torch_function__ = classmethod(_recognising)  # type: ignore[method-assign,assignment]
         _requests.append(request)
     return request
 
@@ -147,6 +160,7 @@ def _leave(request: _Request) -> None:
             _displaced.clear()
         if not _requests:
             _get_builtin_table().pop(id(scaled_dot_product_attention), None)
+            CausalBias.__torch_function__ = _of_bias  # type: ignore[method-assign]
 
 
 @contextmanager
