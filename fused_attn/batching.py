@@ -104,7 +104,9 @@ def _folded(op: Any, given: dict[str, tuple[Any, Any]], count: int) -> Any:
         if not isinstance(value, Tensor) or (dim is None and (_is_absent(value) or (name in _BROADCAST and value.shape[0] == 1))):
             return value
         place = 1 if name == "stats" else 0
-        value = value.unsqueeze(place).expand(*value.shape[:place], count, *value.shape[place:]) if dim is None else value.movedim(dim, place)
+        value = (
+            value.unsqueeze(place).expand(*value.shape[:place], count, *value.shape[place:]) if dim is None else value.movedim(dim, place)
+        )
         if name in _BROADCAST and value.shape[1] == 1:
             value = value.expand(-1, batch, *value.shape[2:])
         return value.flatten(place, place + 1)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fused_attn import backends, flops
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.batching import is_batched, older_vmap_kernel, vmap_rule
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
+from fused_attn.batching import is_batched, older_vmap_kernel, vmap_rule
 from fused_attn.checks import captured
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, stat_dtype

@@ -34,7 +34,7 @@ def register(cls: type) -> None:
     _pytree.register_pytree_node(
         cls,
         _flatten,
-        functools.partial(_unflatten, cls),  # type: ignore[arg-type]
+        functools.partial(_unflatten, cls),
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         to_dumpable_context=lambda context: [list(part) for part in context],
         from_dumpable_context=lambda parts: _Structure(tuple(parts[0]), tuple((name, value) for name, value in parts[1])),
@@ -67,7 +67,7 @@ def _flatten_with_keys(value: Any) -> tuple[list[Any], _Structure]:
 
 
 def _unflatten(cls: type, children: Any, context: _Structure) -> Any:
-    value = object.__new__(cls)
+    value: Any = object.__new__(cls)
     for name, item in (*zip(context.children, children, strict=True), *context.static):
         object.__setattr__(value, name, item)
     if hasattr(value, "__dict__"):

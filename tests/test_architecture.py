@@ -336,7 +336,11 @@ def test_every_tensor_is_made_on_a_named_device(path):
     ]
     assert homeless == []
     # Under another name a factory would escape the rule above.
-    assert not [n for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) and n.module == "torch" and {a.name for a in n.names} & set(FACTORIES)]
+    assert not [
+        n
+        for n in ast.walk(tree(path))
+        if isinstance(n, ast.ImportFrom) and n.module == "torch" and {a.name for a in n.names} & set(FACTORIES)
+    ]
 
 
 def test_backends_call_the_kernels_of_torch_and_not_its_patchable_attribute():

@@ -119,7 +119,16 @@ def test_auto_follows_at_every_size(size: int) -> None:
 # The ops' fakes
 
 OPTIONS = dict.fromkeys(("scale", "q_offset", "sinks", "dropout", "return_aux", "mask")) | {"score_mods": ()}
-SOFTMAX_OPTIONS = {"mask": None, "scale": 1.5, "bias": None, "dim": -1, "log": False, "dropout": None, "empty_rows": "zero", "q_offset": None}
+SOFTMAX_OPTIONS = {
+    "mask": None,
+    "scale": 1.5,
+    "bias": None,
+    "dim": -1,
+    "log": False,
+    "dropout": None,
+    "empty_rows": "zero",
+    "q_offset": None,
+}
 
 
 def opcheck(name: str, arguments: tuple[Any, ...], backend: str) -> None:
@@ -170,7 +179,9 @@ def several(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lengths: Tensor) -> t
     """Many features in one graph, because a graph takes inductor seconds."""
     wide = (q, k, v)
     narrow = tuple(t.bfloat16() for t in wide)
-    out, aux = fa.attention(*wide, mask=fa.Causal(), score_mods=(fa.SoftCap(5.0), fa.Bias(bias)), return_aux=fa.AuxRequest(probs=True, lse=True))
+    out, aux = fa.attention(
+        *wide, mask=fa.Causal(), score_mods=(fa.SoftCap(5.0), fa.Bias(bias)), return_aux=fa.AuxRequest(probs=True, lse=True)
+    )
     batch, heads, length, dim = q.shape
     return (
         fa.attention(*wide) * 1.0,
@@ -194,7 +205,9 @@ def evaluated(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "dynamic"), [*((how, False) for how in LAYOUTS), ("BLHD", True), ("packed", True)], ids=lambda x: {True: "dynamic", False: "static"}.get(x, x)
+    ("how", "dynamic"),
+    [*((how, False) for how in LAYOUTS), ("BLHD", True), ("packed", True)],
+    ids=lambda x: {True: "dynamic", False: "static"}.get(x, x),
 )
 def test_the_default_compiler_runs_every_layout(how: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_MASKED_GRAD"):

@@ -47,7 +47,11 @@ class Plain(Mask):
         return grid.kv_idx < self.limit
 
 
-OBJECTS |= {"Odd": Odd(torch.arange(LENGTH), 4), "Plain": Plain(torch.tensor(4)), "And": fa.Causal() & fa.ValidLengths(torch.tensor([3, 9]))}
+OBJECTS |= {
+    "Odd": Odd(torch.arange(LENGTH), 4),
+    "Plain": Plain(torch.tensor(4)),
+    "And": fa.Causal() & fa.ValidLengths(torch.tensor([3, 9])),
+}
 
 
 @pytest.mark.quick
@@ -116,7 +120,11 @@ class Attend(torch.nn.Module):
 
 def test_objects_go_through_export_and_back() -> None:
     inputs = [
-        (torch.randn(BATCH, HEADS, LENGTH, DIM), fa.Causal() & fa.ValidLengths(torch.tensor(lens)), (fa.SoftCap(3.0), fa.Bias(torch.randn(9, 9))))
+        (
+            torch.randn(BATCH, HEADS, LENGTH, DIM),
+            fa.Causal() & fa.ValidLengths(torch.tensor(lens)),
+            (fa.SoftCap(3.0), fa.Bias(torch.randn(9, 9))),
+        )
         for lens in ([3, 9], [7, 0])
     ]
     program = torch.export.export(Attend(), inputs[0])
@@ -149,6 +157,8 @@ def test_exported_programs_have_gradients(strict: bool) -> None:
 @pytest.mark.quick
 def test_fake_tensors_reach_inside_masks() -> None:
     mode = FakeTensorMode()
-    q, mask = pytree.tree_map_only(Tensor, mode.from_tensor, (qkv()[0], fa.Documents(torch.arange(9) // 4) & fa.ValidLengths(torch.tensor([3, 9]))))
+    q, mask = pytree.tree_map_only(
+        Tensor, mode.from_tensor, (qkv()[0], fa.Documents(torch.arange(9) // 4) & fa.ValidLengths(torch.tensor([3, 9])))
+    )
     with mode:
         assert fa.attention(q, q, q, mask=mask).shape == q.shape

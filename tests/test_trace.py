@@ -22,17 +22,35 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[int], Tensor]]] = {
     "causal": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.Causal(), **kw), torch.ones),
     "window": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.SlidingWindow(3, 0) & fa.Band(4), **kw), torch.ones),
     "lengths": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.ValidLengths(t), **kw), lambda n: torch.tensor([n // 2, n])),
-    "prefix": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.PrefixLM(4) & fa.PrefixLM(t), **kw), lambda n: torch.tensor([n // 2, 5])),
+    "prefix": (
+        lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.PrefixLM(4) & fa.PrefixLM(t), **kw),
+        lambda n: torch.tensor([n // 2, 5]),
+    ),
     "documents": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.Documents(t), **kw), lambda n: torch.arange(n) // 7),
     "padding": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.KeyPadding(t), **kw), lambda n: torch.rand(2, n) < 0.6),
     "dense": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=t, **kw), lambda n: torch.rand(2, n, n) < 0.6),
-    "softcap-bias": (lambda q, k, v, t, **kw: fa.attention(q, k, v, score_mods=(fa.SoftCap(3.0), fa.Bias(t)), **kw), lambda n: torch.randn(2, n, n)),
-    "alibi-sinks": (lambda q, k, v, t, **kw: fa.attention(q, k, v, score_mods=(fa.ALiBi(torch.tensor([0.1, 0.2])),), sinks=t, **kw), lambda n: torch.randn(2)),
-    "decay": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.Causal(), score_mods=(fa.DecayBias(t),), **kw), lambda n: torch.randn(2, n)),
+    "softcap-bias": (
+        lambda q, k, v, t, **kw: fa.attention(q, k, v, score_mods=(fa.SoftCap(3.0), fa.Bias(t)), **kw),
+        lambda n: torch.randn(2, n, n),
+    ),
+    "alibi-sinks": (
+        lambda q, k, v, t, **kw: fa.attention(q, k, v, score_mods=(fa.ALiBi(torch.tensor([0.1, 0.2])),), sinks=t, **kw),
+        lambda n: torch.randn(2),
+    ),
+    "decay": (
+        lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.Causal(), score_mods=(fa.DecayBias(t),), **kw),
+        lambda n: torch.randn(2, n),
+    ),
     "dropout": (lambda q, k, v, t, **kw: fa.attention(q, k, v, dropout=fa.Dropout(0.3, seed=2), **kw), torch.ones),
-    "offset-of-lengths": (lambda q, k, v, t, **kw: fa.attention(q[:, :, :5], k, v, mask=fa.Causal(), q_offset=k.shape[2] - 5, **kw), torch.ones),
+    "offset-of-lengths": (
+        lambda q, k, v, t, **kw: fa.attention(q[:, :, :5], k, v, mask=fa.Causal(), q_offset=k.shape[2] - 5, **kw),
+        torch.ones,
+    ),
     "offset-tensor": (lambda q, k, v, t, **kw: fa.attention(q, k, v, mask=fa.Causal(), q_offset=t, **kw), lambda n: torch.tensor([1, 2])),
-    "aux": (lambda q, k, v, t, **kw: tuple(vars(fa.attention(q, k, v, mask=fa.Causal(), return_aux=EVERYTHING, **kw)[1]).values()), torch.ones),
+    "aux": (
+        lambda q, k, v, t, **kw: tuple(vars(fa.attention(q, k, v, mask=fa.Causal(), return_aux=EVERYTHING, **kw)[1]).values()),
+        torch.ones,
+    ),
     "softmax": (lambda q, k, v, t, **kw: fa.masked_softmax(q @ k.mT, fa.Causal(), bias=t, **kw), lambda n: torch.randn(n, n)),
     "log-softmax": (lambda q, k, v, t, **kw: fa.masked_softmax(q @ k.mT, dim=-2, log=True, **kw), torch.ones),
 }
@@ -73,7 +91,9 @@ def test_a_trace_is_right_at_every_length(name: str, gradients: bool, backend: s
         for a, b in zip(evaluated(traced, tensors), evaluated(function, tensors), strict=True):
             assert (a is None) == (b is None)
             # The same kernels on the same values; eager's branches on values differ by a rounding.
-            assert a is None or torch.allclose(a, b, rtol=0, atol=float(64 * torch.finfo(a.dtype).eps * (1 + b.nan_to_num(0, 0, 0).abs().max())), equal_nan=True)
+            assert a is None or torch.allclose(
+                a, b, rtol=0, atol=float(64 * torch.finfo(a.dtype).eps * (1 + b.nan_to_num(0, 0, 0).abs().max())), equal_nan=True
+            )
 
 
 @pytest.mark.quick

@@ -158,7 +158,9 @@ def test_masks_from_mapped_tensors() -> None:
         close([torch.vmap(function)(q, mapped)], [torch.stack([function(x, t) for x, t in zip(q, mapped, strict=True)])])
     # Not mapped themselves, so that their values can be looked at.
     for mask in (fa.Documents(ids[0]), fa.Documents.from_cu_seqlens(cu[1])):
-        close([torch.vmap(lambda x, m=mask: fa.attention(x, x, x, mask=m))(q)], [torch.stack([fa.attention(x, x, x, mask=mask) for x in q])])
+        close(
+            [torch.vmap(lambda x, m=mask: fa.attention(x, x, x, mask=m))(q)], [torch.stack([fa.attention(x, x, x, mask=mask) for x in q])]
+        )
 
 
 @pytest.mark.quick
