@@ -55,8 +55,9 @@ def with_laid_out_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if is_traced():  # a trace keeps operators, not Functions
         return tensors
     # Views, because one tensor may stand in several places.
-    result: tuple[Tensor, ...] = _LaidOutGradients.apply(*(t.view_as(t) for t in tensors))  # type: ignore[no-untyped-call]
-    return result
+    wanting = [t.view_as(t) for t in tensors if t.requires_grad]
+    kept = iter(_LaidOutGradients.apply(*wanting)) if wanting else iter(())  # type: ignore[no-untyped-call]
+    return tuple(next(kept) if t.requires_grad else t for t in tensors)
 
 
 class _LaidOutGradients(torch.autograd.Function):
