@@ -17,13 +17,14 @@ from tests.problems import problems
 
 # One length for each way in which a kernel spreads a row.
 LENGTHS = (40, 200, 1000, 3000, 9000, 20_000)
+HEAD_DIMS = (64, 128, 256)
 
 
 def main(names: Sequence[str], device: torch.device) -> None:
     """Raises when a result breaks the error rule; what the sanitizer finds is for it to report."""
     for name in names:
         for dtype in (torch.float16, torch.float32):
-            for head_dim in (64, 128, 256):
+            for head_dim in HEAD_DIMS:
                 for title, inputs in problems(dtype, head_dim, device).items():
                     check_inputs(inputs, name, DIFFERENTIABLE, title)
                     print(f"{name} {dtype} {head_dim} {title}", flush=True)

@@ -59,17 +59,25 @@ def test_all_right(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("right") == 2
 
 
-def test_slower(stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Written-down times: how much real ones of such small cases scatter depends on what else the machine does."""
-    edited(stored, ratios=tuple(math.log(0.5) + x for x in (0.0, 0.01, -0.01, 0.005, -0.005)))
-    now = [(Result(e.case, e.provider), dataclasses.replace(e, ratios=tuple(x + 0.1 for x in e.ratios))) for e in baseline.read(stored)]
+def measures(path: Path, monkeypatch: pytest.MonkeyPatch, change: float) -> None:
+    """From here on what is measured is what a baseline holds, times e^change.
+
+    Written-down times: how much real ones of such small cases scatter depends on what else the machine does.
+    """
+    now = [(Result(e.case, e.provider), dataclasses.replace(e, ratios=tuple(x + change for x in e.ratios))) for e in baseline.read(path)]
     monkeypatch.setattr(baseline, "measure", lambda *arguments: now)
+
+
+def test_slower(stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    edited(stored, ratios=tuple(math.log(0.5) + x for x in (0.0, 0.01, -0.01, 0.005, -0.005)))
+    measures(stored, monkeypatch, 0.1)
     assert check(stored) == 1
     assert capsys.readouterr().out.count("SLOWER") == 2
 
 
-def test_faster_passes(stored: Path) -> None:
+def test_faster_passes(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edited(stored, ratios=(math.log(1e3), math.log(1.1e3), math.log(1.2e3)))
+    measures(stored, monkeypatch, -7.0)
     assert check(stored) == 0
 
 
@@ -93,7 +101,8 @@ def test_wrong(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert check(stored, *load, "--update", "--case", *CASES) == 3 and stored.read_text() == before
 
 
-def test_another_machine(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_machine(stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    measures(stored, monkeypatch, 0.0)
     edited(stored, environment={**baseline.read(stored)[0].environment, "device": "another chip"})
     assert check(stored) == 4
     assert "device was 'another chip'" in capsys.readouterr().out

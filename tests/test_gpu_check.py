@@ -71,7 +71,9 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(simulated_cuda.missing()), reason=simulated_cuda.missing() or "never")
-def test_what_the_sanitizer_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At one head size here: test_cuda_simulated.py runs these problems at all of them, in any order of warps and copies."""
+    monkeypatch.setattr(sanitized, "HEAD_DIMS", sanitized.HEAD_DIMS[:1])
     torch.manual_seed(0)
     sanitized.main(["cuda"], torch.device("cpu"))
-    assert len(capsys.readouterr().out.splitlines()) == 2 * 3 * 3 + len(sanitized.LENGTHS)
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 3 + len(sanitized.LENGTHS)

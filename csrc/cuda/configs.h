@@ -30,7 +30,7 @@ constexpr TileShape tile_shape(Pass pass, int bytes, int head_size) {
   const int column = head_size <= 64 ? 0 : head_size <= 128 ? 1 : 2;
   constexpr TileShape kFwd16[] = {{128, 64, 2}, {64, 64, 2}, {64, 32, 2}}, kFwd32[] = {{64, 32, 1}, {64, 16, 1}, {32, 16, 1, 2}};
   constexpr TileShape kRows16[] = {{64, 64, 2}, {64, 64, 2}, {64, 32, 2}}, kRows32[] = {{64, 64, 1}, {64, 32, 1}, {32, 32, 1}};
-  constexpr TileShape kDq16[] = {{64, 64, 2}, {64, 64, 1}, {64, 16, 1}}, kDq32[] = {{64, 32, 1}, {64, 32, 1}, {32, 16, 1, 2}};
+  constexpr TileShape kDq16[] = {{64, 64, 2}, {64, 64, 1}, {64, 16, 1}}, kDq32[] = {{64, 32, 1}, {64, 16, 1}, {32, 16, 1, 2}};
   constexpr TileShape kDkdv16[] = {{64, 64, 2}, {32, 64, 2}, {16, 64, 1}}, kDkdv32[] = {{16, 64, 1}, {16, 64, 1}, {16, 32, 1}};
   constexpr TileShape kColumns16[] = {{64, 64, 1}, {64, 64, 1}, {32, 64, 1}}, kColumns32[] = {{64, 64, 1}, {32, 64, 1}, {32, 32, 1}};
   constexpr TileShape kBias16[] = {{64, 64, 1}, {64, 64, 1}, {64, 32, 1}}, kBias32[] = {{64, 32, 1}, {64, 32, 1}, {32, 16, 1}};
