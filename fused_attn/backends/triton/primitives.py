@@ -94,14 +94,13 @@ def any_true(x):
 def tanh(x):
     """tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above."""
     square = x * x
-    poly = -5.70498872745e-3
-    poly = poly * square + 2.06390887954e-2
-    poly = poly * square - 5.37397155531e-2
-    poly = poly * square + 1.33314422036e-1
-    poly = poly * square - 3.33332819422e-1
-    small = x + x * square * poly
+    poly = tl.fma(square, -5.70498872745e-3, 2.06390887954e-2)
+    poly = tl.fma(poly, square, -5.37397155531e-2)
+    poly = tl.fma(poly, square, 1.33314422036e-1)
+    poly = tl.fma(poly, square, -3.33332819422e-1)
+    small = tl.fma(x * square, poly, x)
     magnitude = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    large = tl.fma(1.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0), -2.0, 1.0)
     return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
 
 

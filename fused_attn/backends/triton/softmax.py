@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_attn.backends.base import Gradients
 from fused_attn.backends.triton import arguments, config
-from fused_attn.backends.triton.launch import on_device
+from fused_attn.backends.triton.launch import run
 from fused_attn.lowering import LoweredSoftmax
 
 from .masks import allowed, query_shift, row_intervals
@@ -209,8 +209,7 @@ class _Plan:
         self.shared = (*shared, arguments.Sizes(middle, 1, q_len, kv_len), tile, call.log, call.uniform_empty)
 
     def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *constants: Any) -> None:
-        with on_device(self.call.scores.device):
-            kernel[(programs,)](*tensors, *self.shared, *constants, num_warps=self.chosen.num_warps)
+        run(kernel, programs, self.call.scores.device, (*tensors, *self.shared, *constants), {"num_warps": self.chosen.num_warps})
 
     @property
     def programs(self) -> int:
