@@ -1,7 +1,7 @@
-"""Tile configurations: one table per (chip, head size, dtype, pass).
+"""Tile configurations: one table per (chip, head size, dtype, pass), and what single chips and versions of Triton need differently.
 
-Every entry was chosen as the largest tile that compiles with at most 64 bytes of stack and within the chip's shared memory, and
-tests/test_triton_compile.py holds it to that.
+Every entry was chosen as the largest tile that compiles with at most 64 bytes of stack and within the chip's shared memory.
+tests/test_triton_compile.py holds it to that with the installed Triton, `make matrix` with every supported one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 
 
 class TileConfig(NamedTuple):
-    """Queries and keys per tile, warps per block, pipeline stages."""
+    """Queries and keys per tile, warps per block, pipeline stages; float32 rows of more columns than ``resident`` are read in slices."""
 
     block_q: int
     block_kv: int
     num_warps: int
     num_stages: int
+    resident: int = 64
 
 
 class Pass(NamedTuple):
@@ -40,7 +41,7 @@ HEAD_SIZES = (64, 128, 256)
 _Row = tuple[TileConfig, TileConfig, TileConfig]
 
 
-def _row(*entries: tuple[int, int, int, int]) -> _Row:
+def _row(*entries: tuple[int, ...]) -> _Row:
     small, middle, large = (TileConfig(*entry) for entry in entries)
     return small, middle, large
 
@@ -73,13 +74,14 @@ _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
     ("bwd_dq", True, 16): _row((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", True, 32): _row((16, 16, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dq", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
 }
 _TABLE = {80: _WARP_MMA, 90: _WARP_MMA | _WARPGROUP_MMA, 100: _WARP_MMA | _WARPGROUP_MMA, 120: _WARP_MMA}
+_Place = tuple[int, str, bool, int, int]
 # Entries that one chip needs differently: (chip, stage, heavy, bits, head size).
-_EXCEPTIONS = {
+_EXCEPTIONS: dict[_Place, TileConfig] = {
     (100, "fwd", True, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 96 bytes
     (100, "fwd", True, 32, 64): TileConfig(64, 32, 8, 1),  # 32 x 32: above 64 bytes
     (100, "fwd", False, 32, 128): TileConfig(32, 32, 4, 1),  # 64 rows: tensor memory runs out, and Triton makes the kernel one trap
@@ -88,17 +90,42 @@ _EXCEPTIONS = {
     (100, "bwd_dq", True, 32, 64): TileConfig(64, 32, 8, 1),  # 16 x 16 with four warps: 72 bytes
     (100, "bwd_dq", False, 32, 128): TileConfig(32, 32, 8, 1),  # 64 rows: one trap
     (100, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 80 bytes
-    (100, "bwd_dkdv", False, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: 96 bytes
-    (120, "fwd", True, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: 96 bytes
+    (100, "bwd_dkdv", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 96 bytes
+    (120, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 96 bytes
     (120, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 104 bytes
     (120, "bwd_dq", False, 32, 256): TileConfig(16, 32, 8, 1),  # 32 x 32: 80 bytes
-    (120, "bwd_dq", True, 32, 64): TileConfig(16, 16, 4, 1),  # eight warps: 72 bytes
+    (120, "bwd_dq", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 72 bytes even with 16 x 16
     (120, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # four warps: 80 bytes
+}
+# Entries that one version of Triton needs differently, besides; one newer than all of these takes those of the newest.
+_EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
+    (3, 8): {},
+    (3, 9): {},
 }
 
 
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the Triton that compiles."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
+def exceptions(version: tuple[int, int]) -> dict[_Place, TileConfig]:
+    """What a version of Triton takes from elsewhere than the table.
+
+    Example:
+        >>> exceptions((3, 11)) == exceptions((3, 9))
+        True
+    """
+    return _EXCEPTIONS | _EXCEPTIONS_OF.get(min(version, max(_EXCEPTIONS_OF)), {})
+
+
 def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileConfig:
-    """The configuration of a pass.
+    """The configuration of a pass for the Triton that is installed.
 
     Args:
         chip: compute capability as major * 10 + minor, or 0 for the interpreter.
@@ -108,14 +135,14 @@ def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileCo
 
     Example:
         >>> lookup(90, Pass("fwd", heavy=False), torch.bfloat16, 128)
-        TileConfig(block_q=128, block_kv=64, num_warps=8, num_stages=2)
+        TileConfig(block_q=128, block_kv=64, num_warps=8, num_stages=2, resident=64)
     """
     if chip == 0:
         return _INTERPRETER
     heavy = (which.heavy and which.stage != "aux") or which.stage == "bwd_bias"
     row, bits = nearest_chip(chip), dtype.itemsize * 8
     size = next(s for s in HEAD_SIZES if head_size <= s)
-    exception = _EXCEPTIONS.get((row, which.stage, heavy, bits, size))
+    exception = exceptions(triton_version()).get((row, which.stage, heavy, bits, size))
     return exception or _TABLE[row][which.stage, heavy, bits][HEAD_SIZES.index(size)]
 
 
@@ -149,7 +176,7 @@ def softmax(kv_len: int) -> TileConfig:
 
     Example:
         >>> softmax(100)
-        TileConfig(block_q=16, block_kv=128, num_warps=8, num_stages=1)
+        TileConfig(block_q=16, block_kv=128, num_warps=8, num_stages=1, resident=64)
     """
     if kv_len > _LONGEST_RESIDENT_ROW:
         return TileConfig(1, 4096, 8, 1)

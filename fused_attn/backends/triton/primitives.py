@@ -65,10 +65,10 @@ def _slice(source, first, COLS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def contract(a, b, a_source, b_source, PRECISION: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """a b^T. Wide float32 rows do not fit the registers: they are read again from their sources, a slice of columns at a time."""
+def contract(a, b, a_source, b_source, PRECISION: tl.constexpr, RESIDENT: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """a b^T. Rows of more than RESIDENT columns do not fit the registers: they are read again from their sources, a slice at a time."""
     acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
-    if WIDE and BLOCK > 64:
+    if BLOCK > RESIDENT:
         # A loop at run time: unrolled, ptxas hoists the slices' loads above the products and spills (sm_120: 96 bytes at 16 x 16 tiles
         # of 128 columns, where the loop leaves room for 32 x 32).
         for first in range(0, BLOCK, 32):

@@ -1,0 +1,48 @@
+"""docs/matrix.md says what was seen with these very sources, and all of it is green."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from fused_attn.backends.triton import config
+from tests import matrix
+
+pytestmark = pytest.mark.quick
+
+PAGE = matrix.PAGE.read_text()
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| \d", line)]
+
+
+def test_the_page_was_made_with_the_present_sources() -> None:
+    assert f"Sources: `{matrix.sources()}`" in PAGE, "the Triton sources changed: run make matrix"
+
+
+def test_every_version_compiles_for_every_chip() -> None:
+    rows = {tuple(row[:2]): row[2:] for row in ROWS if row[1].startswith("sm_")}
+    assert set(rows) == set(itertools.product(matrix.VERSIONS, (f"sm_{chip}" for chip in config.SHARED_MEMORY)))
+    for row in rows.values():
+        assert len(row) == len(matrix.COLUMNS)
+        for cell in row:
+            registers, stack = map(int, cell.split("/"))
+            assert registers <= 255 and stack <= matrix.MAX_STACK
+
+
+def test_every_suite_passed() -> None:
+    suites = {row[0]: row[-1] for row in ROWS if not row[1].startswith("sm_")}
+    assert set(suites) >= set(matrix.VERSIONS)
+    assert {"2.10", "2.14"} <= {version.rpartition(".")[0] for version in suites}
+    for version, counted in suites.items():
+        assert re.fullmatch(r"\d+ passed(, \d+ skipped)?", counted), f"{version}: {counted}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [("x = 1", "x = 2", False), ("why", "because", True), ("f(x)", "f( x )", True)],
+    ids=["code", "comment and docstring", "spaces"],
+)
+def test_the_hash_follows_the_code_alone(old: str, new: str, same: bool) -> None:
+    text = '"""why."""\nx = 1  # why\n\n\ndef g(x):\n    """why"""\n    return f(x)\n'
+    assert ("".join(matrix._code(text.replace(old, new))) == "".join(matrix._code(text))) == same
