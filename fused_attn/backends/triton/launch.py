@@ -42,6 +42,8 @@ class Plan:
 
     def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...]) -> None:
         """Runs ``kernel(*tensors, mask, score, dropout, sizes, tile)`` on a one-dimensional grid, which alone has room for 2^31 programs."""
+        if programs == 0:
+            return
         call = self.call
         shared = (self.mask, self.score, arguments.dropout(call.terms), arguments.sizes(call), arguments.tile(call, self.config))
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
@@ -55,9 +57,8 @@ def run(kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...],
     TRITON_DEFAULT_FP_FUSION says, whose default changes in 3.10: forward and backward would then round the same score
     differently (s * scale - max keeps 2^-24 of the largest logit in one of them). Where one rounding is meant, it is ``tl.fma``.
     """
-    if programs:
-        with torch.cuda.device(device) if device.type == "cuda" else _NOWHERE:
-            kernel[(programs,)](*args, enable_fp_fusion=False, **options)
+    with torch.cuda.device(device) if device.type == "cuda" else _NOWHERE:
+        kernel[(programs,)](*args, enable_fp_fusion=False, **options)
 
 
 class _Nowhere:
