@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,24 @@ def test_every_suite_passed() -> None:
 def test_the_hash_follows_the_code_alone(old: str, new: str, same: bool) -> None:
     text = '"""why."""\nx = 1  # why\n\n\ndef g(x):\n    """why"""\n    return f(x)\n'
     assert ("".join(matrix._code(text.replace(old, new))) == "".join(matrix._code(text))) == same
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    matrix.Results(tmp_path).add("3.8.0 90:float32:64", [])
+    assert matrix.Results(tmp_path).parts == {"3.8.0 90:float32:64": []}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shown"),
+    [
+        ({"STACK": 64}, "255/64"),
+        ({"STACK": 72}, "FAILS 255/72"),
+        ({"LOCAL": 8}, "FAILS 255/0"),
+        ({"traps": 1}, "FAILS 255/0"),
+        ({"shared": 99 * 1024 + 1}, "FAILS 255/0"),
+    ],
+    ids=str,
+)
+def test_a_cell_says_what_breaks_a_bound(kernel: dict[str, int], shown: str) -> None:
+    well = {"REG": 255, "STACK": 0, "LOCAL": 0, "shared": 0, "traps": 0}
+    assert matrix.cell(120, [well, well | kernel]) == shown
