@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ KEPT = ROOT / "build" / "triton"
 # What each Triton runs beside, where the environment's own version does not do: 3.6's interpreter takes tensors as loop bounds, which
 # numpy refuses from 2.4 on.
 VERSIONS: dict[str, tuple[str, ...]] = {"3.6.0": ("numpy>=2,<2.4",), "3.7.1": (), "3.8.0": (), "3.9.0": ()}
+ENDS = (min(VERSIONS), max(VERSIONS))
 # ptxas counts a stack frame for indexed arrays as well; this much is not a spill in a loop.
 MAX_STACK = 64
 COLUMNS = (*(f"{dtype}:{size}" for dtype, size in itertools.product(("bfloat16", "float32"), config.HEAD_SIZES)), "bfloat16:softmax")
@@ -172,7 +174,7 @@ def page(results: Results) -> str:
         [version, f"sm_{chip}", *(cell(chip, results.parts[f"{version} {chip}:{column}"]) for column in COLUMNS)]
         for version, chip in itertools.product(VERSIONS, config.SHARED_MEMORY)
     ]
-    suites = [[version, results.parts[f"{version} beside"], results.parts[f"{version} suite"]] for version in VERSIONS]
+    suites = [[version, results.parts[f"{version} beside"], results.parts[f"{version} suite"]] for version in ENDS]
     return f"""# Versions seen working
 
 Written by `make matrix`; `tests/test_matrix.py` holds it to the present sources. Sources: `{sources()}`.
@@ -187,7 +189,8 @@ the chip's shared memory; a cell that breaks it says FAILS.
 
 ## Triton's interpreter
 
-`pytest -k triton` on {", ".join(f"`{name}`" for name in INTERPRETED)}.
+`pytest -k triton` on {", ".join(f"`{name}`" for name in INTERPRETED)},
+with the oldest and the newest; those between run under torch below.
 
 {table(["Triton", "beside", "tests"], suites)}
 
@@ -201,8 +204,11 @@ def make() -> None:
     """All versions, then the page; rows of torch stay as they are."""
     results = Results(KEPT / "results")
     for version in VERSIONS:
-        compile_missing(version, results)
-    for version in VERSIONS:
+        install(version)
+    # One process per core: compiling is a single thread's work.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda version: compile_missing(version, results), VERSIONS))
+    for version in ENDS:
         if f"{version} suite" not in results.parts:
             variables = environment(version, interpret=True)
             beside = subprocess.run([sys.executable, "-c", BESIDE], env=variables, capture_output=True, text=True, check=True)

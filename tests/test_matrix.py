@@ -33,7 +33,7 @@ def test_every_version_compiles_for_every_chip() -> None:
 
 def test_every_suite_passed() -> None:
     suites = {row[0]: row[-1] for row in ROWS if not row[1].startswith("sm_")}
-    assert set(suites) >= set(matrix.VERSIONS)
+    assert set(suites) >= set(matrix.ENDS)
     assert {"2.10", "2.14"} <= {version.rpartition(".")[0] for version in suites}
     for version, counted in suites.items():
         assert re.fullmatch(r"\d+ passed(, \d+ skipped)?", counted), f"{version}: {counted}"
