@@ -46,7 +46,8 @@ def _row(*entries: tuple[int, ...]) -> _Row:
     return small, middle, large
 
 
-# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120).
+# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120). The four that read float32 rows of 64 columns
+# in slices spilled on Triton 3.8 otherwise (264 to 648 bytes on sm_80); on 3.7 the dk, dv kernel has no more instructions for it.
 _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("fwd", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("fwd", True, 16): _row((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
@@ -55,15 +56,15 @@ _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("aux", False, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
     ("aux", False, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    ("bwd_dq", True, 16): _row((64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("bwd_dq", True, 16): _row((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", True, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dq", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("bwd_dkdv", False, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("bwd_dkdv", True, 32): _row((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dkdv", False, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dkdv", True, 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_bias", True, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
-    ("bwd_bias", True, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("bwd_bias", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 # What chips with warpgroup products and more shared memory (sm_90, sm_100) do differently.
 _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
@@ -74,7 +75,6 @@ _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
     ("bwd_dq", True, 16): _row((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
 }
@@ -87,20 +87,36 @@ _EXCEPTIONS: dict[_Place, TileConfig] = {
     (100, "fwd", False, 32, 128): TileConfig(32, 32, 4, 1),  # 64 rows: tensor memory runs out, and Triton makes the kernel one trap
     (100, "fwd", False, 32, 256): TileConfig(16, 32, 8, 1),  # 32 x 32: 96 bytes; 64 rows: as above
     (100, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
-    (100, "bwd_dq", True, 32, 64): TileConfig(64, 32, 8, 1),  # 16 x 16 with four warps: 72 bytes
+    (100, "bwd_dq", True, 32, 64): TileConfig(64, 32, 8, 1),  # more rows than the table's fit
     (100, "bwd_dq", False, 32, 128): TileConfig(32, 32, 8, 1),  # 64 rows: one trap
     (100, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 80 bytes
-    (100, "bwd_dkdv", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 96 bytes
     (120, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 96 bytes
     (120, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 104 bytes
     (120, "bwd_dq", False, 32, 256): TileConfig(16, 32, 8, 1),  # 32 x 32: 80 bytes
-    (120, "bwd_dq", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 72 bytes even with 16 x 16
-    (120, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # four warps: 80 bytes
 }
 # Entries that one version of Triton needs differently, besides; one newer than all of these takes those of the newest.
 _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
-    (3, 8): {},
-    (3, 9): {},
+    (3, 8): {
+        (80, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1),  # four warps: 144 bytes
+        (80, "fwd", True, 32, 128): TileConfig(32, 64, 8, 1),  # 64 x 32: 144 bytes
+        (80, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 128 bytes
+        (80, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 200 bytes
+        (80, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 240 bytes, 88 with one stage
+        (80, "bwd_dq", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 112 bytes
+        (100, "fwd", False, 32, 128): TileConfig(32, 32, 8, 1),  # four warps: 168 bytes
+        (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
+        (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 72 bytes
+        (120, "fwd", False, 16, 64): TileConfig(128, 64, 8, 1),  # two stages: 104 bytes
+        (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 168 bytes
+        (120, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
+        (120, "fwd", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 80 bytes
+        (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
+        (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
+    },
+    (3, 9): {
+        (100, "fwd", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
+        (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 80 bytes
+    },
 }
 
 
