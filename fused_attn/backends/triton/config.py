@@ -46,8 +46,9 @@ def _row(*entries: tuple[int, ...]) -> _Row:
     return small, middle, large
 
 
-# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120). The four that read float32 rows of 64 columns
-# in slices spilled on Triton 3.8 otherwise (264 to 648 bytes on sm_80); on 3.7 the dk, dv kernel has no more instructions for it.
+# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120). The four that read
+# float32 rows of 64 columns in slices spilled on Triton 3.8 otherwise (264 to 648 bytes on sm_80); on 3.7 the dk, dv kernel has no more
+# instructions for it.
 _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("fwd", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("fwd", True, 16): _row((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
@@ -103,6 +104,8 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (80, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 200 bytes
         (80, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 240 bytes, 88 with one stage
         (80, "bwd_dq", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 112 bytes
+        (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 72 bytes
+        (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
         (100, "fwd", False, 32, 128): TileConfig(32, 32, 8, 1),  # four warps: 168 bytes
         (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
         (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 72 bytes
@@ -114,8 +117,11 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
     },
     (3, 9): {
+        (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
+        (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 136 bytes
         (100, "fwd", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
         (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 80 bytes
+        (120, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
     },
 }
 
