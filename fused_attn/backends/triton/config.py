@@ -120,6 +120,7 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
         (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 136 bytes
         (100, "fwd", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
+        (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 80 bytes
         (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 80 bytes
         (120, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
     },
