@@ -1,7 +1,8 @@
 // The operators of the native backend, namespace fused_attn_cuda, on LibTorch's stable ABI: the only file with Torch headers.
 //
 // Their arguments are the normal form flattened (Terms.SCHEMA of fused_attn/lowering.py). Arguments are checked by the Python package
-// before they come here; a tensor that is not wanted is returned as one without elements.
+// before they come here. What has its layout from an input (out, gradients) is allocated by the caller and written here, any strides;
+// a tensor of a fixed layout is returned, without elements where it is not wanted.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,9 +18,7 @@
 #include <vector>
 
 #include "fused_attn/launch.h"
-
-// Lives in the CUDA build of torch alone; without it there is one stream.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "fused_attn/stream.h"
 
 namespace fused_attn {
 namespace {
@@ -67,11 +66,8 @@ Matrix matrix(const Tensor& t, int64_t dims = 4) {
 
 Matrix matrix(const Optional& t, int64_t dims = 4) { return t.has_value() ? matrix(*t, dims) : Matrix{}; }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  if (t.is_cuda() && aoti_torch_get_current_cuda_stream != nullptr) aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
-  return static_cast<cudaStream_t>(stream);
-}
+// Tensors in host memory (the simulator's) have no stream.
+cudaStream_t stream_of(const Tensor& t) { return t.is_cuda() ? static_cast<cudaStream_t>(current_stream(t.get_device_index())) : nullptr; }
 
 void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "the cuda backend could not launch ", what, ": ", cudaGetErrorString(error));
@@ -180,24 +176,23 @@ Optional summarise(AttentionParams& p, const Terms& terms, Pass pass, DType dtyp
   return summary;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_fwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TERMS) {
+// Writes out; returns lse and stats.
+std::tuple<Tensor, Tensor> attention_fwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TERMS, Tensor out) {
   const Terms terms FUSED_ATTN_TERM_VALUES;
   const OnDevice guard(q);
   AttentionParams p = attention_params(q, k, v, terms);
   const DType dtype = dtype_of(q);
   const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), value_dim = v.size(3);
-  // Laid out [batch, q_len, heads, value_dim], so that merging the heads costs nothing.
-  const Tensor out = torch::stable::transpose(empty(q, {batch, q_len, heads, value_dim}), 1, 2);
   const bool wide = sinks.has_value() && dtype != DType::kFloat;
   const Tensor lse = empty(q, {batch, heads, q_len}, ScalarType::Float);
   const Tensor stats = empty(q, {2 + (wide ? value_dim : 0), batch, heads, q_len}, ScalarType::Float);
-  if (batch * heads * q_len == 0) return {out, lse, stats};
+  if (batch * heads * q_len == 0) return {lse, stats};
   p.out = matrix(out), p.lse = floats_of(lse);
   set_stats(p, stats);
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = stream_of(q);
   const Optional summary = summarise(p, terms, Pass::kFwd, dtype, stream);
   check(attention_fwd(p, dtype, stream), "attention_fwd");
-  return {out, lse, stats};
+  return {lse, stats};
 }
 
 // probs, scores, max_scores, column_sums, entropy.
@@ -218,7 +213,7 @@ std::vector<Tensor> attention_aux_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
   const std::vector<Tensor> result{probs, scores, max_scores, column_sums, entropy};
   if (batch * heads == 0) return result;
   set_stats(p, stats);
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = stream_of(q);
   const Optional rows_summary = summarise(p, terms, Pass::kRows, dtype, stream);
   p.max_scores = request[2] ? floats_of(max_scores) : nullptr, p.entropy = request[4] ? floats_of(entropy) : nullptr;
   // One launch writes one matrix of scores; the second, where both are wanted, writes nothing else.
@@ -236,58 +231,54 @@ std::vector<Tensor> attention_aux_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
   return result;
 }
 
-// Gradients of one bias: summed over rows or columns by the kernel, over the rest of what it broadcasts along by the caller where the
-// result is larger than the bias.
-Tensor bias_gradient(AttentionParams p, const Terms& terms, int place, const Tensor& bias, DType dtype, cudaStream_t stream) {
+// Writes the gradient of one bias into `room`, summed over what the bias broadcasts along; where it has one element per row or column of
+// the scores, nothing is written: the result then holds the sums over columns or rows of every batch and head, for the caller to go on
+// with.
+Tensor bias_gradient(AttentionParams p, const Terms& terms, int place, const Tensor& room, DType dtype, cudaStream_t stream) {
   const int64_t batch = p.sizes.batch, heads = p.sizes.heads, q_len = p.sizes.q_len, kv_len = p.sizes.kv_len;
   p.place = place;
-  p.over_kv = bias.size(3) == 1 && kv_len > 1;
-  p.over_q = bias.size(2) == 1 && q_len > 1 && !p.over_kv;
+  p.over_kv = room.size(3) == 1 && kv_len > 1;
+  p.over_q = room.size(2) == 1 && q_len > 1 && !p.over_kv;
   const bool per_head = p.over_q || p.over_kv;
-  if (!per_head) p.over_batch = static_cast<int>(batch / bias.size(0)), p.over_heads = static_cast<int>(heads / bias.size(1));
-  const Tensor result = per_head ? empty(bias, {batch, heads, p.over_q ? 1 : q_len, p.over_kv ? 1 : kv_len}, ScalarType::Float)
-                                 : empty(bias, {bias.size(0), bias.size(1), bias.size(2), bias.size(3)});
-  p.dbias = matrix(result), p.dbias_dtype = dtype_of(result);
+  if (!per_head) p.over_batch = static_cast<int>(batch / room.size(0)), p.over_heads = static_cast<int>(heads / room.size(1));
+  const std::vector<int64_t> sizes{batch, heads, p.over_q ? 1 : q_len, p.over_kv ? 1 : kv_len};
+  const Tensor sums = empty(room, per_head ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  const Tensor& written = per_head ? sums : room;
+  p.dbias = matrix(written), p.dbias_dtype = dtype_of(written);
   const Optional summary = summarise(p, terms, Pass::kBias, dtype, stream);
   check(attention_bwd_bias(p, dtype, stream), "attention_bwd_bias");
-  return result;
+  return sums;
 }
 
-// dq, dk, dv, delta, then one per modification tensor.
+// Writes dq, dk and dv where there is room (dk and dv together) and dmods, rooms in the shapes of the modification tensors, without
+// elements where no gradient is wanted; returns delta and what bias_gradient left to sum.
 std::vector<Tensor> attention_bwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TERMS, Tensor out, Tensor stats, Optional dout, Optional dlse,
-                                     Optional dprobs, Optional dscores, Optional probs, std::vector<int64_t> needs) {
+                                     Optional dprobs, Optional dscores, Optional probs, Optional dq, Optional dk, Optional dv,
+                                     std::vector<Tensor> dmods) {
   const Terms terms FUSED_ATTN_TERM_VALUES;
   const OnDevice guard(q);
   AttentionParams p = attention_params(q, k, v, terms);
   const DType dtype = dtype_of(q);
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = stream_of(q);
   set_stats(p, stats);
-  const auto like = [&](const Tensor& t, bool wanted) {
-    return empty(t, wanted ? std::vector<int64_t>{t.size(0), t.size(1), t.size(2), t.size(3)} : std::vector<int64_t>{0});
-  };
-  const bool keys = needs[1] || needs[2];
-  const Tensor dq = like(q, needs[0]), dk = like(k, keys), dv = like(v, keys);
   const Tensor delta = empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   p.out = matrix(out), p.dout = matrix(dout), p.dlse = matrix(dlse, 3), p.dprobs = matrix(dprobs), p.dscores = matrix(dscores);
-  p.probs = matrix(probs), p.delta = floats_of(delta);
+  p.probs = matrix(probs), p.delta = floats_of(delta), p.dq = matrix(dq), p.dk = matrix(dk), p.dv = matrix(dv);
   check(attention_bwd_delta(p, dtype, stream), "attention_bwd_delta");
-  if (needs[0]) {
-    p.dq = matrix(dq);
+  if (dq.has_value()) {
     const Optional summary = summarise(p, terms, Pass::kDq, dtype, stream);
     check(attention_bwd_dq(p, dtype, stream), "attention_bwd_dq");
   }
-  if (keys) {
-    p.dk = matrix(dk), p.dv = matrix(dv);
+  if (dk.has_value()) {
     const Optional summary = summarise(p, terms, Pass::kDkdv, dtype, stream);
     check(attention_bwd_dkdv(p, dtype, stream), "attention_bwd_dkdv");
   }
-  std::vector<Tensor> result{dq, dk, dv, delta};
+  std::vector<Tensor> result{delta};
   size_t tensor = 0;
   for (int place = 0; place < p.score.count; ++place) {
     if (p.score.mods[place].tensor.data == nullptr) continue;
-    const Tensor& bias = mod_tensors[tensor];
-    result.push_back(needs[4 + tensor] ? bias_gradient(p, terms, place, bias, dtype, stream) : empty(bias, {0}));
-    ++tensor;
+    const Tensor& room = dmods[tensor++];
+    result.push_back(room.numel() > 0 ? bias_gradient(p, terms, place, room, dtype, stream) : empty(room, {0}));
   }
   return result;
 }
@@ -300,54 +291,49 @@ SoftmaxParams softmax_params(const Tensor& scores, const Terms& terms, bool log,
   return p;
 }
 
-// The result, and with dropout the probabilities before it.
-std::tuple<Tensor, Tensor> softmax_fwd_op(Tensor scores, FUSED_ATTN_TERMS, bool log, bool uniform_empty) {
+// Writes the result; returns, with dropout, the probabilities before it.
+Tensor softmax_fwd_op(Tensor scores, FUSED_ATTN_TERMS, bool log, bool uniform_empty, Tensor out) {
   const Terms terms FUSED_ATTN_TERM_VALUES;
   const OnDevice guard(scores);
   SoftmaxParams p = softmax_params(scores, terms, log, uniform_empty);
   const std::vector<int64_t> sizes{scores.size(0), scores.size(1), scores.size(2), scores.size(3)};
-  const Tensor out = empty(scores, sizes), probs = empty(scores, seed.has_value() ? sizes : std::vector<int64_t>{0});
+  const Tensor probs = empty(scores, seed.has_value() ? sizes : std::vector<int64_t>{0});
   p.out = matrix(out);
   if (seed.has_value()) p.probs = matrix(probs);
-  check(softmax_fwd(p, dtype_of(scores), current_stream(scores)), "softmax_fwd");
-  return {out, probs};
+  check(softmax_fwd(p, dtype_of(scores), stream_of(scores)), "softmax_fwd");
+  return probs;
 }
 
 // Rows that one block adds up before partial sums are handed back, and the most elements of partial sums.
 constexpr int64_t kRowsPerSplit = 64, kPartialElements = int64_t{1} << 22;
 
-// dscores, and float32 partial sums [splits, ...] of the gradient of the bias.
-std::vector<Tensor> softmax_bwd_op(Tensor scores, FUSED_ATTN_TERMS, Tensor result, Tensor dout, bool log, bool uniform_empty,
-                                   std::vector<int64_t> needs) {
+// Writes dscores where there is room; returns float32 partial sums [splits, ...] of the gradient of the bias, without elements unless
+// wanted.
+Tensor softmax_bwd_op(Tensor scores, FUSED_ATTN_TERMS, Tensor result, Tensor dout, bool log, bool uniform_empty, Optional dscores,
+                      bool wants_dbias) {
   const Terms terms FUSED_ATTN_TERM_VALUES;
   const OnDevice guard(scores);
   SoftmaxParams p = softmax_params(scores, terms, log, uniform_empty);
-  p.result = matrix(result), p.dout = matrix(dout);
-  const Tensor dx = empty(
-      scores, needs[0] ? std::vector<int64_t>{scores.size(0), scores.size(1), scores.size(2), scores.size(3)} : std::vector<int64_t>{0});
-  if (needs[0]) p.dx = matrix(dx);
-  std::vector<Tensor> grads{dx};
+  p.result = matrix(result), p.dout = matrix(dout), p.dx = matrix(dscores);
+  Tensor dbias = empty(scores, {0}, ScalarType::Float);
   Optional totals;
-  if (!mod_tensors.empty()) {
+  if (wants_dbias) {
     const Tensor& bias = mod_tensors[0];
-    const bool wanted = needs.size() > 1 && needs[1];
     const int64_t rows = bias.size(0) * bias.size(1) * bias.size(2), kv_len = scores.size(3);
     const int64_t members = rows > 0 ? scores.size(0) * scores.size(1) * scores.size(2) / rows : 0;
     const int64_t most = kPartialElements / (rows * kv_len > 0 ? rows * kv_len : 1);
     p.bias = {length(bias.size(0)), length(bias.size(1)), 1, length(bias.size(2)), length(kv_len), 0, 0};
     p.bias_splits = static_cast<int>(std::max<int64_t>(1, std::min(members / kRowsPerSplit, most)));
-    const std::vector<int64_t> shape{p.bias_splits, bias.size(0), bias.size(1), bias.size(2), bias.size(3)};
-    const Tensor dbias = torch::stable::new_zeros(bias, wanted ? shape : std::vector<int64_t>{0}, ScalarType::Float);
+    dbias = torch::stable::new_zeros(bias, {p.bias_splits, bias.size(0), bias.size(1), bias.size(2), bias.size(3)}, ScalarType::Float);
     // A row's probabilities do not change when a constant is added to all its scores: without a key dimension the gradient is 0.
-    if (wanted && bias.size(3) > 1) {
+    if (bias.size(3) > 1) {
       p.dbias = floats_of(dbias);
       totals = empty(scores, {scores.size(0), scores.size(1), scores.size(2)}, ScalarType::Float);
       p.totals = floats_of(*totals);
     }
-    grads.push_back(dbias);
   }
-  check(softmax_bwd(p, dtype_of(scores), current_stream(scores)), "softmax_bwd");
-  return grads;
+  check(softmax_bwd(p, dtype_of(scores), stream_of(scores)), "softmax_bwd");
+  return dbias;
 }
 
 #define FUSED_ATTN_SCHEMA                                                                                                 \
@@ -357,13 +343,14 @@ std::vector<Tensor> softmax_bwd_op(Tensor scores, FUSED_ATTN_TERMS, Tensor resul
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fused_attn_cuda, m) {
-  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, " FUSED_ATTN_SCHEMA ") -> (Tensor, Tensor, Tensor)");
+  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, " FUSED_ATTN_SCHEMA ", Tensor(a!) out) -> (Tensor lse, Tensor stats)");
   m.def("attention_aux(Tensor q, Tensor k, Tensor v, " FUSED_ATTN_SCHEMA ", Tensor stats, int[] request) -> Tensor[]");
   m.def("attention_bwd(Tensor q, Tensor k, Tensor v, " FUSED_ATTN_SCHEMA
-        ", Tensor out, Tensor stats, Tensor? dout, Tensor? dlse, Tensor? dprobs, Tensor? dscores, Tensor? probs, int[] needs) -> Tensor[]");
-  m.def("softmax_fwd(Tensor scores, " FUSED_ATTN_SCHEMA ", bool log, bool uniform_empty) -> (Tensor, Tensor)");
+        ", Tensor out, Tensor stats, Tensor? dout, Tensor? dlse, Tensor? dprobs, Tensor? dscores, Tensor? probs, "
+        "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)[] dmods) -> Tensor[]");
+  m.def("softmax_fwd(Tensor scores, " FUSED_ATTN_SCHEMA ", bool log, bool uniform_empty, Tensor(a!) out) -> Tensor");
   m.def("softmax_bwd(Tensor scores, " FUSED_ATTN_SCHEMA
-        ", Tensor result, Tensor dout, bool log, bool uniform_empty, int[] needs) -> Tensor[]");
+        ", Tensor result, Tensor dout, bool log, bool uniform_empty, Tensor(a!)? dscores, bool wants_dbias) -> Tensor");
   m.def("score_mods() -> str");
 }
 

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass, fields
 from torch import Tensor
 
 from fused_attn.checks import described
+from fused_attn.pytrees import register
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,6 @@ class AuxOutput:
     max_scores: Tensor | None = None
     column_sums: Tensor | None = None
     entropy: Tensor | None = None
+
+
+register(AuxOutput)

@@ -1,7 +1,7 @@
 """Compiles ``csrc/`` into one shared library with nvcc, through ninja.
 
-Two flavours of the same sources: "release" holds machine code for sm_80 and sm_90a and PTX for later chips, and no run-time dependency
-but libtorch's stable ABI; "simulator" holds PTX alone and takes the CUDA run-time from the process, for a simulator of CUDA.
+Two flavours of the same sources: "release" holds machine code for sm_80, sm_90a, sm_100 and sm_120 and PTX for later chips, and no
+run-time dependency but libtorch's stable ABI; "simulator" holds PTX alone and takes the CUDA run-time from the process, for a simulator of CUDA.
 
 Nothing here imports the package, so that ``setup.py`` can load the file by its path.
 """
@@ -33,10 +33,13 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "bindings.cpp": {},
 }
 COMMON_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+# Many linkers drop a library of which no symbol is used; through libtorch the current CUDA stream is found (fused_attn/stream.h).
+NEEDED = ("-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
 FLAVOURS: dict[str, tuple[str, ...]] = {
-    # PTX of compute_80 serves every later chip; 8.6 and 8.9 run sm_80's machine code.
+    # 8.6 and 8.9 run sm_80's machine code, 10.3 sm_100's, 12.1 sm_120's; any later chip compiles the PTX, 15 to 20 s per unit at first use.
+    # Three chips share that PTX: sm_100 and sm_120 add half to a unit's CPU time (float16, head size 64: 30 to 45 s; from PTX of their own, 55).
     "release": (
-        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_80,code=[sm_80,sm_100,sm_120,compute_80]",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-Xptxas=-v",
         "-cudart=static",
@@ -132,7 +135,7 @@ def units() -> dict[str, tuple[str, tuple[str, ...]]]:
 def ninja_file(flavour: str, nvcc: Path, version: str, torch: Path) -> str:
     """The build description: one compiler call per object, whose output (registers and spills) stays beside it in a .log file."""
     flags = (*COMMON_FLAGS, *FLAVOURS[flavour], f"-I{SOURCES}", f"-I{SOURCES / 'include'}", f"-I{torch / 'include'}")
-    libraries = (f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
+    libraries = (f"-L{torch / 'lib'}", *NEEDED)
     lines = [
         f"nvcc = {shlex.quote(str(nvcc))}",
         f"# CUDA {version}: another compiler writes another file, and the version in the command makes ninja compile again.",

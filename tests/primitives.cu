@@ -60,15 +60,16 @@ KERNEL mma_bfloat16(float* d, const bfloat16* a, const bfloat16* b) { mma(d, a, 
 
 KERNEL ex2(float* to, const float* from) { to[threadIdx.x] = ptx::ex2(from[threadIdx.x]); }
 
-// Rows [first, first + 32) of a matrix through a tile [32, 64] to `to` (what the tile holds, row by row) and to another matrix.
+// Rows [first, first + 32) of a matrix through a tile [32, 64] to `to` (what the tile holds, row by row) and to another matrix. The source
+// is the second head of a tensor that begins at no multiple of 16 bytes.
 template <class T>
 __device__ void tile(T* to, int* broken, T* back, T* from, int row_stride, int col_stride, int low, int high, int cols, int first) {
   __shared__ __align__(128) unsigned char shared[32 * 64 * sizeof(T)];
   const SharedTile<T, 32, 64> tile(shared);
   Matrix source, target;
-  source.data = from, source.row = row_stride, source.col = col_stride;
+  source.data = from - 3, source.head = 3, source.row = row_stride, source.col = col_stride;
   target.data = back, target.row = cols, target.col = 1;
-  tile.template load<64>(RowSource<T>{source, 0, 0, low, high, cols}, first);
+  tile.template load<64>(RowSource<T>{source, 0, 1, low, high, cols}, first);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();

@@ -9,22 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_attn.testing import DIFFERENTIABLE, check_inputs
 from fused_attn.testing.softmax import SoftmaxCase, check_softmax
-from tests import aot
+from tests import aot, native
 from tests.problems import problems
-
-SIMULATOR = Path(__file__).resolve().parents[2] / "shared" / "cusim"
-
-
-def available() -> bool:
-    """Whether the simulator lies beside the checkout."""
-    return SIMULATOR.is_dir()
 
 
 def _runtime_arguments(values: Any, signature: Any) -> list[Any]:
@@ -36,18 +28,16 @@ def _runtime_arguments(values: Any, signature: Any) -> list[Any]:
 
 class _Simulated(aot.CompileOnly):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        import cusim.triton
-
         super().__call__(*args, **kwargs)
         compiled = aot.compiled[-1][1]
         signature = list(compiled.src.signature.values())
         flat = [v for value, part in zip(args, signature, strict=True) for v in _runtime_arguments(value, part)]
-        cusim.triton.launch(compiled, self.grid, flat)
+        importlib.import_module("cusim.triton").launch(compiled, self.grid, flat)
 
 
 def simulate(chip: int) -> None:
     """From here on every Triton launch of this process is compiled for ``chip`` and simulated."""
-    sys.path.insert(0, str(SIMULATOR))
+    native.simulator()
     aot.target(chip, _Simulated)
     # The kernels are compiled functions by now; this only makes the backend accept CPU tensors.
     for module in ("attention_fwd", "attention_aux", "attention_bwd", "softmax"):

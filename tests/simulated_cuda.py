@@ -6,11 +6,9 @@ a deadlock ends the test with the simulator's report.
 
 from __future__ import annotations
 
-import fcntl
 import functools
+import importlib
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,30 +17,21 @@ from fused_attn import build
 from fused_attn.backends import cuda, register
 from tests import native
 
-ROOT = Path(__file__).resolve().parents[1]
-SIMULATOR = ROOT.parent / "shared" / "cusim"
 # How asynchronous copies take effect and warps are scheduled; tests/test_cuda_simulated.py runs through several.
 options: dict[str, Any] = {"threads": 1}
 
 
 def missing() -> str:
     """Why the simulator cannot run here, or an empty string."""
-    if not SIMULATOR.is_dir():
-        return "the CUDA simulator is not beside this checkout (../shared/cusim)"
-    return "" if build.find_nvcc() else "there is no CUDA compiler (nvcc)"
+    return native.missing_for_simulator() or ("" if build.find_nvcc() else "there is no CUDA compiler (nvcc)")
 
 
 @functools.cache
 def simulator() -> Any:
     """The simulator's module, with the library loaded into it."""
-    os.environ.setdefault("CUSIM_BUILD_DIR", str(ROOT / "build" / "cusim"))
-    sys.path.insert(0, str(SIMULATOR))
-    library = os.environ.get("FUSED_ATTN_LIBRARY") or native.library("simulator")
-    with (ROOT / "build" / "simulator.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the simulator compiles itself on first use
-        import cusim.torch_ext
-
-        cusim.torch_ext.load(library)
+    cusim = native.simulator()
+    library = os.environ.get("FUSED_ATTN_LIBRARY") or native.simulated_library()
+    importlib.import_module("cusim.torch_ext").load(library)
     os.environ["FUSED_ATTN_LIBRARY"] = str(library)
     cusim.torch_ext._Track.__torch_dispatch__ = _poisoning(cusim.torch_ext._Track.__torch_dispatch__)
     return cusim

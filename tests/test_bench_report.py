@@ -152,7 +152,12 @@ def test_a_provider_keeps_its_colour() -> None:
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 MISSING = "" if BROWSER and DRIVER else "chromium (or google-chrome) and chromedriver were not both found on PATH"
-browser_test = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
+_here = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
+
+
+def browser_test(test: Any) -> Any:
+    """A test that talks to a browser, where there is one."""
+    return pytest.mark.peers(_here(test))
 
 
 @pytest.fixture(scope="module")

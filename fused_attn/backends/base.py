@@ -46,11 +46,18 @@ class Incoming:
 Gradients = tuple[Tensor | None, ...]
 
 
+class Yields(NamedTuple):
+    """A reluctance in favour of the backend named ``to``: it holds where ``auto`` would run the problem there, and nowhere else."""
+
+    to: str
+    reason: str
+
+
 class Backend(Protocol):
     """Kernels for the normal form on some devices.
 
     ``needs`` says which of (q, k, v, sinks, *mod_tensors) or (scores, *mod_tensors) want a gradient; the result has one entry
-    for each, None where not wanted. Outputs are laid out as ``lowering.empty_out`` says; row statistics are the backend's own
+    for each, None where not wanted. Results are laid out by the rule of ``layout.py``; row statistics are the backend's own
     business, but their shape must be ``stats_shape``.
     """
 
@@ -59,7 +66,7 @@ class Backend(Protocol):
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         """Every reason why this backend cannot run the problem; empty when it can."""
 
-    def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
+    def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | Yields | None:
         """Why ``auto`` should pass over this backend although it could run the problem; None when it should not."""
 
     def attention_fwd(self, call: LoweredAttention) -> Forward: ...
@@ -108,6 +115,11 @@ def capability_refusal(device: torch.device) -> str:
     return f"kernels need compute capability 8.0; the device has {'.'.join(map(str, _capability(device)))}"
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the device has Hopper's warpgroup products: compute capability 9.0 exactly, for no later chip kept them."""
+    return device.type == "cuda" and _capability(device) == (9, 0)
+
+
 def allows_tf32() -> bool:
     """Whether torch's switch for float32 matrix products on GPUs says TF32."""
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
@@ -116,4 +128,5 @@ def allows_tf32() -> bool:
 
 # torch.compile runs these while tracing instead of tracing through caches and native code (see backends._load).
 capability_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_wgmma._dynamo_marked_constant = True  # type: ignore[attr-defined]
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

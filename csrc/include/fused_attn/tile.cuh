@@ -54,7 +54,8 @@ struct SharedTile {
       const int count = row >= source.low && row < source.high ? min(max(source.cols - c, 0), kChunk) : 0;
       T* to = at(r, c);
       if (vectors) {
-        ptx::cp_async(to, count > 0 ? source.at(row, c) : source.matrix.data, count * static_cast<int>(sizeof(T)));
+        // A copy of no bytes wants an aligned address all the same, which the tensor's own beginning need not be.
+        ptx::cp_async(to, count > 0 ? source.at(row, c) : source.at(0, 0), count * static_cast<int>(sizeof(T)));
       } else {
         for (int j = 0; j < kChunk; ++j) to[j] = j < count ? *source.at(row, c + j) : from_float<T>(0.f);
       }

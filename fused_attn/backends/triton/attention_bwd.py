@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_attn.backends.base import Forward, Gradients, Incoming, sink_gradient
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
+from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 
 from .attention_aux import row_statistics
@@ -304,7 +305,7 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
     arriving = _Arriving(call, forward, incoming)
     keys = needs[1] or needs[2]
-    dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
+    dq, dk, dv = (torch.empty_like(t) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
     batch, heads, _, _ = call.shape
     if dq is not None:
         plan, kernel = arriving.plan("bwd_dq"), _attention_bwd_dq_kernel
@@ -353,8 +354,8 @@ def _bias_gradient(call: LoweredAttention, arriving: _Arriving, place: int, bias
         result = bias.new_empty(shape, dtype=torch.float32)
     else:
         steps = (1, 1, batch // bias.shape[0], heads // bias.shape[1])
-        result = bias.new_empty(bias.shape)
+        result = torch.empty_like(bias)
     programs = plan.q_tiles * plan.kv_tiles * batch * heads // (steps[0] * steps[1] * steps[2] * steps[3])
     constants = (steps, place, over_q, over_kv)
     plan.launch(_attention_bwd_bias_kernel, programs, (*arriving.operands, arguments.matrix(result), *arriving.scores, *constants))
-    return result.sum_to_size(bias.shape).to(bias.dtype)
+    return laid_out_like(result.sum_to_size(bias.shape).to(bias.dtype), bias)

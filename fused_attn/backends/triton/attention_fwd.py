@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
-from fused_attn.lowering import LoweredAttention, empty_out
+from fused_attn.layout import empty_out
+from fused_attn.lowering import LoweredAttention
 
 from .masks import allowed, mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .primitives import LOG2E, any_true, contract, dot, is_finite, keep_tile, load_rows, store_rows
