@@ -13,26 +13,34 @@ from tests import matrix
 
 pytestmark = pytest.mark.quick
 
-PAGE = matrix.PAGE.read_text()
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| \d", line)]
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    assert matrix.PAGE.is_file(), "docs/matrix.md is missing: run make matrix"
+    return matrix.PAGE.read_text()
 
 
-def test_the_page_was_made_with_the_present_sources() -> None:
-    assert f"Sources: `{matrix.sources()}`" in PAGE, "the Triton sources changed: run make matrix"
+@pytest.fixture(scope="module")
+def rows(page: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if re.match(r"\| \d", line)]
 
 
-def test_every_version_compiles_for_every_chip() -> None:
-    rows = {tuple(row[:2]): row[2:] for row in ROWS if row[1].startswith("sm_")}
-    assert set(rows) == set(itertools.product(matrix.VERSIONS, (f"sm_{chip}" for chip in config.SHARED_MEMORY)))
-    for row in rows.values():
+def test_the_page_was_made_with_the_present_sources(page: str) -> None:
+    assert f"Sources: `{matrix.sources()}`" in page, "the Triton sources changed: run make matrix"
+
+
+def test_every_version_compiles_for_every_chip(rows: list[list[str]]) -> None:
+    compiled = {tuple(row[:2]): row[2:] for row in rows if row[1].startswith("sm_")}
+    assert set(compiled) == set(itertools.product(matrix.VERSIONS, (f"sm_{chip}" for chip in config.SHARED_MEMORY)))
+    for row in compiled.values():
         assert len(row) == len(matrix.COLUMNS)
         for cell in row:
             registers, stack = map(int, cell.split("/"))
             assert registers <= 255 and stack <= matrix.MAX_STACK
 
 
-def test_every_suite_passed() -> None:
-    suites = {row[0]: row[-1] for row in ROWS if not row[1].startswith("sm_")}
+def test_every_suite_passed(rows: list[list[str]]) -> None:
+    suites = {row[0]: row[-1] for row in rows if not row[1].startswith("sm_")}
     assert set(suites) >= set(matrix.ENDS)
     assert {"2.10", "2.14"} <= {version.rpartition(".")[0] for version in suites}
     for version, counted in suites.items():
