@@ -117,6 +117,7 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
     },
     (3, 9): {
+        (90, "fwd", True, 16, 256): TileConfig(32, 64, 8, 2),  # 64 x 32: 88 bytes
         (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
         (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 136 bytes
         (100, "fwd", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
