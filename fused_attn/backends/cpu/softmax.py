@@ -39,7 +39,7 @@ class Chunk:
 def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     """The result, and the probabilities before dropout where there is dropout."""
     out = torch.empty_like(call.scores)
-    probs = torch.empty_like(call.scores) if call.terms.dropout else None
+    probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
     for chunk in _chunks(call):
         target = (out if probs is None else probs)[chunk.rows]
         values = _normalised(call, chunk, target)

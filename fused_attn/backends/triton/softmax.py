@@ -220,7 +220,7 @@ class _Plan:
 def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     """The result and, with dropout, the probabilities before it."""
     out = torch.empty_like(call.scores)
-    probs = torch.empty_like(call.scores) if call.terms.dropout else None
+    probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
     if out.numel():
         plan, kernel = _Plan(call, config.softmax(call.shape[3])), _softmax_fwd_kernel
         plan.launch(kernel, plan.programs, (*(arguments.matrix(t) for t in (call.scores, out, probs)), plan.rows), plan.one_pass)
