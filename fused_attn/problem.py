@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_attn import pytrees
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.checks import (
     FLOATS,
@@ -74,7 +75,7 @@ def _resolve_offset(value: object, positional: bool, shape: tuple[int, int, int,
 
 
 def _reject_grad(owner: object) -> None:
-    for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+    for value in pytrees.state(owner).values():
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Tensor) and item.requires_grad:
                 raise ValueError(

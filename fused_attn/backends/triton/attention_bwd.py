@@ -74,7 +74,7 @@ def _gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, 
     weights = p
     if dout is not None:
         dout_source, v_source = (row_matrices[1], b, h, q_idx, row_ok), (key_matrices[1], b, kv_h, kv_idx, kv_ok)
-        dp = contract(dout, v, dout_source, v_source, score.precision, tile.wide, tile.value_dim, tile.dv)
+        dp = contract(dout, v, dout_source, v_source, score.precision, tile.resident, tile.value_dim, tile.dv)
         if dropout is not None:
             kept = keep_tile(
                 dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv
@@ -135,6 +135,9 @@ def _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout
         0,
         tile,
     )
+    if tile.d > tile.resident:
+        # Read once more, as in ``_dkdv_step``.
+        k_tile, v_tile = _load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, CLEAN, tile)
     return dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
 
 
@@ -179,9 +182,15 @@ def _dkdv_step(carry, first, h, keys_of, place, q, dout, stats, delta, grads, ma
     rows_of = _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
     here = (b, h, q_idx, shift, first // tile.q)
     weights, ds = _gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
+    q_rows, dout_rows = rows_of[0], rows_of[1]
     if dout is not None:
-        dv = dot(tl.trans(weights.to(rows_of[1].dtype)), rows_of[1], dv, score.precision)
-    return dot(tl.trans(ds.to(rows_of[0].dtype)), rows_of[0], dk, score.precision), dv
+        if tile.dv > tile.resident:
+            # Read once more: kept from before the scores, whole float32 rows leave no registers for them.
+            dout_rows = load_rows(dout, b, h, q_idx, rows_of[7], tile.value_dim, tile.dv)
+        dv = dot(tl.trans(weights.to(dout_rows.dtype)), dout_rows, dv, score.precision)
+    if tile.d > tile.resident:
+        q_rows = load_rows(q, b, h, q_idx, rows_of[7], tile.head_dim, tile.d)
+    return dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision), dv
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from .score_mods import apply
 @triton.jit
 def product(q, k, q_source, k_source, score, tile):
     """q k^T, times the scale unless the exponent takes it."""
-    scores = contract(q, k, q_source, k_source, score.precision, tile.wide, tile.head_dim, tile.d)
+    scores = contract(q, k, q_source, k_source, score.precision, tile.resident, tile.head_dim, tile.d)
     if not score.raw:
         scores = scores * score.scale
     return scores

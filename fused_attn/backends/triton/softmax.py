@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_attn.backends.base import Gradients
 from fused_attn.backends.triton import arguments, config
-from fused_attn.backends.triton.launch import on_device
+from fused_attn.backends.triton.launch import run
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredSoftmax
 
@@ -205,13 +205,12 @@ class _Plan:
         self.call, self.chosen, self.rows = call, chosen, batch * middle * q_len
         self.one_pass = kv_len <= chosen.block_kv
         terms = call.terms
-        tile = arguments.Tile(*(tl.constexpr(v) for v in (chosen.block_q, chosen.block_kv, 0, 0, 0, 0, False)))
+        tile = arguments.Tile(*(tl.constexpr(v) for v in (chosen.block_q, chosen.block_kv, 0, 0, 0, 0, 0)))
         shared = (arguments.mask(terms, None), arguments.scores(terms, call.scores.dtype), arguments.dropout(terms))
         self.shared = (*shared, arguments.Sizes(middle, 1, q_len, kv_len), tile, call.log, call.uniform_empty)
 
     def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *constants: Any) -> None:
-        with on_device(self.call.scores.device):
-            kernel[(programs,)](*tensors, *self.shared, *constants, num_warps=self.chosen.num_warps)
+        run(kernel, programs, self.call.scores.device, (*tensors, *self.shared, *constants), {"num_warps": self.chosen.num_warps})
 
     @property
     def programs(self) -> int:
