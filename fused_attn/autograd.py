@@ -20,7 +20,7 @@ from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.masks import Dense
-from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem
+from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem, UnsupportedError
 from fused_attn.score_mods import SCORE_MODS
 
 _NO_OUTPUT = AuxOutput()
@@ -218,6 +218,17 @@ for _name in ("attention_fwd", "attention_aux", "softmax_fwd"):
     torch.library.register_autograd(
         f"fused_attn::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_setup"], lib=ops.library
     )
+
+
+def _once_only(ctx: Any, *_: Any) -> Any:
+    raise UnsupportedError(
+        "a backward op must not be differentiated itself; got a gradient for what it returned. "
+        "Call fused_attn.attention with create_graph=True, which recomputes through eager."
+    )
+
+
+for _name in ("attention_bwd", "softmax_bwd"):
+    torch.library.register_autograd(f"fused_attn::{_name}", _once_only, lib=ops.library)
 
 
 def _modifiers(terms: Terms, grid: Grid) -> Modifiers:

@@ -109,13 +109,15 @@ def _folded(op: Any, given: dict[str, tuple[Any, Any]], count: int) -> Any:
         )
         if name in _BROADCAST and value.shape[1] == 1:
             value = value.expand(-1, batch, *value.shape[2:])
-        return value.flatten(place, place + 1)
+        sizes = (*value.shape[:place], count * batch, *value.shape[place + 2 :])
+        return value.reshape(sizes)  # not flatten, which the older vmap does not know
 
     results = op(*(fold(name, value, dim) for name, (value, dim) in given.items()))
     # Only row statistics have four dimensions of which the first is not the batch; they come third.
     places = [1 if i == 2 and "fwd" in op.__name__ else 0 for i in range(len(results))]
-    unfolded = [t if _is_absent(t) else t.unflatten(place, (count, batch)) for t, place in zip(results, places, strict=True)]
-    return _like(results, unfolded), _like(results, [None if _is_absent(t) else place for t, place in zip(results, places, strict=True)])
+    pairs = list(zip(results, places, strict=True))
+    unfolded = [t if _is_absent(t) else t.reshape(*t.shape[:p], count, batch, *t.shape[p + 1 :]) for t, p in pairs]
+    return _like(results, unfolded), _like(results, [None if _is_absent(t) else p for t, p in pairs])
 
 
 def _looped(op: Any, given: dict[str, tuple[Any, Any]], count: int) -> Any:

@@ -75,7 +75,13 @@ class _LaidOutGradients(torch.autograd.Function):
 def _order(like: Tensor) -> list[int]:
     """Dimensions from the outermost in memory to the innermost, by torch's own answer where strides are ambiguous (0, or gaps)."""
     strides = torch.empty_like(like, device="meta").stride()
-    return sorted(range(like.dim()), key=lambda dim: strides[dim], reverse=True)
+    order: list[int] = []
+    for dim in range(like.dim()):  # an insertion sort: Dynamo compares symbolic strides, but does not sort by them
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < strides[dim]:
+            place -= 1
+        order.insert(place, dim)
+    return order
 
 
 def _restored(permuted: Tensor, order: list[int]) -> Tensor:

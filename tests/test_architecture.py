@@ -335,6 +335,9 @@ def test_every_tensor_is_made_on_a_named_device(path):
         if ast.unparse(n.func.value) == "torch" and n.func.attr in FACTORIES and "device" not in {k.arg for k in n.keywords}
     ]
     assert homeless == []
+    # What is made on import belongs to whatever mode is in force then (inference, fake tensors).
+    outside = [n for top in tree(path).body if not isinstance(top, (*FUNCTION, ast.ClassDef)) for n in ast.walk(top) if n in calls]
+    assert not [n for n in outside if ast.unparse(n.func.value) == "torch" and n.func.attr.split("_like")[0] in FACTORIES]
     # Under another name a factory would escape the rule above.
     assert not [
         n

@@ -425,3 +425,13 @@ def test_fake_tensors_get_shapes_and_gradients():
     assert aux.probs.shape == (2, 4, 6, 9)
     assert aux.lse.dtype == torch.float32
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.quick
+def test_a_backward_op_takes_tensors_that_require_grad_and_differentiates_once():
+    x = torch.randn(1, 2, 3, 2, requires_grad=True)
+    inputs = (x, x, x, *(None,) * 6, [], [-1, -1, 0], [0.7, 0.0], "")
+    forward = [t.detach() for t in torch.ops.fused_attn.attention_fwd(*inputs, "cpu")]
+    dq, *_ = torch.ops.fused_attn.attention_bwd(*inputs, *forward, torch.ones(1, 2, 3, 2), None, None, None, None, [1, 1, 1, 0], "cpu")
+    with pytest.raises(fa.UnsupportedError, match="create_graph=True"):
+        dq.sum().backward()

@@ -118,6 +118,36 @@ def test_what_is_kept_in_inference_mode_serves_training() -> None:
     torch.autograd.grad(fa.attention(q, q, q, mask=fa.SlidingWindow(4, 1), backend="cpu").sum(), q)
 
 
+FIRST_USES = {
+    "inference": "with torch.inference_mode(): fa.attention(q, q, q)",
+    "fake": "with FakeTensorMode():\n    z = torch.randn(1, 2, 6, 8); fa.attention(z, z, z)",
+    "export": "torch.export.export(Probs(), (q,))",
+    "make_fx": "make_fx(Probs(), tracing_mode='fake')(q)",
+}
+
+
+@pytest.mark.parametrize("first", FIRST_USES)
+def test_the_first_use_decides_nothing(first: str) -> None:
+    """A backend is imported at first use; nothing that it keeps may belong to the mode which is in force then."""
+    code = (
+        "import torch, fused_attn as fa\n"
+        "from torch._subclasses import FakeTensorMode\n"
+        "from torch.fx.experimental.proxy_tensor import make_fx\n"
+        "class Probs(torch.nn.Module):\n"
+        "    def forward(self, x): return fa.attention(x, x, x, return_aux=fa.AuxRequest(probs=True), backend='cpu')[1].probs\n"
+        "q = torch.randn(1, 2, 20, 8)\n"
+        f"{FIRST_USES[first]}\n"
+        "x = q.clone().requires_grad_()\n"
+        "grad, = torch.autograd.grad(fa.attention(x, x, x, mask=fa.SlidingWindow(3, 0)).sum(), x)\n"
+        "compiled = torch.compile(lambda t: fa.attention(t, t, t, mask=fa.SlidingWindow(3, 0)), backend='aot_eager', fullgraph=True)\n"
+        "again, = torch.autograd.grad(compiled(x).sum(), x)\n"
+        "probs = torch.export.export(Probs(), (q,)).module()(q)\n"
+        "assert type(probs) is type(grad) is type(again) is torch.Tensor\n"
+        "assert (again - grad).abs().max() <= 64 * torch.finfo(grad.dtype).eps and (probs.sum(-1) - 1).abs().max() <= 20 * torch.finfo(grad.dtype).eps\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(fa.__file__).parents[1])
+
+
 def test_importing_under_another_default_device() -> None:
     """Backends are imported at first use, which may be inside such a block."""
     code = (

@@ -226,6 +226,28 @@ def test_the_default_compiler_runs_every_layout(how: str, dynamic: bool, monkeyp
             assert (a - b).abs().max() <= 64 * torch.finfo(torch.float32).eps * (1 + b.abs().max())
 
 
+DYNAMIC = {
+    "softmax": lambda x: fa.masked_softmax(x),
+    "eager": lambda x: fa.attention(x, x, x, backend="eager"),
+    "cpu, another value_dim": lambda x: fa.attention(x, x, x[..., :4], backend="cpu"),
+    "5-D": lambda x: fa.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
+    "vmap": lambda x: torch.vmap(lambda t: fa.attention(t[None], t[None], t[None]))(x),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_lengths_may_change_whatever_the_layout(name: str, dynamic: bool | None) -> None:
+    """Finding the order of symbolic strides must not stop the compiler."""
+    compiled = torch.compile(DYNAMIC[name], backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (5, 9, 12):
+        x = LAYOUTS["BLHD"](torch.randn(2, 3, length, 8)).requires_grad_()
+        got, want = compiled(x), DYNAMIC[name](x)
+        assert significant(got) == significant(want)
+        for a, b in zip((got, *torch.autograd.grad(got.sin().sum(), x)), (want, *torch.autograd.grad(want.sin().sum(), x)), strict=True):
+            assert (a - b).abs().max() <= 64 * torch.finfo(torch.float32).eps * (1 + b.abs().max())
+
+
 @pytest.mark.quick
 def test_the_rule_itself() -> None:
     q = strided(torch.randn(2, 3, 5, 8), (2, 0, 1, 3))

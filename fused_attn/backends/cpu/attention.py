@@ -39,7 +39,7 @@ def attention_fwd(call: LoweredAttention) -> Forward:
         if call.terms.dropout is not None:
             scores.mul_(keep_factor(call.terms.dropout, call.grid.at(*tile.region), work.dtype))
         out[tile.rows] = _weighted_values(work, tile, scores)
-    return Forward(out, lse, flash.NO_STATS[lse.dtype])
+    return Forward(out, lse, flash.no_stats(lse))
 
 
 def attention_aux(call: LoweredAttention, request: AuxRequest) -> AuxTensors:

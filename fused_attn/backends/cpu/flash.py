@@ -21,9 +21,15 @@ LARGEST_LSE = 64.0
 NAN_SAFE_KEYS = 16
 # Below, a row of a mask often has one key; its score gradient is then exactly 0, and the kernel leaves delta's rounding instead.
 BACKWARD_KEYS = 64
-# It leaves no row statistics behind: backward recomputes rows, or needs lse alone.
-NO_STATS = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 _flash = torch._scaled_dot_product_flash_attention_for_cpu  # bound directly, 4 us cheaper per call than through torch.ops
+
+
+def no_stats(lse: Tensor) -> Tensor:
+    """Row statistics that this backend does not keep: backward recomputes rows, or needs lse alone.
+
+    Made anew, because a tensor kept for all calls would belong to whatever mode (inference, fake tensors) the first of them ran in.
+    """
+    return lse.new_empty(0)
 
 
 def suits(call: LoweredAttention) -> bool:
@@ -50,12 +56,12 @@ def forward(call: LoweredAttention) -> Forward:
     """The output and lse, -inf in rows without keys."""
     if call.terms.mask.is_trivial:
         out, lse = _flash(call.q, call.k, call.v, scale=call.terms.scale)
-        return Forward(out, lse.contiguous(), NO_STATS[lse.dtype])
+        return Forward(out, lse.contiguous(), no_stats(lse))
     limit = _additive(call)
     out, lse = _flash(call.q, call.k, call.v, 0.0, limit is None, attn_mask=limit, scale=call.terms.scale)
     if limit is not None:
         lse.masked_fill_(limit.amax(-1) == -torch.inf, -torch.inf)
-    return Forward(out, lse.contiguous(), NO_STATS[lse.dtype])
+    return Forward(out, lse.contiguous(), no_stats(lse))
 
 
 def suits_backward(call: LoweredAttention, result: Forward, incoming: Incoming) -> bool:
