@@ -16,6 +16,7 @@ from fused_attn import ops
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.backends import eager
 from fused_attn.backends.base import AuxTensors, Forward, Incoming
+from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.masks import Dense
@@ -28,8 +29,8 @@ _NO_OUTPUT = AuxOutput()
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     """Runs a problem on a kernel backend, differentiably."""
     call, request = problem.lower(), problem.aux or NOTHING
-    if problem.requires_grad:
-        out, *aux = _Attention.apply(request, backend, call.q, call.k, call.v, *_split(call.terms))  # type: ignore[no-untyped-call]
+    if problem.requires_grad and not _outlives_functions():
+        out, *aux = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
     forward = ops.attention_fwd(call, backend)
     if request is NOTHING:
@@ -41,10 +42,15 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
 def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
     """Runs a problem on a kernel backend, differentiably."""
     call = problem.lower()
-    if problem.requires_grad:
-        result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, call.scores, *_split(call.terms))  # type: ignore[no-untyped-call]
+    if problem.requires_grad and not _outlives_functions():
+        result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, *_distinct(call.scores, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return result
     return ops.softmax_fwd(call, backend)[0]
+
+
+def _outlives_functions() -> bool:
+    """Whether the call is recorded into a graph that keeps ops and forgets Functions; the ops differentiate themselves there."""
+    return torch.compiler.is_exporting() or is_traced()
 
 
 # Terms without tensors as they are, or the scalars of others.
@@ -61,6 +67,13 @@ def _split(terms: Terms) -> tuple[Any, ...]:
         return terms, None
     q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = terms.flatten()
     return (tuple(ints), tuple(floats), mods), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+
+
+def _distinct(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments, tensors as views while a compiler looks: it refuses one tensor in two places of a Function."""
+    if not torch.compiler.is_compiling():
+        return arguments
+    return tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in arguments)
 
 
 def _join(static: Static, tensors: tuple[Tensor | None, ...]) -> Terms:
@@ -102,21 +115,26 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dprobs: Any = None, dscores: Any = None, dlse: Any = None, *_: Any) -> Any:
-        device = next((g.device.type for g in (dout, dprobs, dscores, dlse) if g is not None), None)
-        if device is not None and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _Attention.backward(ctx, dout, dprobs, dscores, dlse)
-        q, k, v, *tensors, out, lse, stats, probs = ctx.saved_tensors
-        call = LoweredAttention(q, k, v, _join(ctx.static, tensors))
         needs = (*ctx.needs_input_grad[2:5], *_needs(ctx.needs_input_grad[6:]))
-        incoming = Incoming(dout, dlse, dprobs, dscores, probs if dprobs is not None else None)
-        if all(g is None for g in (dout, dlse, dprobs, dscores)):
-            return (None,) * (6 + len(tensors))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _attention_through_eager(call, incoming, needs)
-        else:
-            grads = ops.attention_bwd(call, Forward(out, lse, stats), incoming, needs, ctx.backend)
+        grads = _attention_gradients(ctx, (dout, dlse, dprobs, dscores), needs)
         return None, None, *grads[:3], *_place(ctx.static, grads[3:])
+
+
+def _attention_gradients(ctx: Any, arriving: tuple[Any, Any, Any, Any], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """From the gradients of (out, lse, probs, scores) to those of (q, k, v, sinks, *mod tensors)."""
+    device = next((g.device.type for g in arriving if g is not None), None)
+    if device is None:
+        return (None,) * len(needs)
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _attention_gradients(ctx, arriving, needs)
+    q, k, v, *tensors, out, lse, stats, probs = ctx.saved_tensors
+    call = LoweredAttention(q, k, v, _join(ctx.static, tensors))
+    dout, dlse, dprobs, dscores = arriving
+    incoming = Incoming(dout, dlse, dprobs, dscores, probs if dprobs is not None else None)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _attention_through_eager(call, incoming, needs)
+    return ops.attention_bwd(call, Forward(out, lse, stats), incoming, needs, ctx.backend)
 
 
 class _Softmax(torch.autograd.Function):
@@ -130,14 +148,76 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any) -> Any:
-        scores, *tensors, result = ctx.saved_tensors
-        call = LoweredSoftmax(scores, _join(ctx.static, tensors), *ctx.switches)
         needs = (ctx.needs_input_grad[2], *_needs(ctx.needs_input_grad[4:])[1:])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _softmax_through_eager(call, dout, needs)
-        else:
-            grads = ops.softmax_bwd(call, result, dout, needs, ctx.backend)
+        grads = _softmax_gradients(ctx, dout, needs)
         return None, None, grads[0], *_place(ctx.static, (None, *grads[1:]))
+
+
+def _softmax_gradients(ctx: Any, dout: Any, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """From the gradient of the result to those of (scores, *mod tensors)."""
+    scores, *tensors, result = ctx.saved_tensors
+    call = LoweredSoftmax(scores, _join(ctx.static, tensors), *ctx.switches)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _softmax_through_eager(call, dout, needs)
+    return ops.softmax_bwd(call, result, dout, needs, ctx.backend)
+
+
+# The ops by themselves: whoever runs a graph that holds one (torch.jit.trace, torch.export, make_fx) gets gradients too. Their arguments are
+# the inputs, the flattened terms (sinks and modifications' tensors sixth and seventh), and what each op needs besides.
+
+
+def _attention_fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *flat, ctx.backend = inputs
+    ctx.static, *tensors = _split(Terms.unflatten(tuple(flat)))
+    ctx.save_for_backward(q, k, v, *tensors, *output, None)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_fwd_backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
+    return *_op_gradients(ctx, (dout, dlse, None, None)), None
+
+
+def _attention_aux_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *flat, out, lse, stats, _, ctx.backend = inputs
+    ctx.static, *tensors = _split(Terms.unflatten(tuple(flat)))
+    ctx.save_for_backward(q, k, v, *tensors, out, lse, stats, output[0])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_aux_backward(ctx: Any, dprobs: Any, dscores: Any, *_: Any) -> tuple[Any, ...]:
+    return *_op_gradients(ctx, (None, None, dprobs, dscores)), None, None, None, None, None
+
+
+def _op_gradients(ctx: Any, arriving: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
+    """Of q, k, v and the flattened terms."""
+    wants = ctx.needs_input_grad
+    dq, dk, dv, dsinks, *dmods = _attention_gradients(ctx, arriving, (*wants[:3], wants[8], *(wants[9] or ())))
+    return dq, dk, dv, None, None, None, None, None, dsinks, dmods, None, None, None
+
+
+def _softmax_fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, *flat, switches, ctx.backend = inputs
+    terms = Terms.unflatten(tuple(flat))
+    ctx.static, *tensors = _split(terms)
+    ctx.switches = tuple(map(bool, switches))
+    ctx.save_for_backward(scores, *tensors, output[1] if terms.dropout else output[0])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _softmax_fwd_backward(ctx: Any, dout: Any, _: Any) -> tuple[Any, ...]:
+    wants = ctx.needs_input_grad
+    needs = (wants[0], *(wants[7] or ()))
+    dscores, *dmods = (None,) * len(needs) if dout is None else _softmax_gradients(ctx, dout, needs)
+    return dscores, None, None, None, None, None, None, dmods, None, None, None, None, None
+
+
+for _name in ("attention_fwd", "attention_aux", "softmax_fwd"):
+    torch.library.register_autograd(
+        f"fused_attn::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_setup"], lib=ops.library
+    )
 
 
 def _modifiers(terms: Terms, grid: Grid) -> Modifiers:

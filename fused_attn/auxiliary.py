@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 from fused_attn.checks import described
+from fused_attn.pytrees import register
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class AuxRequest:
     @property
     def flags(self) -> tuple[bool, ...]:
         """The six switches in the order of the fields."""
-        return astuple(self)
+        return tuple(getattr(self, f.name) for f in fields(self))  # dataclasses.astuple copies, which Dynamo of torch 2.10 refuses
 
     @property
     def needs_pass(self) -> bool:
@@ -66,3 +67,6 @@ class AuxOutput:
     max_scores: Tensor | None = None
     column_sums: Tensor | None = None
     entropy: Tensor | None = None
+
+
+register(AuxOutput)

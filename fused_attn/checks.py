@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -10,16 +11,24 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PLAIN = (Tensor, torch.nn.Parameter)
 # Widths and offsets stay below these so that kernels may add them to an index in 32 bits.
 MAX_WIDTH, MAX_OFFSET = 2**30, 2**29
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace records the call."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def captured(tensor: Tensor) -> bool:
-    """Whether something records the call (a compiler, a dispatch mode, a tensor subclass, the meta device), so that values cannot be looked at."""
+    """Whether values cannot be looked at: a compiler, tracer, transform, dispatch mode, tensor subclass or the meta device has the call."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or type(tensor) not in _PLAIN
         or tensor.is_meta
     )
 
@@ -38,6 +47,8 @@ def described(value: object) -> str:
 
 def require_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], what: str, advice: str) -> Tensor:
     """A dense tensor of one of the dtypes; ``what`` and ``advice`` complete the message."""
+    if type(value) not in _PLAIN:
+        _require_own_data(name, value)
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{name} must be {what}; got {described(value)}. {advice}")
     if value.layout != torch.strided or value.is_nested:
@@ -45,6 +56,35 @@ def require_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], wh
             f"{name} must be a dense (strided) tensor; got a {'nested' if value.is_nested else value.layout} one. Convert it with .to_dense() or pad it."
         )
     return value
+
+
+def _loaded(module: str, name: str) -> tuple[type, ...]:
+    """A class of torch's for ``isinstance``, () before its module is imported: importing these takes seconds, and no instance exists."""
+    return () if module not in sys.modules else (getattr(sys.modules[module], name),)
+
+
+def is_causal_bias(value: object) -> bool:
+    """Whether this is torch's ``CausalBias``, a tensor of whatever lay in memory whose meaning is in its attributes.
+
+    Example:
+        >>> from torch.nn.attention.bias import causal_lower_right
+        >>> is_causal_bias(causal_lower_right(2, 3)), is_causal_bias(torch.ones(2, 3))
+        (True, False)
+    """
+    return value is not None and type(value) not in _PLAIN and isinstance(value, _loaded("torch.nn.attention.bias", "CausalBias"))
+
+
+def _require_own_data(name: str, value: object) -> None:
+    """Refuses subclasses whose data is not, or not all of, what they stand for."""
+    if is_causal_bias(value):
+        raise TypeError(
+            f"{name} must hold its values; got a CausalBias, which holds none. "
+            "Write Causal() and q_offset=, or pass it to scaled_dot_product_attention as attn_mask."
+        )
+    if isinstance(value, _loaded("torch.distributed.tensor", "DTensor")):
+        raise TypeError(
+            f"{name} must be a tensor of this process; got a DTensor. Pass .to_local(), or call torch's own function, which knows placements."
+        )
 
 
 def require_integer(name: str, value: object, minimum: int) -> None:
@@ -84,6 +124,24 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """A tensor where the inputs are."""
     if tensor.device != device:
         raise ValueError(f"{name} must be on the inputs' device {device}; got {tensor.device}. Move it with .to({str(device)!r}).")
+
+
+def require_true(holds: Tensor, message: str, subject: Tensor) -> Tensor:
+    """``subject``, where ``holds`` is True; where values cannot be looked at yet, the device checks it when it gets there."""
+    if torch.compiler.is_compiling():
+        if not torch._C._are_functorch_transforms_active():  # eager runs what a transform sees, and needs no such promise
+            torch._assert_async(holds, message)
+        return subject
+    if is_traced():  # a trace drops operators whose result nobody uses
+        return torch._functional_assert_async(holds, message, subject)
+    while torch._C._functorch.is_functorch_wrapped_tensor(holds):
+        holds = torch._C._functorch.get_unwrapped(holds)
+    if not captured(holds):
+        if not bool(holds.all()):
+            raise ValueError(message)
+    elif not holds.is_meta:
+        torch._assert_async(holds, message)
+    return subject
 
 
 def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_attn.checks import as_integer, as_number, described, require_tensor
 from fused_attn.lowering import Grid, KernelDropout
+from fused_attn.pytrees import register
 
 ROUNDS = 7
 # Constants of Philox4x32 in the paper's Table 2: two multipliers and two Weyl increments.
@@ -59,6 +60,9 @@ class Dropout:
         elif not isinstance(seed, Tensor):
             seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
         return KernelDropout(float(self.p), seed.reshape(()).to(device))
+
+
+register(Dropout)
 
 
 def philox(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,14 +8,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fused_attn import autograd, backends
+from fused_attn import autograd, backends, torch_sdpa
 from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.backends import Explanation, eager
-from fused_attn.checks import as_number, described, require_broadcast, require_tensor
 from fused_attn.dropout import Dropout
-from fused_attn.masks import Causal, Dense, Mask
-from fused_attn.problem import DTYPES, AttentionProblem, SoftmaxProblem, require_input, softmax_dim
-from fused_attn.score_mods import Bias, ScoreMod
+from fused_attn.layout import laid_out_like, with_laid_out_gradients
+from fused_attn.masks import Mask
+from fused_attn.problem import AttentionProblem, SoftmaxProblem, active_transform, softmax_dim
+from fused_attn.score_mods import ScoreMod
 
 
 @overload
@@ -190,6 +190,8 @@ def masked_softmax(
         >>> masked_softmax(torch.zeros(1, 1, 4), ValidLengths(torch.tensor([2])))
         tensor([[[0.5000, 0.5000, 0.0000, 0.0000]]])
     """
+    if isinstance(scores, Tensor) and scores.dim() > 4:  # leading dimensions are merged, which may copy them into another order
+        scores, bias = _in_their_own_layout(scores, bias)
     options = {
         "mask": mask,
         "scale": scale,
@@ -204,7 +206,15 @@ def masked_softmax(
     name = backends.resolve(problem, backend)
     rows = eager.softmax(problem) if name == backends.EAGER else autograd.softmax(problem, name)
     axis = softmax_dim(scores, dim)
-    return rows.reshape(scores.movedim(axis, -1).shape).movedim(-1, axis)
+    return laid_out_like(rows.reshape(scores.movedim(axis, -1).shape).movedim(-1, axis), scores)
+
+
+def _in_their_own_layout(*tensors: Any) -> tuple[Any, ...]:
+    """The same tensors; the gradients of those that want one come in their layout, except under torch's transforms."""
+    if not torch.is_grad_enabled() or active_transform() is not None:
+        return tensors
+    kept = iter(with_laid_out_gradients(tuple(t for t in tensors if isinstance(t, Tensor))))
+    return tuple(next(kept) if isinstance(t, Tensor) else t for t in tensors)
 
 
 def scaled_dot_product_attention(
@@ -224,14 +234,15 @@ def scaled_dot_product_attention(
         query: [..., heads, q_len, head_dim]; leading dimensions broadcast as torch's do.
         key: [..., heads, kv_len, head_dim].
         value: [..., heads, kv_len, value_dim].
-        attn_mask: bool or float, broadcastable to [..., heads, q_len, kv_len].
-        dropout_p: chance of removal, drawn from torch's generator.
+        attn_mask: bool or float, broadcastable to [..., heads, q_len, kv_len], or a ``torch.nn.attention.bias.CausalBias``.
+        dropout_p: chance of removal, drawn from torch's generator; a float or a 0-d tensor without gradient.
         is_causal: keys at or before the query's index.
-        scale: factor of the scores; 1/sqrt(head_dim) by default.
+        scale: factor of the scores, a float or a 0-d tensor without gradient; 1/sqrt(head_dim) by default.
         enable_gqa: whether key and value may have fewer heads.
 
     Raises:
-        RuntimeError: ``attn_mask`` together with ``is_causal``, as torch.
+        TypeError: an argument is no tensor, number or bool, as torch's parser says.
+        RuntimeError: everything else, as torch; it is a ValueError or a TypeError as well, as in ``attention``.
 
     Example:
         >>> q = torch.randn(2, 4, 6, 8)
@@ -245,83 +256,21 @@ def scaled_dot_product_attention(
 
 def torch_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict[str, Any], backend: str) -> Tensor:
     """``scaled_dot_product_attention`` on a backend of choice; ``options`` are its arguments after ``attn_mask``."""
-    is_causal, dropout_p = options["is_causal"], options["dropout_p"]
-    if attn_mask is not None and is_causal:
-        raise RuntimeError(
-            "_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True; got both. Combine them: mask & causal, as one attn_mask."
-        )
-    for name in ("is_causal", "enable_gqa"):
-        if not isinstance(options[name], bool):
-            raise TypeError(f"{name} must be a bool; got {described(options[name])}. Pass True or False.")
-    lead, (q, k, v) = _as_4d(tensors, options["enable_gqa"])
-    mask: Mask | None = Causal() if is_causal else None
-    mods: tuple[ScoreMod, ...] = ()
-    if attn_mask is not None:
-        attn_mask = _mask_as_4d(attn_mask, lead, q, k)
-        if attn_mask.dtype == torch.bool:
-            mask = Dense(attn_mask)
-        else:
-            mods = (Bias(attn_mask),)
-    if not 0 <= as_number("dropout_p", dropout_p, "Pass a chance in [0, 1].") <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1]; got {dropout_p}. It is the chance of removal, not of keeping.")
-    dropout = Dropout(dropout_p) if dropout_p else None
-    out = attention(
-        q, k, v, mask=mask, scale=options["scale"], q_offset=0 if is_causal else None, score_mods=mods, dropout=dropout, backend=backend
-    )
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
-
-
-def _as_4d(tensors: tuple[Any, ...], enable_gqa: bool) -> tuple[torch.Size, tuple[Tensor, ...]]:
-    """Broadcasts leading dimensions (but for grouped heads) and makes them [batch, heads]; also returns those of the output."""
-    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
-        if require_input(name, tensor).dim() < 2:
-            raise ValueError(
-                f"{name} must be a tensor [..., length, dim]; got {tensor.dim()}-D {list(tensor.shape)}. Insert the missing dimensions with unsqueeze."
-            )
-    query, key, value = tensors
-    alike = (
-        query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1]
-    )
-    if alike and (enable_gqa or query.shape[1] == key.shape[1]):
-        return query.shape[:2], tensors
-    shapes = [list(t.shape) for t in tensors]
-    common = -3 if enable_gqa else -2
-    if enable_gqa and min(t.dim() for t in tensors) < 3:
-        raise ValueError(
-            f"query, key and value must be at least 3-D for enable_gqa; got {shapes}. Insert the missing dimensions with unsqueeze."
-        )
+    parsed = False
     try:
-        lead = torch.broadcast_shapes(*(t.shape[:common] for t in tensors))
-    except RuntimeError:
-        raise ValueError(
-            f"query, key and value must broadcast in all but the last two dimensions; got {shapes}. Pass enable_gqa=True for fewer key heads."
-        ) from None
-    wide = [t.expand(*lead, *t.shape[common:]) for t in tensors]
-    if enable_gqa and key.shape[-3] != value.shape[-3]:
-        wide[1:] = [_repeated(t, query.shape[-3]) for t in wide[1:]]
-    return wide[0].shape[:-2], tuple(t[(None,) * (4 - t.dim())] if t.dim() < 4 else t.flatten(0, t.dim() - 4) for t in wide)
-
-
-def _repeated(tensor: Tensor, heads: int) -> Tensor:
-    """Each key head repeated for its group of query heads: what different numbers of key and value heads need."""
-    kv_heads = tensor.shape[-3]
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"kv_heads must divide heads; got {heads} query heads and {kv_heads} key/value heads. Project them alike.")
-    return tensor.repeat_interleave(heads // kv_heads, -3)
-
-
-def _mask_as_4d(attn_mask: Any, lead: torch.Size, q: Tensor, k: Tensor) -> Tensor:
-    """Any mask that broadcasts to [..., q_len, kv_len] as [batch|1, heads|1, q_len|1, kv_len|1]."""
-    mask = require_tensor(
-        "attn_mask",
-        attn_mask,
-        (torch.bool, *DTYPES),
-        "a bool or float tensor",
-        "Use torch.as_tensor(...); bool keeps where True, float adds.",
-    )
-    require_broadcast("attn_mask", mask, (*lead, q.shape[2], k.shape[2]), "[..., q_len, kv_len]", q.device)
-    mask = mask[(None,) * (max(len(lead), 2) + 2 - mask.dim())]
-    outer = mask.shape[:-3]
-    if len(outer) > 1 and outer != lead[:-1] and any(n != 1 for n in outer):
-        mask = mask.expand(*lead[:-1], *mask.shape[-3:])
-    return mask.flatten(0, mask.dim() - 4)
+        options = torch_sdpa.parse(tensors, attn_mask, options)
+        parsed = True
+        if tensors[0].dim() > 4:
+            tensors = _in_their_own_layout(*tensors)
+        qkv, keywords, lead = torch_sdpa.as_attention(tensors, attn_mask, options)
+        out: Tensor = attention(*qkv, **keywords, backend=backend)
+    except ValueError as error:
+        raise torch_sdpa.ArgumentError(*error.args).with_traceback(error.__traceback__) from None
+    except TypeError as error:
+        if not parsed:
+            raise
+        raise torch_sdpa.ArgumentTypeError(*error.args).with_traceback(error.__traceback__) from None
+    if len(lead) == 2:
+        return out
+    out = out.reshape(*lead, *out.shape[-2:])
+    return laid_out_like(out, tensors[0]) if tensors[0].dim() == out.dim() else out

@@ -234,9 +234,10 @@ class Terms:
             ",".join(f"{m.name}:{len(m.scalars)}:{len(m.tensors)}" for m in self.mods),
         )  # fmt: skip
 
+    # AOTInductor hands an empty list over as None, hence Tensor[]?.
     SCHEMA: ClassVar[str] = (
         "Tensor? q_offset, Tensor? kv_start, Tensor? kv_end, Tensor? keep, Tensor? seed, "
-        "Tensor? sinks, Tensor[] mod_tensors, SymInt[] ints, float[] floats, str mods"
+        "Tensor? sinks, Tensor[]? mod_tensors, SymInt[] ints, float[] floats, str mods"
     )
 
     @classmethod
@@ -244,7 +245,7 @@ class Terms:
         """The inverse of ``flatten``."""
         offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = flat
         scale, p, *scalars = floats
-        values, tensors = iter(scalars), iter(mod_tensors)
+        values, tensors = iter(scalars), iter(mod_tensors or ())
         left, right = (None if x < 0 else x for x in ints[:2])
         return cls(
             KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
@@ -319,9 +320,3 @@ class LoweredSoftmax:
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of row statistics and of arithmetic: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def empty_out(q: Tensor, value_dim: int) -> Tensor:
-    """Room for [batch, heads, q_len, value_dim], laid out [batch, q_len, heads, value_dim] so that merging the heads costs nothing."""
-    batch, heads, q_len, _ = q.shape
-    return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_attn.checks import described, require_broadcast, require_tensor
 from fused_attn.lowering import Grid, KernelMask
+from fused_attn.pytrees import register
 
 
 class Mask:
@@ -32,6 +33,9 @@ class Mask:
     """
 
     positional: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        register(cls)
 
     def keep(self, grid: Grid) -> Tensor:
         """The meaning: bool, broadcastable to the grid's [batch, heads, q, kv]."""

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fused_attn.checks import FLOATS, INTS, captured, described, require_integer, require_shape, require_tensor
+from fused_attn.checks import FLOATS, INTS, captured, described, require_integer, require_shape, require_tensor, require_true
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.mask_base import And, Dense, Mask, as_mask
 
@@ -238,14 +238,11 @@ class Documents(Mask):
         ids = require_tensor("Documents ids", self.ids, INTS, "an int tensor", "Use torch.tensor(ids), one id per key.")
         if ids.dim() not in (1, 2):
             raise ValueError(f"Documents ids must have shape [kv_len] or [batch, kv_len]; got {list(ids.shape)}. Reshape it.")
-        if captured(ids):
-            if not ids.is_meta:
-                torch._assert_async(self._is_contiguous(), "Documents ids must hold each document as one run of equal ids.")
-        elif not bool(self._is_contiguous()):
-            raise ValueError(
-                "Documents ids must hold each document as one run of equal ids; got an id that comes back after another one. "
-                "Use Dense(ids[..., :, None] == ids[..., None, :]) for scattered groups."
-            )
+        message = (
+            "Documents ids must hold each document as one run of equal ids; got an id that comes back after another one. "
+            "Use Dense(ids[..., :, None] == ids[..., None, :]) for scattered groups."
+        )
+        object.__setattr__(self, "ids", require_true(self._is_contiguous(), message, ids))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int | None = None) -> Documents:

@@ -11,26 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import backends
+from fused_attn import backends, flops
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
+from fused_attn.batching import is_batched, older_vmap_kernel, vmap_rule
 from fused_attn.checks import captured
-from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, empty_out, stat_dtype
+from fused_attn.layout import empty_out
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, stat_dtype
 
 _N_TERMS = 10
-_library = torch.library.Library("fused_attn", "DEF")
-_library.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, str backend) -> (Tensor out, Tensor lse, Tensor stats)")
-_library.define(
-    f"attention_aux(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, Tensor out, Tensor lse, Tensor stats, bool[] request, str backend)"
+# Switches are int[]: torch.jit.trace takes no list of bool.
+library = torch.library.Library("fused_attn", "DEF")
+library.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, str backend) -> (Tensor out, Tensor lse, Tensor stats)")
+library.define(
+    f"attention_aux(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, Tensor out, Tensor lse, Tensor stats, int[] request, str backend)"
     " -> (Tensor probs, Tensor scores, Tensor max_scores, Tensor column_sums, Tensor entropy)"
 )
-_library.define(
+library.define(
     f"attention_bwd(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, Tensor out, Tensor lse, Tensor stats,"
-    " Tensor? dout, Tensor? dlse, Tensor? dprobs, Tensor? dscores, Tensor? probs, bool[] needs, str backend) -> Tensor[]"
+    " Tensor? dout, Tensor? dlse, Tensor? dprobs, Tensor? dscores, Tensor? probs, int[] needs, str backend) -> Tensor[]"
 )
-_library.define(f"softmax_fwd(Tensor scores, {Terms.SCHEMA}, bool[] switches, str backend) -> (Tensor out, Tensor probs)")
-_library.define(
-    f"softmax_bwd(Tensor scores, {Terms.SCHEMA}, Tensor result, Tensor dout, bool[] switches, bool[] needs, str backend) -> Tensor[]"
+library.define(f"softmax_fwd(Tensor scores, {Terms.SCHEMA}, int[] switches, str backend) -> (Tensor out, Tensor probs)")
+library.define(
+    f"softmax_bwd(Tensor scores, {Terms.SCHEMA}, Tensor result, Tensor dout, int[] switches, int[] needs, str backend) -> Tensor[]"
 )
 
 
@@ -41,7 +44,11 @@ def _attention(args: tuple[Any, ...]) -> tuple[LoweredAttention, tuple[Any, ...]
 
 
 def _softmax(args: tuple[Any, ...], switches: Any) -> LoweredSoftmax:
-    return LoweredSoftmax(args[0], Terms.unflatten(args[1 : 1 + _N_TERMS]), *switches)
+    return LoweredSoftmax(args[0], Terms.unflatten(args[1 : 1 + _N_TERMS]), *map(bool, switches))
+
+
+def _request(flags: Any) -> AuxRequest:
+    return AuxRequest(*map(bool, flags))
 
 
 def _filled(like: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -56,7 +63,7 @@ def _optional(tensors: Any, wanted: Any) -> Gradients:
 def _attention_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (backend,) = _attention(args)
     out, lse, stats = backends.get(backend).attention_fwd(call)
-    return out, lse.contiguous(), stats
+    return out, lse, stats
 
 
 def _attention_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -68,12 +75,12 @@ def _attention_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _attention_aux_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (out, lse, stats, request, backend) = _attention(args)
-    return tuple(_filled(call.q, backends.get(backend).attention_aux(call, Forward(out, lse, stats), AuxRequest(*request))))
+    return tuple(_filled(call.q, backends.get(backend).attention_aux(call, Forward(out, lse, stats), _request(request))))
 
 
 def _attention_aux_fake(*args: Any) -> tuple[Tensor, ...]:
     call, (_, _, _, request, _) = _attention(args)
-    (batch, heads, q_len, kv_len), wanted = call.shape, AuxRequest(*request)
+    (batch, heads, q_len, kv_len), wanted = call.shape, _request(request)
     rows = stat_dtype(call.q.dtype)
     return tuple(
         _filled(
@@ -98,13 +105,13 @@ def _attention_bwd_impl(*args: Any) -> list[Tensor]:
     call, (out, lse, stats, dout, dlse, dprobs, dscores, probs, needs, backend) = _attention(args)
     incoming = Incoming(dout, dlse, dprobs, dscores, probs)
     with _differentiable():
-        return _filled(call.q, backends.get(backend).attention_bwd(call, Forward(out, lse, stats), incoming, tuple(needs)))
+        return _filled(call.q, backends.get(backend).attention_bwd(call, Forward(out, lse, stats), incoming, tuple(map(bool, needs))))
 
 
 def _attention_bwd_fake(*args: Any) -> list[Tensor]:
     call, (*_, needs, _) = _attention(args)
     inputs = (call.q, call.k, call.v, *call.terms.parameters)
-    return _filled(call.q, tuple(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)))
+    return _filled(call.q, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)))
 
 
 def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
@@ -114,15 +121,14 @@ def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
 
 def _softmax_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     call = _softmax(args, args[-2])
-    out = call.scores.new_empty(call.shape)
-    return out, call.scores.new_empty(call.shape if call.terms.dropout else 0)
+    return torch.empty_like(call.scores), call.scores.new_empty(call.shape if call.terms.dropout else 0)
 
 
 def _softmax_bwd_impl(*args: Any) -> list[Tensor]:
     result, dout, switches, needs, backend = args[-5:]
     call = _softmax(args, switches)
     with _differentiable():
-        return _filled(call.scores, backends.get(backend).softmax_bwd(call, result, dout, tuple(needs)))
+        return _filled(call.scores, backends.get(backend).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
 
 
 def _softmax_bwd_fake(*args: Any) -> list[Tensor]:
@@ -130,19 +136,28 @@ def _softmax_bwd_fake(*args: Any) -> list[Tensor]:
     call = _softmax(args, switches)
     inputs = (call.scores, *call.terms.parameters[1:])
     return _filled(
-        call.scores, tuple(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
+        call.scores, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
     )
 
 
 for _name in ("attention_fwd", "attention_aux", "attention_bwd", "softmax_fwd", "softmax_bwd"):
-    _library.impl(_name, globals()[f"_{_name}_impl"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_attn::{_name}", globals()[f"_{_name}_fake"], lib=_library)
+    library.impl(_name, globals()[f"_{_name}_impl"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_attn::{_name}", globals()[f"_{_name}_fake"], lib=library)
+    _op = getattr(torch.ops.fused_attn, _name).default
+    torch.library.register_vmap(f"fused_attn::{_name}", vmap_rule(_op), lib=library)
+    library.impl(_name, older_vmap_kernel(_op), "Batched")
+
+
+def _counted(name: str) -> Any:
+    """An op whose work a FlopCounterMode in force counts."""
+    flops.announce()
+    return getattr(torch.ops.fused_attn, name)
 
 
 def attention_fwd(call: LoweredAttention, backend: str) -> Forward:
     """Output, lse and row statistics."""
     if captured(call.q):
-        return Forward(*torch.ops.fused_attn.attention_fwd(call.q, call.k, call.v, *call.terms.flatten(), backend))
+        return Forward(*_counted("attention_fwd")(call.q, call.k, call.v, *call.terms.flatten(), backend))
     return backends.get(backend).attention_fwd(call)
 
 
@@ -150,17 +165,17 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     """What else was asked for."""
     if not captured(call.q):
         return backends.get(backend).attention_aux(call, forward, request)
-    flags = list(request.flags)
-    tensors = torch.ops.fused_attn.attention_aux(call.q, call.k, call.v, *call.terms.flatten(), *forward, flags, backend)
+    flags = list(map(int, request.flags))
+    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, flags, backend)
     return AuxTensors(*_optional(tensors, (*flags[:2], *flags[3:])))
 
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...], backend: str) -> Gradients:
     """Gradients of q, k, v, the sinks and the modifications' tensors, None where not needed."""
-    if not captured(call.q):
-        return backends.get(backend).attention_bwd(call, forward, incoming, needs)
     arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
-    tensors = torch.ops.fused_attn.attention_bwd(call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(needs), backend)
+    if not captured(call.q) and not is_batched(*arriving):
+        return backends.get(backend).attention_bwd(call, forward, incoming, needs)
+    tensors = _counted("attention_bwd")(call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), backend)
     return _optional(tensors, needs)
 
 
@@ -168,15 +183,15 @@ def softmax_fwd(call: LoweredSoftmax, backend: str) -> tuple[Tensor, Tensor | No
     """The result, and the probabilities before dropout where there is dropout."""
     if not captured(call.scores):
         return backends.get(backend).softmax_fwd(call)
-    switches = [call.log, call.uniform_empty]
+    switches = [int(call.log), int(call.uniform_empty)]
     out, probs = torch.ops.fused_attn.softmax_fwd(call.scores, *call.terms.flatten(), switches, backend)
     return out, probs if call.terms.dropout else None
 
 
 def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...], backend: str) -> Gradients:
     """Gradients of the scores and the bias, None where not needed."""
-    if not captured(call.scores):
+    if not captured(call.scores) and not is_batched(dout):
         return backends.get(backend).softmax_bwd(call, result, dout, needs)
-    switches = [call.log, call.uniform_empty]
-    tensors = torch.ops.fused_attn.softmax_bwd(call.scores, *call.terms.flatten(), result, dout, switches, list(needs), backend)
+    switches = [int(call.log), int(call.uniform_empty)]
+    tensors = torch.ops.fused_attn.softmax_bwd(call.scores, *call.terms.flatten(), result, dout, switches, list(map(int, needs)), backend)
     return _optional(tensors, needs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_attn import pytrees
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.checks import (
     FLOATS,
@@ -19,6 +20,7 @@ from fused_attn.checks import (
     as_integer,
     as_number,
     described,
+    is_traced,
     require_device,
     require_shape,
     require_tensor,
@@ -50,6 +52,8 @@ def _require_offset(value: object, batch: int, device: torch.device) -> int | Te
     advice = "0 aligns top-left, kv_len - q_len bottom-right, an int tensor [batch] each sequence on its own."
     if isinstance(value, Tensor):
         require_tensor("q_offset", value, INTS, f"an int or an int tensor [batch] = [{batch}]", advice)
+        if value.dim() == 0 and is_traced():  # lengths are tensors to torch.jit.trace
+            return value.to(device).expand(batch)
         require_shape("q_offset", value, ((batch,),), device)
         return value
     offset = as_integer("q_offset", value, advice)
@@ -71,7 +75,7 @@ def _resolve_offset(value: object, positional: bool, shape: tuple[int, int, int,
 
 
 def _reject_grad(owner: object) -> None:
-    for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+    for value in pytrees.state(owner).values():
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Tensor) and item.requires_grad:
                 raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_attn.checks import FLOATS, as_number, require_broadcast, require_tensor
 from fused_attn.lowering import Grid, KernelScore
+from fused_attn.pytrees import register
 
 
 class ScoreMod:
@@ -41,6 +42,7 @@ class ScoreMod:
     kernels: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
+        register(cls)
         if cls.name:
             SCORE_MODS[cls.name] = cls
 

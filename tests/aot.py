@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for chips this machine does not have, through the library's own launch code, and reads what ptxas made.
 
-Run as a program (a fresh process without TRITON_INTERPRET), it prints one JSON line per compiled kernel:
-``python -m tests.aot CHIP DTYPE HEAD_DIM`` or ``python -m tests.aot CHIP DTYPE softmax``.
+Run as a program (a fresh process without TRITON_INTERPRET), ``python -m tests.aot CHIP:DTYPE:HEAD_DIM ...`` or ``CHIP:DTYPE:softmax ...``, it
+prints one JSON line per combination as soon as that is compiled: its name, and what ``measured`` says of each kernel.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class _Driver:
     """Stands for a GPU of some compute capability; enough for Triton to compile, nothing to run on."""
 
     def __init__(self, chip: int) -> None:
-        self.target = GPUTarget("cuda", chip, 32)
+        self.chip = chip
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return GPUTarget("cuda", self.chip, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        """Triton keeps compiled kernels per device: each chip is one of its own."""
+        return self.chip
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -105,9 +106,9 @@ def compile_attention(dtype: torch.dtype, head_dim: int, variant: str) -> None:
     backend.attention_bwd(call, forward, Incoming(forward.out, forward.lse, *square), needs)
 
 
-def compile_softmax(dtype: torch.dtype) -> None:
+def compile_softmax(dtype: torch.dtype, lengths: tuple[int, ...] = (100, 5000, 16384, 100000)) -> None:
     backend = get("triton")
-    for kv_len in (100, 5000, 16384, 100000):
+    for kv_len in lengths:
         bias = torch.zeros(1, 1, 1, kv_len, requires_grad=True)
         options = {
             "dim": -1,
@@ -123,13 +124,25 @@ def compile_softmax(dtype: torch.dtype) -> None:
         backend.softmax_bwd(call, probs, out, (True, True))
 
 
-if __name__ == "__main__":
-    chip, dtype, what = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+def measured(name: str, kernel: Any) -> dict[str, Any]:
+    """One kernel's line of the report."""
+    return {"kernel": name, "HGMMA": kernel.metadata.target.arch == 90 and "HGMMA" in sass(kernel), **resources(kernel)}
+
+
+def compile_combination(chip: int, dtype: torch.dtype, what: str) -> list[dict[str, Any]]:
+    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones."""
     target(chip)
+    compiled.clear()
     if what == "softmax":
         compile_softmax(dtype)
     else:
         for variant in ("causal", "everything"):
             compile_attention(dtype, int(what), variant)
-    for name, kernel in compiled:
-        print(json.dumps({"kernel": name, "HGMMA": chip == 90 and "HGMMA" in sass(kernel), **resources(kernel)}))
+    return [measured(name, kernel) for name, kernel in compiled]
+
+
+if __name__ == "__main__":
+    for combination in sys.argv[1:]:
+        chip, dtype, what = combination.split(":")
+        kernels = compile_combination(int(chip), getattr(torch, dtype), what)
+        print(json.dumps({"combination": combination, "kernels": kernels}), flush=True)

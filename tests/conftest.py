@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -121,3 +121,32 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty", "new_empty_strided"))):
         for name in names:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+class Counting:
+    """A backend that counts its attention calls and passes them on to a built-in one."""
+
+    name = "counting"
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.calls = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def reluctance(self, problem: Any) -> None:
+        return None
+
+    def attention_fwd(self, call: Any) -> Any:
+        self.calls += 1
+        return self.inner.attention_fwd(call)
+
+
+@pytest.fixture
+def counting() -> Iterator[Counting]:
+    from fused_attn import backends
+
+    backend = Counting(backends.get("cpu"))
+    backends.register(backend)
+    yield backend
+    backends.unregister("counting")

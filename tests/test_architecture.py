@@ -43,8 +43,8 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Lower may not import higher; one number is one layer.
 LAYERS = {
-    "build": 0, "checks": 0, "lowering": 1, "mask_base": 2, "auxiliary": 2, "dropout": 2, "masks": 3, "score_mods": 3, "scoring": 3, "problem": 4, "backends.base": 5,
-    "backends.eager": 6, "backends.cpu": 6, "backends.triton": 6, "backends.cuda": 6, "backends": 7, "ops": 8, "autograd": 9, "functional": 10,
+    "build": 0, "checks": 0, "pytrees": 0, "lowering": 1, "layout": 1, "batching": 1, "flops": 1, "mask_base": 2, "auxiliary": 2, "dropout": 2, "masks": 3, "score_mods": 3, "scoring": 3, "problem": 4, "backends.base": 5,
+    "backends.eager": 6, "backends.cpu": 6, "backends.triton": 6, "backends.cuda": 6, "backends": 7, "ops": 8, "torch_sdpa": 8, "autograd": 9, "functional": 10,
     "integrations": 11, "nn": 11, "distributed": 11, "viz": 11, "testing": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 BACKENDS = {"backends.eager", "backends.cpu", "backends.triton", "backends.cuda"}
@@ -144,7 +144,7 @@ def test_function_lengths():
 
 
 def test_at_most_six_parameters_after_functional():
-    exempt = ("functional.py", "integrations/sdpa.py", "nn/")  # other libraries' signatures
+    exempt = ("functional.py", "integrations/", "nn/")  # other libraries' signatures
     crowded = []
     for name, path in zip(NAMES, FILES, strict=True):
         for node in functions(path):
@@ -317,6 +317,30 @@ def test_no_dead_device_functions():
     defined = set(re.findall(r"__device__[\w\s&*<>,:]*?\b(\w+)\(", text)) | set(re.findall(r"^(?:struct|class) (\w+)", text, re.M))
     unused = {name for name in defined if len(re.findall(rf"\b{name}\b", text)) < 2}
     assert len(defined) > 40 and unused == set()
+
+
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "frombuffer", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn",
+    "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "hann_window",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_tensor_is_made_on_a_named_device(path):
+    """A factory without ``device=`` follows torch's default device, which the caller's tensors need not be on."""
+    calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    homeless = [
+        f"{path.name}:{n.lineno} {ast.unparse(n.func)}"
+        for n in calls
+        if ast.unparse(n.func.value) == "torch" and n.func.attr in FACTORIES and "device" not in {k.arg for k in n.keywords}
+    ]
+    assert homeless == []
+    # Under another name a factory would escape the rule above.
+    assert not [
+        n
+        for n in ast.walk(tree(path))
+        if isinstance(n, ast.ImportFrom) and n.module == "torch" and {a.name for a in n.names} & set(FACTORIES)
+    ]
 
 
 def test_backends_call_the_kernels_of_torch_and_not_its_patchable_attribute():

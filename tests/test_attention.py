@@ -445,7 +445,7 @@ def test_uninitialised_memory_really_is_poisoned() -> None:
     ):
         assert tensor.isnan().all()
     assert torch.empty(3, dtype=torch.int32).eq(torch.iinfo(torch.int32).max // 3).all()
-    from fused_attn.lowering import empty_out
+    from fused_attn.layout import empty_out
 
     assert empty_out(torch.zeros(1, 2, 3, 4), 5).isnan().all()
 

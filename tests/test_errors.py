@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn as fa
 from fused_attn import backends
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import ScoreMod
+from fused_attn.torch_sdpa import ArgumentError, ArgumentTypeError
 
 pytestmark = pytest.mark.quick
 
@@ -301,6 +303,8 @@ SOFTMAX = {
     "scale-none": (lambda: soften(scale=None), TypeError, "scale"),
     "scale-nan": (lambda: soften(scale=NAN), ValueError, "scale"),
     "scale-tensor": (lambda: soften(scale=torch.ones(1)), TypeError, "scale"),
+    "mask-causal-bias": (lambda: soften(t(2, 5, 5), causal_lower_right(5, 5)), TypeError, "mask"),
+    "bias-causal-bias": (lambda: soften(t(2, 5, 5), bias=causal_lower_right(5, 5)), TypeError, "bias"),
     "log-int": (lambda: soften(log=1), TypeError, "log"),
     "log-with-dropout": (lambda: soften(log=True, dropout=fa.Dropout(0.1)), ValueError, "log"),
     "dropout-number": (lambda: soften(dropout=0.1), TypeError, "dropout"),
@@ -312,26 +316,35 @@ SOFTMAX = {
     "offset-float": (lambda: soften(mask=fa.Causal(), q_offset=0.0), TypeError, "q_offset"),
 }
 
+# torch's classes: RuntimeErrors that are ValueErrors or TypeErrors too, but for what torch's argument parser refuses.
 SDPA = {
     "query-none": (lambda: fa.scaled_dot_product_attention(None, t(2, 2), t(2, 2)), TypeError, "query"),
     "key-list": (lambda: sdpa(k=[1.0]), TypeError, "key"),
-    "query-1d": (lambda: sdpa(q=t(8)), ValueError, "query"),
-    "query-int": (lambda: sdpa(q=t(2, 4, 6, 8, dtype=torch.int64)), TypeError, "query"),
-    "value-sparse": (lambda: sdpa(v=t(2, 4, 6, 8).to_sparse()), TypeError, "value"),
-    "not-broadcastable": (lambda: sdpa(q=t(3, 4, 6, 8)), ValueError, "query"),
-    "fewer-heads-without-gqa": (lambda: sdpa(k=t(2, 2, 6, 8), v=t(2, 2, 6, 8)), ValueError, "key"),
-    "gqa-not-divisible": (lambda: sdpa(k=t(2, 3, 6, 8), v=t(2, 3, 6, 8), enable_gqa=True), ValueError, "heads"),
-    "head-dims-differ": (lambda: sdpa(q=t(2, 4, 6, 9)), ValueError, "head_dim"),
+    "query-1d": (lambda: sdpa(q=t(8)), ArgumentError, "query"),
+    "query-int": (lambda: sdpa(q=t(2, 4, 6, 8, dtype=torch.int64)), ArgumentTypeError, "query"),
+    "value-sparse": (lambda: sdpa(v=t(2, 4, 6, 8).to_sparse()), ArgumentTypeError, "value"),
+    "not-broadcastable": (lambda: sdpa(q=t(3, 4, 6, 8)), ArgumentError, "query"),
+    "fewer-heads-without-gqa": (lambda: sdpa(k=t(2, 2, 6, 8), v=t(2, 2, 6, 8)), ArgumentError, "key"),
+    "gqa-not-divisible": (lambda: sdpa(k=t(2, 3, 6, 8), v=t(2, 3, 6, 8), enable_gqa=True), ArgumentError, "heads"),
+    "head-dims-differ": (lambda: sdpa(q=t(2, 4, 6, 9)), ArgumentError, "head_dim"),
     "mask-list": (lambda: sdpa(attn_mask=[[True]]), TypeError, "attn_mask"),
-    "mask-int": (lambda: sdpa(attn_mask=t(6, 6, dtype=torch.int64)), TypeError, "attn_mask"),
-    "mask-not-broadcastable": (lambda: sdpa(attn_mask=t(5, 6)), ValueError, "attn_mask"),
-    "mask-too-many-dims": (lambda: sdpa(attn_mask=t(1, 1, 1, 6, 6)), ValueError, "attn_mask"),
-    "mask-other-device": (lambda: sdpa(attn_mask=t(6, 6, device="meta")), ValueError, "attn_mask"),
-    "dropout-above-1": (lambda: sdpa(dropout_p=1.5), ValueError, "dropout_p"),
+    "mask-int": (lambda: sdpa(attn_mask=t(6, 6, dtype=torch.int64)), ArgumentTypeError, "attn_mask"),
+    "mask-not-broadcastable": (lambda: sdpa(attn_mask=t(5, 6)), ArgumentError, "attn_mask"),
+    "mask-too-many-dims": (lambda: sdpa(attn_mask=t(1, 1, 1, 6, 6)), ArgumentError, "attn_mask"),
+    "mask-other-device": (lambda: sdpa(attn_mask=t(6, 6, device="meta")), ArgumentError, "attn_mask"),
+    "dropout-above-1": (lambda: sdpa(dropout_p=1.5), ArgumentError, "dropout_p"),
     "dropout-string": (lambda: sdpa(dropout_p="no"), TypeError, "dropout_p"),
     "causal-string": (lambda: sdpa(is_causal="yes"), TypeError, "is_causal"),
     "gqa-int": (lambda: sdpa(enable_gqa=1), TypeError, "enable_gqa"),
-    "scale-tensor": (lambda: sdpa(scale=torch.tensor(1.0)), TypeError, "scale"),
+    "scale-1d-tensor": (lambda: sdpa(scale=torch.ones(1)), TypeError, "scale"),
+    "scale-that-wants-a-gradient": (lambda: sdpa(scale=torch.tensor(1.0, requires_grad=True)), TypeError, "scale"),
+    "scale-infinite": (lambda: sdpa(scale=INF), ArgumentError, "scale"),
+    "dropout-none": (lambda: sdpa(dropout_p=None), TypeError, "dropout_p"),
+    "dropout-nan": (lambda: sdpa(dropout_p=NAN), ArgumentError, "dropout_p"),
+    "dropout-tensor-above-1": (lambda: sdpa(dropout_p=torch.tensor(1.5)), ArgumentError, "dropout_p"),
+    "mixed-dtypes": (lambda: sdpa(q=t(2, 4, 6, 8, dtype=torch.float64)), ArgumentTypeError, "dtype"),
+    "bias-of-other-lengths": (lambda: sdpa(attn_mask=causal_lower_right(5, 7)), ArgumentError, "CausalBias"),
+    "bias-without-variant": (lambda: sdpa(attn_mask=causal_lower_right(6, 6)[0]), ArgumentError, "attn_mask"),
 }
 
 

@@ -1,42 +1,22 @@
-"""Every Triton configuration compiles for every chip of the table, spills next to nothing, and fits the chip's shared memory."""
+"""Every Triton configuration compiles for every chip of the table, spills next to nothing, fits the chip's shared memory and rounds as written."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fused_attn.backends.triton import config
+from tests import matrix
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-# ptxas counts a stack frame for indexed arrays as well; this much is not a spill in a loop.
-MAX_STACK = 64
-
-
-def compiled(chip: int, dtype: str, what: str) -> list[dict[str, Any]]:
-    """What a fresh process, in which Triton does not interpret, compiled for the chip."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.aot", str(chip), dtype, what]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def complaints(chip: int, kernels: list[dict[str, Any]]) -> list[str]:
-    limit = config.SHARED_MEMORY[chip]
-    return [
-        str(kernel)
-        for kernel in kernels
-        if kernel["STACK"] > MAX_STACK or kernel["LOCAL"] > 0 or kernel["shared"] > limit or kernel["traps"]
-    ]
 
 
 def _configurations() -> Iterator[Any]:
@@ -49,11 +29,12 @@ def _configurations() -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("chip", "dtype", "head_size"), _configurations())
 def test_attention_compiles_without_spills(chip: int, dtype: str, head_size: int) -> None:
-    kernels = compiled(chip, dtype, str(head_size))
+    (report,) = matrix.compiled(None, [f"{chip}:{dtype}:{head_size}"])
+    kernels = report["kernels"]
     names = {kernel["kernel"] for kernel in kernels}
     stages = ("fwd", "rows", "columns", "bwd_delta", "bwd_dq", "bwd_dkdv", "bwd_bias")
     assert names >= {f"_attention_{stage}_kernel" for stage in stages}
-    assert not complaints(chip, kernels)
+    assert not matrix.complaints(chip, kernels)
     if (chip, dtype) == (90, "bfloat16") and head_size < 256:
         plain = {kernel["kernel"]: kernel["HGMMA"] for kernel in kernels[: len(kernels) // 2]}
         assert plain["_attention_fwd_kernel"] and plain["_attention_bwd_dq_kernel"] and plain["_attention_bwd_dkdv_kernel"]
@@ -62,6 +43,64 @@ def test_attention_compiles_without_spills(chip: int, dtype: str, head_size: int
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", config.SHARED_MEMORY)
 def test_softmax_compiles_without_spills(chip: int) -> None:
-    kernels = compiled(chip, "bfloat16", "softmax")
+    (report,) = matrix.compiled(None, [f"{chip}:bfloat16:softmax"])
+    kernels = report["kernels"]
     assert {kernel["kernel"] for kernel in kernels} == {"_softmax_fwd_kernel", "_softmax_bwd_kernel", "_softmax_bwd_bias_kernel"}
-    assert not complaints(chip, kernels)
+    assert not matrix.complaints(chip, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+def test_the_triton_that_torch_brings_today() -> None:
+    """torch 2.14 pins Triton 3.8, which keeps more in registers than its neighbours: the places where that showed, on each chip."""
+    for report in matrix.compiled("3.8.0", ["80:float32:64", "90:float32:64", "100:bfloat16:128", "120:bfloat16:64"]):
+        assert not matrix.complaints(int(report["combination"].partition(":")[0]), report["kernels"]), report["combination"]
+
+
+ROUNDING = """
+import hashlib
+import torch
+from fused_attn.backends import get
+from tests import aot
+
+aot.target(90)
+get("triton").attention_fwd(aot.problem(torch.bfloat16, 16, "everything"))
+aot.compile_softmax(torch.bfloat16, (100,))
+for name, kernel in aot.compiled:
+    print(name, hashlib.sha256(kernel.asm["ptx"].encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_environment_does_not_decide_how_results_are_rounded(tmp_path: Path) -> None:
+    """One kernel of every place that starts some, compiled afresh under both settings of Triton's default for a * b + c."""
+
+    def code(fusion: str) -> list[str]:
+        variables = matrix.environment(None) | {"TRITON_CACHE_DIR": str(tmp_path / fusion), "TRITON_DEFAULT_FP_FUSION": fusion}
+        done = subprocess.run([sys.executable, "-c", ROUNDING], capture_output=True, text=True, env=variables, cwd=matrix.ROOT, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    contracted = code("1")
+    assert {line.split()[0] for line in contracted} >= {"_attention_fwd_kernel", "_tile_summary_kernel", "_softmax_fwd_kernel"}
+    assert code("0") == contracted
+
+
+@pytest.mark.quick
+def test_kernels_start_in_one_place() -> None:
+    """Where how a kernel rounds is said."""
+    folder = Path(config.__file__).parent
+    assert [p.name for p in folder.rglob("*.py") for _ in re.findall(r"\w\[\(.*,\)\]\(", p.read_text())] == ["launch.py"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("version", config._EXCEPTIONS_OF, ids=str)
+def test_an_exception_says_something_else_than_the_table(version: tuple[int, int]) -> None:
+    table = {
+        (chip, *which, size): tile
+        for chip, rows in config._TABLE.items()
+        for which, row in rows.items()
+        for size, tile in zip(config.HEAD_SIZES, row, strict=True)
+    }
+    for special, general in ((config._EXCEPTIONS, table), (config._EXCEPTIONS_OF[version], table | config._EXCEPTIONS)):
+        assert [place for place, tile in special.items() if general[place] == tile] == []

@@ -57,7 +57,7 @@ class Backend(Protocol):
     """Kernels for the normal form on some devices.
 
     ``needs`` says which of (q, k, v, sinks, *mod_tensors) or (scores, *mod_tensors) want a gradient; the result has one entry
-    for each, None where not wanted. Outputs are laid out as ``lowering.empty_out`` says; row statistics are the backend's own
+    for each, None where not wanted. Results are laid out by the rule of ``layout.py``; row statistics are the backend's own
     business, but their shape must be ``stats_shape``.
     """
 

@@ -27,7 +27,8 @@ from fused_attn.backends.base import (
     sink_gradient,
     transform_refusal,
 )
-from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, empty_out
+from fused_attn.layout import empty_out
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 MAX_HEAD_DIM = 256

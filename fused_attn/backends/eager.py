@@ -6,12 +6,15 @@ It costs O(q_len * kv_len) memory.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.checks import captured
 from fused_attn.dropout import keep_factor
+from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.lowering import Grid, KernelDropout, stat_dtype
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -26,6 +29,7 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
             error that a plain torch implementation makes, which the error rule compares with.
     """
     dtype = dtype or stat_dtype(problem.q.dtype)
+    problem = _with_laid_out_gradients(problem)
     grid, modifiers = problem.grid, problem.modifiers
     groups = problem.q.shape[1] // problem.k.shape[1] if problem.k.shape[1] else 1
     q, k, v = (t.to(dtype) for t in (problem.q, problem.k, problem.v))
@@ -39,11 +43,12 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     probs = probs if allowed is None else probs.masked_fill(~allowed, 0.0)
     weights = _dropped(probs, modifiers.dropout.lower(grid.device) if modifiers.dropout else None, grid)
     out = _weighted_values(weights.to(dtype), v, allowed)
-    return out.to(problem.q.dtype), _aux(problem.aux or NOTHING, (scores, probs, lse), problem.q.dtype)
+    return laid_out_like(out.to(problem.q.dtype), problem.q), _aux(problem.aux or NOTHING, (scores, probs, lse), problem.q.dtype)
 
 
 def softmax(problem: SoftmaxProblem) -> Tensor:
     """softmax(scale * scores + bias) over the allowed keys, in float32 or wider."""
+    problem = _with_laid_out_gradients(problem)
     grid, modifiers = problem.grid, problem.modifiers
     scores = problem.scores.to(stat_dtype(problem.scores.dtype)) * modifiers.scale
     for mod in modifiers.score_mods:
@@ -61,7 +66,17 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
         uniform = torch.full((), 1.0 / grid.shape[3], dtype=result.dtype, device=result.device)
         result = torch.where(empty, uniform.log() if problem.log else uniform, result)
     result = _dropped(result, modifiers.dropout.lower(grid.device) if modifiers.dropout else None, grid)
-    return result.to(problem.scores.dtype)
+    return laid_out_like(result.to(problem.scores.dtype), problem.scores)
+
+
+_Problem = TypeVar("_Problem", AttentionProblem, SoftmaxProblem)
+
+
+def _with_laid_out_gradients(problem: _Problem) -> _Problem:
+    """torch's autograd chooses layouts of its own; under torch's transforms they stay."""
+    if problem.transform is not None or not problem.requires_grad:
+        return problem
+    return problem.with_inputs(with_laid_out_gradients(problem.inputs))
 
 
 def _allowed(mask: Mask | None, grid: Grid) -> Tensor | None:
@@ -116,8 +131,8 @@ def _aux(request: AuxRequest, rows: tuple[Tensor, Tensor, Tensor], dtype: torch.
     scores, probs, lse = rows
     fixed, shares = scores.detach(), probs.detach()
     return AuxOutput(
-        probs=probs.to(dtype) if request.probs else None,
-        scores=scores.to(dtype) if request.scores else None,
+        probs=probs.to(dtype).contiguous() if request.probs else None,
+        scores=scores.to(dtype).contiguous() if request.scores else None,
         lse=lse if request.lse else None,
         max_scores=_row_max(fixed) if request.max_scores else None,
         column_sums=shares.sum(-2) if request.column_sums else None,

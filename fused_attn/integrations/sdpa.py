@@ -2,8 +2,8 @@
 
 Everything that reads the attribute when it calls (``F.scaled_dot_product_attention``, ``nn.MultiheadAttention``, most model code) is
 routed; a name bound by ``from torch.nn.functional import scaled_dot_product_attention`` beforehand is not, and neither are
-torch's fused inference paths (``torch.backends.mha``), which never call it. Only plain tensors are routed: nested tensors, tensor
-subclasses (DTensor, ...) and meta tensors go to torch's own function, as does whatever fused_attn itself calls.
+torch's fused inference paths (``torch.backends.mha``), which never call it. What goes to torch's own function all the same, and why,
+stands in docs/replacing-sdpa.md: tensor subclasses, meta tensors, ``torch.jit``, and calls for which torch's kernels are restricted.
 
 Example:
     >>> import torch.nn.functional as F
@@ -19,12 +19,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.jit._builtins import _get_builtin_table
+from torch.nn.attention.bias import CausalBias
+from torch.overrides import handle_torch_function, has_torch_function
 
+from fused_attn.checks import is_causal_bias
 from fused_attn.functional import torch_attention
 
 # The one function that every build of torch exports under this name; patching the attribute elsewhere does not change it.
@@ -49,8 +54,35 @@ _installed: list[_Request] = []
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-def _is_plain(*tensors: object) -> bool:
-    return all(type(t) in _PLAIN and not t.is_nested and not t.is_meta for t in tensors)  # type: ignore[attr-defined]
+def _is_plain(tensors: tuple[Any, ...]) -> bool:
+    """Whether torch and a backend of ours see the same in these tensors; what is no tensor at all gets an error of ours."""
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            if isinstance(t, Tensor) or hasattr(t, "__torch_function__"):
+                return False
+        elif t.is_nested or t.is_meta:
+            return False
+    return True
+
+
+def _torchs_turn() -> bool:
+    """Whether torch's own function is meant: a trace is recorded, or ``sdpa_kernel`` or a switch of torch's leaves only some kernels."""
+    return torch._C._get_tracing_state() is not None or not (
+        torch._C._get_math_sdp_enabled()
+        and torch._C._get_flash_sdp_enabled()
+        and torch._C._get_mem_efficient_sdp_enabled()
+        and torch._C._get_cudnn_sdp_enabled()
+        and torch._C._get_overrideable_sdp_enabled()
+    )
+
+
+class _Question(threading.local):
+    """Whether a subclass was shown the function below and has not passed it on yet."""
+
+    open = False
+
+
+_question = _Question()
 
 
 def scaled_dot_product_attention(
@@ -65,10 +97,45 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What stands in for torch's function while a patch is in force."""
-    if not _requests or not _is_plain(query, key, value, *(() if attn_mask is None else (attn_mask,))):
-        return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    return torch_attention((query, key, value), attn_mask, options, _requests[-1].backend)
+    tensors = (query, key, value)
+    given = tensors if attn_mask is None else (*tensors, attn_mask)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    # A CausalBias only waits for torch's function; it is a mask here. Modes come first: they would see every look at a tensor.
+    heard = tensors if is_causal_bias(attn_mask) else given
+    latest = _requests[-1:]  # one look: another thread may leave meanwhile
+    if latest and not has_torch_function(heard) and _is_plain(heard) and not _torchs_turn():
+        return torch_attention(tensors, attn_mask, options, latest[0].backend)
+    if has_torch_function(given) and all(isinstance(t, Tensor) for t in given):
+        return _overridden(given, attn_mask, options)
+    if not torch._C._is_torch_function_enabled() and _question.open:
+        _question.open = False
+        with torch._C._EnableTorchFunction():
+            return _original(query, key, value, attn_mask, **options)
+    return _original(query, key, value, attn_mask, **options)
+
+
+def _overridden(given: tuple[Tensor, ...], attn_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Lets a function mode or the class of an argument see the function that was called, which is the one above.
+
+    A subclass that does not know it passes it on, and is asked again about torch's own: it may have learnt that one on import.
+    """
+    _question.open = True
+    try:
+        query, key, value = given[:3]
+        return handle_torch_function(scaled_dot_product_attention, given, query, key, value, attn_mask, **options)
+    finally:
+        _question.open = False
+
+
+_of_bias = CausalBias.__dict__["__torch_function__"]
+_answer_of_bias = _of_bias.__func__
+
+
+def _recognising(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """A CausalBias that knows torch's function by a name bound before the patch, too: it compares with the name in force."""
+    if func is _original:
+        func = torch.nn.functional.scaled_dot_product_attention
+    return _answer_of_bias(cls, func, types, args, kwargs)
 
 
 def _enter(backend: str) -> _Request:
@@ -77,6 +144,9 @@ def _enter(backend: str) -> _Request:
         if torch.nn.functional.scaled_dot_product_attention is not scaled_dot_product_attention:
             _displaced.append(torch.nn.functional.scaled_dot_product_attention)
             torch.nn.functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
+            # torch.jit.script compiles no keyword-only default; by this entry it takes the function for torch's own.
+            _get_builtin_table()[id(scaled_dot_product_attention)] = "aten::scaled_dot_product_attention"
+            CausalBias.__torch_function__ = classmethod(_recognising)  # type: ignore[method-assign,assignment]
         _requests.append(request)
     return request
 
@@ -88,6 +158,9 @@ def _leave(request: _Request) -> None:
         if not _requests and torch.nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:
             torch.nn.functional.scaled_dot_product_attention = _displaced[-1]  # type: ignore[assignment]
             _displaced.clear()
+        if not _requests:
+            _get_builtin_table().pop(id(scaled_dot_product_attention), None)
+            CausalBias.__torch_function__ = _of_bias  # type: ignore[method-assign]
 
 
 @contextmanager

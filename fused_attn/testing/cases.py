@@ -123,11 +123,11 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def _values(shape: tuple[int, ...], content: str, generator: torch.Generator) -> Tensor:
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     if content == "outliers" and values.dim() > 1:
         values[..., shape[-1] // 3 :: 29] *= 20
     if content == "repeated" and values.dim() > 1:
-        values = values[..., torch.arange(shape[-2]) // 4, :]
+        values = values[..., torch.arange(shape[-2], device="cpu") // 4, :]
     return values
 
 

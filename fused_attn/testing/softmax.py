@@ -85,7 +85,7 @@ def make_softmax(case: SoftmaxCase, device: torch.device = CPU, seed: int = 0) -
     part = [n if i in case.full else 1 for i, n in enumerate(case.shape)]
 
     def make(shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
     def widened(tensor: Tensor) -> Tensor:
         return tensor.expand(case.shape) if case.layout == "stride0" else tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, transform_refusal
 from fused_attn.backends.cpu import attention, softmax
+from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
@@ -33,9 +34,9 @@ class CpuBackend:
         return reasons + transform_refusal(problem)
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
-        """On small problems eager is faster; a compiler had better see one operation than guard sizes."""
+        """On small problems eager is faster; a compiler or tracer had better see one operation than choices by size."""
         terms = problem.modifiers
-        if isinstance(problem, SoftmaxProblem) or torch.compiler.is_compiling():
+        if isinstance(problem, SoftmaxProblem) or torch.compiler.is_compiling() or is_traced():
             return None
         if terms.score_mods or terms.sinks is not None or terms.dropout is not None:
             limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED

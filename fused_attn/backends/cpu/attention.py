@@ -16,7 +16,8 @@ from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
 from fused_attn.backends.cpu import flash
 from fused_attn.backends.cpu.tiles import Operands, Tile
 from fused_attn.dropout import keep_factor
-from fused_attn.lowering import Grid, LoweredAttention, empty_out, stat_dtype
+from fused_attn.layout import empty_out, laid_out_like
+from fused_attn.lowering import Grid, LoweredAttention, stat_dtype
 from fused_attn.score_mods import SCORE_MODS
 
 
@@ -222,7 +223,7 @@ class _Backward:
     def of(cls, call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> _Backward:
         work = Operands(call, incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores)
         dk, dv = (torch.zeros_like(t) if need else None for t, need in zip((work.k, work.v), needs[1:3], strict=True))
-        dq = torch.zeros_like(call.q, memory_format=torch.contiguous_format) if needs[0] else None
+        dq = torch.zeros_like(call.q) if needs[0] else None
         sinks = call.terms.sinks
         dsinks = torch.zeros_like(sinks, dtype=work.dtype) if needs[3] and sinks is not None else None
         if dsinks is not None and call.shape[3] == 0 and incoming.dlse is not None:
@@ -230,7 +231,7 @@ class _Backward:
         tensors = [t for m in call.terms.mods for t in m.tensors]
         # A parameter without broadcasting gets every element once: its own dtype loses nothing and needs no second copy.
         dmods = tuple(
-            torch.zeros(t.shape, dtype=t.dtype if t.shape == call.shape else work.dtype) if need else None
+            torch.zeros_like(t, dtype=t.dtype if t.shape == call.shape else work.dtype) if need else None
             for t, need in zip(tensors, needs[4:], strict=True)
         )
         return cls(work, incoming, None if incoming.dout is None else work.grouped(incoming.dout), dq, dk, dv, dsinks, dmods)
@@ -239,7 +240,7 @@ class _Backward:
         call = self.work.call
         if self.dk is not None and self.work.is_careful:
             self.dk.masked_fill_(~self.work.k.isfinite(), 0.0)
-        shaped = (g if g is None else g.view(t.shape).to(t.dtype) for g, t in ((self.dk, call.k), (self.dv, call.v)))
+        shaped = (g if g is None else laid_out_like(g.view(t.shape).to(t.dtype), t) for g, t in ((self.dk, call.k), (self.dv, call.v)))
         parameters = [
             g if g is None or t is None else g.to(t.dtype) for g, t in zip((self.dsinks, *self.dmods), call.terms.parameters, strict=True)
         ]

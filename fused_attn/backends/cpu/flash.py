@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
 from fused_attn.backends.cpu.tiles import TILE, MaskTiles, is_finite
+from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 
 # Its backward sees a row's sum only through lse; float32 keeps log S to 4e-6 below this size, and loses it at 1e6.
@@ -21,7 +22,7 @@ NAN_SAFE_KEYS = 16
 # Below, a row of a mask often has one key; its score gradient is then exactly 0, and the kernel leaves delta's rounding instead.
 BACKWARD_KEYS = 64
 # It leaves no row statistics behind: backward recomputes rows, or needs lse alone.
-NO_STATS = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+NO_STATS = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 _flash = torch._scaled_dot_product_flash_attention_for_cpu  # bound directly, 4 us cheaper per call than through torch.ops
 
 
@@ -49,12 +50,12 @@ def forward(call: LoweredAttention) -> Forward:
     """The output and lse, -inf in rows without keys."""
     if call.terms.mask.is_trivial:
         out, lse = _flash(call.q, call.k, call.v, scale=call.terms.scale)
-        return Forward(out, lse, NO_STATS[lse.dtype])
+        return Forward(out, lse.contiguous(), NO_STATS[lse.dtype])
     limit = _additive(call)
     out, lse = _flash(call.q, call.k, call.v, 0.0, limit is None, attn_mask=limit, scale=call.terms.scale)
     if limit is not None:
         lse.masked_fill_(limit.amax(-1) == -torch.inf, -torch.inf)
-    return Forward(out, lse, NO_STATS[lse.dtype])
+    return Forward(out, lse.contiguous(), NO_STATS[lse.dtype])
 
 
 def suits_backward(call: LoweredAttention, result: Forward, incoming: Incoming) -> bool:
@@ -77,7 +78,8 @@ def backward(call: LoweredAttention, result: Forward, dout: Tensor, needs: tuple
         dout if dout.stride(3) == 1 else dout.contiguous(), call.q, call.k, call.v, result.out, lse, 0.0, _is_causal(call),
         attn_mask=limit, scale=call.terms.scale,
     )  # fmt: skip
-    return *(g.contiguous() if need else None for g, need in zip(grads, needs[:3], strict=True)), None
+    inputs = (call.q, call.k, call.v)
+    return *(laid_out_like(g, t) if need else None for g, t, need in zip(grads, inputs, needs, strict=False)), None
 
 
 def _is_causal(call: LoweredAttention) -> bool:

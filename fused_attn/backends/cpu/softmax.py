@@ -38,7 +38,7 @@ class Chunk:
 
 def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     """The result, and the probabilities before dropout where there is dropout."""
-    out = call.scores.new_empty(call.shape)
+    out = torch.empty_like(call.scores)
     probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
     for chunk in _chunks(call):
         target = (out if probs is None else probs)[chunk.rows]
@@ -52,11 +52,11 @@ def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
 
 def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of the scores and of the bias, from the probabilities before dropout (or their logarithms)."""
-    dscores = call.scores.new_empty(call.shape) if needs[0] else None
+    dscores = torch.empty_like(call.scores) if needs[0] else None
     biases = [t for m in call.terms.mods for t in m.tensors]
     dtype = stat_dtype(call.scores.dtype)
     dbiases = [
-        torch.zeros(t.shape, dtype=t.dtype if t.shape == call.shape else dtype) if need else None
+        torch.zeros_like(t, dtype=t.dtype if t.shape == call.shape else dtype) if need else None
         for t, need in zip(biases, needs[1:], strict=True)
     ]
     for chunk in _chunks(call):
@@ -109,7 +109,7 @@ def _room(call: LoweredSoftmax, chunk: Chunk, target: Tensor | None) -> Tensor:
     b, m, q, k = (end - start for start, end in chunk.region)
     if target is not None and target.shape[3] == k and target.dtype == stat_dtype(call.scores.dtype) and target.is_contiguous():
         return target
-    return torch.empty(b, m, q, k, dtype=stat_dtype(call.scores.dtype))
+    return call.scores.new_empty((b, m, q, k), dtype=stat_dtype(call.scores.dtype))
 
 
 def _modified(call: LoweredSoftmax, chunk: Chunk, room: Tensor) -> tuple[Tensor, bool]:
@@ -168,7 +168,7 @@ def _normalise_carefully(call: LoweredSoftmax, chunk: Chunk, room: Tensor) -> No
 
 def _of_empty_rows(call: LoweredSoftmax) -> float:
     """What every element of a row without keys becomes."""
-    share = torch.full((), 1.0 / call.shape[3] if call.uniform_empty else 0.0, dtype=stat_dtype(call.scores.dtype))
+    share = call.scores.new_full((), 1.0 / call.shape[3] if call.uniform_empty else 0.0, dtype=stat_dtype(call.scores.dtype))
     return float(share.log() if call.log else share)
 
 
@@ -199,7 +199,7 @@ def _gradient(call: LoweredSoftmax, chunk: Chunk, pair: tuple[Tensor, Tensor], t
         torch._softmax_backward_data(dout, result, -1, room.dtype, grad_input=room)
     if chunk.limits and bool(room[..., 0].sum().isnan()):
         _differentiate_carefully(call, chunk, (result, dout), room)
-    if call.uniform_empty and bool((pair[0][..., 0] == torch.full((), _of_empty_rows(call), dtype=pair[0].dtype)).any()):
+    if call.uniform_empty and bool((pair[0][..., 0] == pair[0].new_full((), _of_empty_rows(call))).any()):
         room.masked_fill_(_masked_scores(call, chunk, torch.empty_like(room)).amax(-1, keepdim=True) == -torch.inf, 0.0)
     return room
 

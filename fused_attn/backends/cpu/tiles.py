@@ -71,6 +71,11 @@ def _exact(columns: Range, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if columns[1] - columns[0] > 1 << 22 else dtype
 
 
+def _arange(start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Whatever torch's default device is: results may be kept for later calls."""
+    return torch.arange(start, end, dtype=dtype, device="cpu")
+
+
 @lru_cache(maxsize=8)
 def _window_limit(sides: tuple[int | None, int | None], rows: int, columns: Range, dtype: torch.dtype) -> Tensor:
     """The limit of a plain window, [1, 1, rows, columns], columns counted from the first row's position.
@@ -78,9 +83,9 @@ def _window_limit(sides: tuple[int | None, int | None], rows: int, columns: Rang
     Blocks along the diagonal, heads and later calls share it.
     """
     (first, end), (left, right), exact = columns, sides, _exact(columns, dtype)
-    row = torch.arange(rows, dtype=exact)[:, None]
-    after = None if left is None else torch.arange(first + left, end + left, dtype=exact) + 0.5 - row
-    before = None if right is None else row + 0.5 - torch.arange(first - right, end - right, dtype=exact)
+    row = _arange(0, rows, exact)[:, None]
+    after = None if left is None else _arange(first + left, end + left, exact) + 0.5 - row
+    before = None if right is None else row + 0.5 - _arange(first - right, end - right, exact)
     limit = torch.minimum(after, before) if after is not None and before is not None else before if after is None else after
     assert limit is not None
     return limit.mul_(torch.inf).to(dtype)[None, None]
@@ -163,7 +168,7 @@ class MaskTiles:
     def _inside(self, region: tuple[Range, Range, Range, Range], columns: Range) -> Tensor:
         """Positive inside the rows' intervals, negative outside, never 0: distances of key centres from the ends."""
         batches, queries, exact = slice(*region[0]), slice(*region[2]), _exact(columns, self.dtype)
-        centre = torch.arange(columns[1] - columns[0], dtype=exact).add_(0.5)
+        centre = _arange(0, columns[1] - columns[0], exact).add_(0.5)
         ends = ((t if t.shape[0] == 1 else t[batches])[:, queries, None] - columns[0] for t in self.intervals)
         start, end = (t.to(exact)[:, None] for t in ends)
         return torch.minimum(centre - start, end - centre)
@@ -288,5 +293,5 @@ class Operands:
         size, pairs = batches * heads * rows * keys, tile.pairs.stop - tile.pairs.start
         room = self.buffers.get(name)
         if room is None or room.shape[0] < size:
-            room = self.buffers[name] = torch.empty(size, dtype=self.dtype)
+            room = self.buffers[name] = self.q.new_empty(size)
         return room[:size].view(pairs, -1, keys)

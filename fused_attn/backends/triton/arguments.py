@@ -83,7 +83,7 @@ class Sizes(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Compile-time sizes: tile of queries and keys, padded and true head and value dimensions; wide where operands are float32."""
+    """Compile-time sizes: tile of queries and keys, padded and true head and value dimensions, columns of a row that stay in registers."""
 
     q: Any
     kv: Any
@@ -91,7 +91,7 @@ class Tile(NamedTuple):
     dv: Any
     head_dim: Any
     value_dim: Any
-    wide: Any
+    resident: Any
 
 
 def matrix(tensor: Tensor | None) -> Matrix | None:
@@ -110,7 +110,9 @@ def padded(dim: int) -> int:
 def tile(call: LoweredAttention, config: TileConfig) -> Tile:
     """The compile-time sizes of a pass."""
     head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
-    values = (config.block_q, config.block_kv, padded(head_dim), padded(value_dim), head_dim, value_dim, call.q.dtype == torch.float32)
+    d, dv = padded(head_dim), padded(value_dim)
+    resident = config.resident if call.q.dtype == torch.float32 else max(d, dv)
+    values = (config.block_q, config.block_kv, d, dv, head_dim, value_dim, resident)
     return Tile(*(tl.constexpr(v) for v in values))
 
 

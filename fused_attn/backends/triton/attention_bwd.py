@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_attn.backends.base import Forward, Gradients, Incoming, sink_gradient
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
+from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 
 from .attention_aux import row_statistics
@@ -73,7 +74,7 @@ def _gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, 
     weights = p
     if dout is not None:
         dout_source, v_source = (row_matrices[1], b, h, q_idx, row_ok), (key_matrices[1], b, kv_h, kv_idx, kv_ok)
-        dp = contract(dout, v, dout_source, v_source, score.precision, tile.wide, tile.value_dim, tile.dv)
+        dp = contract(dout, v, dout_source, v_source, score.precision, tile.resident, tile.value_dim, tile.dv)
         if dropout is not None:
             kept = keep_tile(
                 dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv
@@ -134,6 +135,9 @@ def _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout
         0,
         tile,
     )
+    if tile.d > tile.resident:
+        # Read once more, as in ``_dkdv_step``.
+        k_tile, v_tile = _load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, CLEAN, tile)
     return dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
 
 
@@ -178,9 +182,15 @@ def _dkdv_step(carry, first, h, keys_of, place, q, dout, stats, delta, grads, ma
     rows_of = _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
     here = (b, h, q_idx, shift, first // tile.q)
     weights, ds = _gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
+    q_rows, dout_rows = rows_of[0], rows_of[1]
     if dout is not None:
-        dv = dot(tl.trans(weights.to(rows_of[1].dtype)), rows_of[1], dv, score.precision)
-    return dot(tl.trans(ds.to(rows_of[0].dtype)), rows_of[0], dk, score.precision), dv
+        if tile.dv > tile.resident:
+            # Read once more: kept from before the scores, whole float32 rows leave no registers for them.
+            dout_rows = load_rows(dout, b, h, q_idx, rows_of[7], tile.value_dim, tile.dv)
+        dv = dot(tl.trans(weights.to(dout_rows.dtype)), dout_rows, dv, score.precision)
+    if tile.d > tile.resident:
+        q_rows = load_rows(q, b, h, q_idx, rows_of[7], tile.head_dim, tile.d)
+    return dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision), dv
 
 
 @triton.jit
@@ -295,7 +305,7 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
     arriving = _Arriving(call, forward, incoming)
     keys = needs[1] or needs[2]
-    dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
+    dq, dk, dv = (torch.empty_like(t) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
     batch, heads, _, _ = call.shape
     if dq is not None:
         plan, kernel = arriving.plan("bwd_dq"), _attention_bwd_dq_kernel
@@ -344,8 +354,8 @@ def _bias_gradient(call: LoweredAttention, arriving: _Arriving, place: int, bias
         result = bias.new_empty(shape, dtype=torch.float32)
     else:
         steps = (1, 1, batch // bias.shape[0], heads // bias.shape[1])
-        result = bias.new_empty(bias.shape)
+        result = torch.empty_like(bias)
     programs = plan.q_tiles * plan.kv_tiles * batch * heads // (steps[0] * steps[1] * steps[2] * steps[3])
     constants = (steps, place, over_q, over_kv)
     plan.launch(_attention_bwd_bias_kernel, programs, (*arriving.operands, arguments.matrix(result), *arriving.scores, *constants))
-    return result.sum_to_size(bias.shape).to(bias.dtype)
+    return laid_out_like(result.sum_to_size(bias.shape).to(bias.dtype), bias)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
-from fused_attn.lowering import LoweredAttention, empty_out
+from fused_attn.layout import empty_out
+from fused_attn.lowering import LoweredAttention
 
 from .masks import allowed, mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .primitives import LOG2E, any_true, contract, dot, is_finite, keep_tile, load_rows, store_rows
@@ -25,7 +26,7 @@ from .score_mods import apply
 @triton.jit
 def product(q, k, q_source, k_source, score, tile):
     """q k^T, times the scale unless the exponent takes it."""
-    scores = contract(q, k, q_source, k_source, score.precision, tile.wide, tile.head_dim, tile.d)
+    scores = contract(q, k, q_source, k_source, score.precision, tile.resident, tile.head_dim, tile.d)
     if not score.raw:
         scores = scores * score.scale
     return scores

@@ -1,7 +1,7 @@
-"""Tile configurations: one table per (chip, head size, dtype, pass).
+"""Tile configurations: one table per (chip, head size, dtype, pass), and what single chips and versions of Triton need differently.
 
-Every entry was chosen as the largest tile that compiles with at most 64 bytes of stack and within the chip's shared memory, and
-tests/test_triton_compile.py holds it to that.
+Every entry was chosen as the largest tile that compiles with at most 64 bytes of stack and within the chip's shared memory.
+tests/test_triton_compile.py holds it to that with the installed Triton, `make matrix` with every supported one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 
 
 class TileConfig(NamedTuple):
-    """Queries and keys per tile, warps per block, pipeline stages."""
+    """Queries and keys per tile, warps per block, pipeline stages; float32 rows of more columns than ``resident`` are read in slices."""
 
     block_q: int
     block_kv: int
     num_warps: int
     num_stages: int
+    resident: int = 64
 
 
 class Pass(NamedTuple):
@@ -40,12 +41,14 @@ HEAD_SIZES = (64, 128, 256)
 _Row = tuple[TileConfig, TileConfig, TileConfig]
 
 
-def _row(*entries: tuple[int, int, int, int]) -> _Row:
+def _row(*entries: tuple[int, ...]) -> _Row:
     small, middle, large = (TileConfig(*entry) for entry in entries)
     return small, middle, large
 
 
-# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120).
+# (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120). The four that read
+# float32 rows of 64 columns in slices spilled on Triton 3.8 otherwise (264 to 648 bytes on sm_80); on 3.7 the dk, dv kernel has no more
+# instructions for it.
 _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("fwd", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("fwd", True, 16): _row((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
@@ -54,15 +57,15 @@ _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("aux", False, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
     ("aux", False, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    ("bwd_dq", True, 16): _row((64, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("bwd_dq", True, 16): _row((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", True, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dq", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("bwd_dkdv", False, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("bwd_dkdv", True, 32): _row((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dkdv", False, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dkdv", True, 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_bias", True, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
-    ("bwd_bias", True, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("bwd_bias", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 # What chips with warpgroup products and more shared memory (sm_90, sm_100) do differently.
 _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
@@ -73,32 +76,80 @@ _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
     ("bwd_dq", True, 16): _row((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", True, 32): _row((16, 16, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
 }
 _TABLE = {80: _WARP_MMA, 90: _WARP_MMA | _WARPGROUP_MMA, 100: _WARP_MMA | _WARPGROUP_MMA, 120: _WARP_MMA}
+_Place = tuple[int, str, bool, int, int]
 # Entries that one chip needs differently: (chip, stage, heavy, bits, head size).
-_EXCEPTIONS = {
+_EXCEPTIONS: dict[_Place, TileConfig] = {
     (100, "fwd", True, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 96 bytes
     (100, "fwd", True, 32, 64): TileConfig(64, 32, 8, 1),  # 32 x 32: above 64 bytes
     (100, "fwd", False, 32, 128): TileConfig(32, 32, 4, 1),  # 64 rows: tensor memory runs out, and Triton makes the kernel one trap
     (100, "fwd", False, 32, 256): TileConfig(16, 32, 8, 1),  # 32 x 32: 96 bytes; 64 rows: as above
     (100, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
-    (100, "bwd_dq", True, 32, 64): TileConfig(64, 32, 8, 1),  # 16 x 16 with four warps: 72 bytes
+    (100, "bwd_dq", True, 32, 64): TileConfig(64, 32, 8, 1),  # more rows than the table's fit
     (100, "bwd_dq", False, 32, 128): TileConfig(32, 32, 8, 1),  # 64 rows: one trap
     (100, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 80 bytes
-    (100, "bwd_dkdv", False, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: 96 bytes
-    (120, "fwd", True, 32, 64): TileConfig(16, 16, 4, 1),  # 32 x 32: 96 bytes
+    (120, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 96 bytes
     (120, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 104 bytes
     (120, "bwd_dq", False, 32, 256): TileConfig(16, 32, 8, 1),  # 32 x 32: 80 bytes
-    (120, "bwd_dq", True, 32, 64): TileConfig(16, 16, 4, 1),  # eight warps: 72 bytes
-    (120, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # four warps: 80 bytes
+}
+# Entries that one version of Triton needs differently, besides; one newer than all of these takes those of the newest.
+_EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
+    (3, 8): {
+        (80, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1),  # four warps: 144 bytes
+        (80, "fwd", True, 32, 128): TileConfig(32, 64, 8, 1),  # 64 x 32: 144 bytes
+        (80, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 128 bytes
+        (80, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 200 bytes
+        (80, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 240 bytes, 88 with one stage
+        (80, "bwd_dq", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 112 bytes
+        (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 72 bytes
+        (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
+        (100, "fwd", False, 32, 128): TileConfig(32, 32, 8, 1),  # four warps: 168 bytes
+        (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
+        (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 72 bytes
+        (120, "fwd", False, 16, 64): TileConfig(128, 64, 8, 1),  # two stages: 104 bytes
+        (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 168 bytes
+        (120, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
+        (120, "fwd", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 80 bytes
+        (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
+        (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
+    },
+    (3, 9): {
+        (90, "fwd", True, 16, 256): TileConfig(32, 64, 8, 2),  # 64 x 32: 88 bytes
+        (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
+        (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 136 bytes
+        (100, "fwd", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 80 bytes
+        (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 80 bytes
+        (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 80 bytes
+        (120, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
+    },
 }
 
 
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the Triton that compiles."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
+def exceptions(version: tuple[int, int]) -> dict[_Place, TileConfig]:
+    """What a version of Triton takes from elsewhere than the table.
+
+    Example:
+        >>> exceptions((3, 11)) == exceptions((3, 9))
+        True
+    """
+    return _EXCEPTIONS | _EXCEPTIONS_OF.get(min(version, max(_EXCEPTIONS_OF)), {})
+
+
 def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileConfig:
-    """The configuration of a pass.
+    """The configuration of a pass for the Triton that is installed.
 
     Args:
         chip: compute capability as major * 10 + minor, or 0 for the interpreter.
@@ -108,14 +159,14 @@ def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileCo
 
     Example:
         >>> lookup(90, Pass("fwd", heavy=False), torch.bfloat16, 128)
-        TileConfig(block_q=128, block_kv=64, num_warps=8, num_stages=2)
+        TileConfig(block_q=128, block_kv=64, num_warps=8, num_stages=2, resident=64)
     """
     if chip == 0:
         return _INTERPRETER
     heavy = (which.heavy and which.stage != "aux") or which.stage == "bwd_bias"
     row, bits = nearest_chip(chip), dtype.itemsize * 8
     size = next(s for s in HEAD_SIZES if head_size <= s)
-    exception = _EXCEPTIONS.get((row, which.stage, heavy, bits, size))
+    exception = exceptions(triton_version()).get((row, which.stage, heavy, bits, size))
     return exception or _TABLE[row][which.stage, heavy, bits][HEAD_SIZES.index(size)]
 
 
@@ -149,7 +200,7 @@ def softmax(kv_len: int) -> TileConfig:
 
     Example:
         >>> softmax(100)
-        TileConfig(block_q=16, block_kv=128, num_warps=8, num_stages=1)
+        TileConfig(block_q=16, block_kv=128, num_warps=8, num_stages=1, resident=64)
     """
     if kv_len > _LONGEST_RESIDENT_ROW:
         return TileConfig(1, 4096, 8, 1)

@@ -45,16 +45,20 @@ class Plan:
         if programs == 0:
             return
         call = self.call
-        with on_device(call.q.device):
-            kernel[(programs,)](
-                *tensors, self.mask, self.score, arguments.dropout(call.terms), arguments.sizes(call), arguments.tile(call, self.config),
-                num_warps=self.config.num_warps, num_stages=self.config.num_stages,
-            )  # fmt: skip
+        shared = (self.mask, self.score, arguments.dropout(call.terms), arguments.sizes(call), arguments.tile(call, self.config))
+        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        run(kernel, programs, call.q.device, (*tensors, *shared), options)
 
 
-def on_device(device: torch.device) -> Any:
-    """Makes the tensors' device current while a kernel starts; Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else _NOWHERE
+def run(kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...], options: dict[str, int]) -> None:
+    """Starts a kernel on its tensors' device, which Triton wants to be the current one.
+
+    Every product and sum is rounded where the kernel's text says so. Left to itself Triton contracts a * b + c as
+    TRITON_DEFAULT_FP_FUSION says, whose default changes in 3.10: forward and backward would then round the same score
+    differently (s * scale - max keeps 2^-24 of the largest logit in one of them). Where one rounding is meant, it is ``tl.fma``.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else _NOWHERE:
+        kernel[(programs,)](*args, enable_fp_fusion=False, **options)
 
 
 class _Nowhere:
@@ -76,7 +80,6 @@ def _summary(call: LoweredAttention, chosen: config.TileConfig) -> torch.Tensor 
     summary = torch.empty((batch, heads, q_tiles, kv_tiles), dtype=torch.int8, device=keep.device)
     if summary.numel():
         sizes = arguments.Sizes(heads, 1, q_len, kv_len)
-        kernel: Any = masks._tile_summary_kernel
-        with on_device(keep.device):
-            kernel[(summary.numel(),)](arguments.matrix(keep), arguments.matrix(summary), sizes, arguments.tile(call, chosen), num_warps=4)
+        tensors = (arguments.matrix(keep), arguments.matrix(summary))
+        run(masks._tile_summary_kernel, summary.numel(), keep.device, (*tensors, sizes, arguments.tile(call, chosen)), {"num_warps": 4})
     return summary

@@ -116,6 +116,8 @@ def allowed(mask, b, h, q, kv, start, end, state):
     """Which pairs may attend; q, kv and the rows' start and end broadcast against each other, in either orientation."""
     ok = (kv >= start) & (kv < end)
     if mask.dense:
+        # Spread first, compared then: the other way round it is no bool in Triton 3.9's interpreter. Compiled, both are one comparison.
+        state = state + kv * 0
         # A tile that keeps everything needs no bytes of the mask.
         ok = ok & (state != 0)
         ok = ok & (tl.load(pointers(mask.keep, b, h, q, kv), mask=ok & (state == 1), other=1) != 0)

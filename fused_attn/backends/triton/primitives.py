@@ -65,10 +65,10 @@ def _slice(source, first, COLS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def contract(a, b, a_source, b_source, PRECISION: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """a b^T. Wide float32 rows do not fit the registers: they are read again from their sources, a slice of columns at a time."""
+def contract(a, b, a_source, b_source, PRECISION: tl.constexpr, RESIDENT: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """a b^T. Rows of more than RESIDENT columns do not fit the registers: they are read again from their sources, a slice at a time."""
     acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
-    if WIDE and BLOCK > 64:
+    if BLOCK > RESIDENT:
         # A loop at run time: unrolled, ptxas hoists the slices' loads above the products and spills (sm_120: 96 bytes at 16 x 16 tiles
         # of 128 columns, where the loop leaves room for 32 x 32).
         for first in range(0, BLOCK, 32):
@@ -94,14 +94,13 @@ def any_true(x):
 def tanh(x):
     """tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above."""
     square = x * x
-    poly = -5.70498872745e-3
-    poly = poly * square + 2.06390887954e-2
-    poly = poly * square - 5.37397155531e-2
-    poly = poly * square + 1.33314422036e-1
-    poly = poly * square - 3.33332819422e-1
-    small = x + x * square * poly
+    poly = tl.fma(square, -5.70498872745e-3, 2.06390887954e-2)
+    poly = tl.fma(poly, square, -5.37397155531e-2)
+    poly = tl.fma(poly, square, 1.33314422036e-1)
+    poly = tl.fma(poly, square, -3.33332819422e-1)
+    small = tl.fma(x * square, poly, x)
     magnitude = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    large = tl.fma(1.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0), -2.0, 1.0)
     return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
 
 

@@ -25,14 +25,14 @@ def softcap(scores, args, at):
 def softcap_gradient(grads, scores, args, at):
     """args: (cap,); the derivative of cap * tanh(s / cap)."""
     bent = tanh(scores / args[0])
-    return grads * (1.0 - bent * bent)
+    return grads * tl.fma(-bent, bent, 1.0)
 
 
 @triton.jit
 def alibi(scores, args, at):
     """args: (slopes [batch|1, heads, 1, 1],)."""
     slope = tl.load(base(args[0], at[0], at[1])).to(tl.float32)
-    return scores - slope * tl.abs(at[3] - at[4]).to(tl.float32)
+    return tl.fma(tl.abs(at[3] - at[4]).to(tl.float32), -slope, scores)
 
 
 @triton.jit

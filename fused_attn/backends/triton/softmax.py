@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_attn.backends.base import Gradients
 from fused_attn.backends.triton import arguments, config
-from fused_attn.backends.triton.launch import on_device
+from fused_attn.backends.triton.launch import run
+from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredSoftmax
 
 from .masks import allowed, query_shift, row_intervals
@@ -204,13 +205,12 @@ class _Plan:
         self.call, self.chosen, self.rows = call, chosen, batch * middle * q_len
         self.one_pass = kv_len <= chosen.block_kv
         terms = call.terms
-        tile = arguments.Tile(*(tl.constexpr(v) for v in (chosen.block_q, chosen.block_kv, 0, 0, 0, 0, False)))
+        tile = arguments.Tile(*(tl.constexpr(v) for v in (chosen.block_q, chosen.block_kv, 0, 0, 0, 0, 0)))
         shared = (arguments.mask(terms, None), arguments.scores(terms, call.scores.dtype), arguments.dropout(terms))
         self.shared = (*shared, arguments.Sizes(middle, 1, q_len, kv_len), tile, call.log, call.uniform_empty)
 
     def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *constants: Any) -> None:
-        with on_device(self.call.scores.device):
-            kernel[(programs,)](*tensors, *self.shared, *constants, num_warps=self.chosen.num_warps)
+        run(kernel, programs, self.call.scores.device, (*tensors, *self.shared, *constants), {"num_warps": self.chosen.num_warps})
 
     @property
     def programs(self) -> int:
@@ -219,7 +219,7 @@ class _Plan:
 
 def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     """The result and, with dropout, the probabilities before it."""
-    out = call.scores.new_empty(call.shape)
+    out = torch.empty_like(call.scores)
     probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
     if out.numel():
         plan, kernel = _Plan(call, config.softmax(call.shape[3])), _softmax_fwd_kernel
@@ -232,11 +232,11 @@ def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple
     biases = tuple(call.terms.parameters[1:])
     if not call.scores.numel():
         return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip((call.scores, *biases), needs, strict=True))
-    dscores = call.scores.new_empty(call.shape) if needs[0] else None
+    dscores = torch.empty_like(call.scores) if needs[0] else None
     bias = biases[0] if biases and needs[1] else None
     whole = bias is not None and bias.shape == call.shape
     shared = bias is not None and not whole and bias.shape[3] > 1
-    dbias = bias.new_empty(bias.shape) if whole and bias is not None else None
+    dbias = torch.empty_like(bias) if whole and bias is not None else None
     plan, kernel = _Plan(call, config.softmax(call.shape[3])), _softmax_bwd_kernel
     totals = call.scores.new_empty(plan.rows, dtype=torch.float32) if shared else None
     tensors = tuple(arguments.matrix(t) for t in (result, dout, dscores, dbias))
@@ -265,4 +265,4 @@ def _shared_bias_gradient(plan: _Plan, result: Tensor, dout: Tensor, totals: Ten
     programs = -(-full[3] // plan.chosen.block_kv) * own_rows * splits
     kernel: Any = _softmax_bwd_bias_kernel
     plan.launch(kernel, programs, (arguments.matrix(result), arguments.matrix(dout), partial, totals, over, owned, splits))
-    return partial.sum(0).view(bias.shape).to(bias.dtype)
+    return laid_out_like(partial.sum(0).view(bias.shape).to(bias.dtype), bias)

@@ -1,0 +1,82 @@
+"""Masks, modifications, dropout and auxiliary outputs as pytrees, so that export, vmap and whatever else walks over arguments finds their tensors.
+
+Tensors (and whatever a ``tree_map`` puts in their place) are children; numbers, None and names belong to the structure.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree
+
+_STATIC = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+class _Structure(NamedTuple):
+    children: tuple[str, ...]
+    static: tuple[tuple[str, Any], ...]
+
+
+def register(cls: type) -> None:
+    """Makes a class a pytree node; rebuilding an object runs none of its checks.
+
+    Example:
+        >>> class Pair:
+        ...     def __init__(self, tensor, width):
+        ...         self.tensor, self.width = tensor, width
+        >>> register(Pair)
+        >>> _pytree.tree_map(lambda t: t.shape, Pair(torch.zeros(2), 5)).tensor
+        torch.Size([2])
+    """
+    _pytree.register_pytree_node(
+        cls,
+        _flatten,
+        functools.partial(_unflatten, cls),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        to_dumpable_context=lambda context: [list(part) for part in context],
+        from_dumpable_context=lambda parts: _Structure(tuple(parts[0]), tuple((name, value) for name, value in parts[1])),
+        flatten_with_keys_fn=_flatten_with_keys,
+    )
+    if cls.__module__.split(".")[0] == "fused_attn":  # so that an exported program that takes one loads
+        torch.serialization.add_safe_globals([cls])
+
+
+# Where a rebuilt object remembers which of its attributes are children: a tree_map may have put numbers there, as vmap does.
+_CHILDREN = "_pytree_children"
+
+
+def state(value: Any) -> dict[str, Any]:
+    """The attributes that make up an object. A dataclass is asked for its fields: Dynamo of torch 2.10 follows those, not ``vars``.
+
+    Example:
+        >>> from fused_attn import SlidingWindow
+        >>> state(SlidingWindow(2, 0))
+        {'left': 2, 'right': 0}
+    """
+    if is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return {name: item for name, item in vars(value).items() if name != _CHILDREN}
+
+
+def _flatten(value: Any) -> tuple[list[Any], _Structure]:
+    parts = state(value)
+    known = getattr(value, _CHILDREN, None)
+    names = tuple(name for name, item in parts.items() if not isinstance(item, _STATIC)) if known is None else known
+    return [parts[name] for name in names], _Structure(names, tuple((n, x) for n, x in parts.items() if n not in names))
+
+
+def _flatten_with_keys(value: Any) -> tuple[list[Any], _Structure]:
+    children, context = _flatten(value)
+    return [(_pytree.GetAttrKey(name), child) for name, child in zip(context.children, children, strict=True)], context
+
+
+def _unflatten(cls: type, children: Any, context: _Structure) -> Any:
+    value: Any = object.__new__(cls)
+    for name, item in (*zip(context.children, children, strict=True), *context.static):
+        object.__setattr__(value, name, item)
+    if hasattr(value, "__dict__"):
+        object.__setattr__(value, _CHILDREN, context.children)
+    return value

@@ -1,0 +1,136 @@
+"""The default torch.compile, from README's first example to a training step, and AOTInductor: what users run, not what we tuned for."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_attn as fa
+from fused_attn.backends import cpu
+from fused_attn.integrations.sdpa import patched
+
+pytestmark = pytest.mark.slow
+README = Path(fa.__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_MASKED_GRAD"):
+        monkeypatch.setattr(cpu, limit, 0)  # uncompiled calls this small would run on eager, with other bits
+    torch._dynamo.reset()
+
+
+def same(got: Any, want: Any, roundings: int = 64) -> None:
+    """Equal but for the rounding of elementwise parts that inductor fuses."""
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a - b).abs().max() <= roundings * torch.finfo(b.dtype).eps * (1 + b.abs().max())
+
+
+def first_example() -> tuple[dict[str, Any], Callable[..., tuple[Tensor, ...]]]:
+    """README's first block: what stands before its blank line, run, and the rest as a function of q, k, v and lengths."""
+    block = re.search(r"```python\n(.*?)```", README.read_text(), re.S)[1]
+    setup, calls = re.split(r"\n\n(?=out = )", block, maxsplit=1)
+    names: dict[str, Any] = {}
+    exec(setup, names)
+    body = "\n".join(f"    {line}" for line in calls.replace("\nout, aux =", "\nmore, aux =").splitlines())
+    exec(f"def example(q, k, v, lengths):\n{body}\n    return out, more, aux.probs, aux.lse", names)
+    return names, names["example"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_the_first_example_of_the_readme(gradients: bool, dynamic: bool) -> None:
+    names, example = first_example()
+    inputs = [names[name].detach().clone().requires_grad_(gradients) for name in "qkv"]
+    want = example(*inputs, names["lengths"])
+    got = torch.compile(example, fullgraph=True, dynamic=dynamic)(*inputs, names["lengths"])
+    same(got, want)
+    if gradients:
+        dout = [torch.randn(t.shape) for t in want]
+        same(torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout))
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, length, dim = q.shape
+    return fa.attention(q, k, v, mask=fa.Causal()).transpose(1, 2).reshape(batch, length, heads * dim)
+
+
+def patched_function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True) * 2.0
+
+
+@pytest.mark.parametrize("function", [merged, patched_function], ids=["merged-heads", "patched"])
+def test_lengths_may_change(function: Callable[..., Tensor]) -> None:
+    compiled = torch.compile(function, fullgraph=True)
+    with patched():
+        for length in (9, 17, 40):
+            inputs = [torch.randn(2, 3, length, 16).requires_grad_() for _ in range(3)]
+            got, want = compiled(*inputs), function(*inputs)
+            same([got], [want])
+            dout = torch.randn(want.shape)
+            same(torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout))
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_multihead_attention(gradients: bool) -> None:
+    layer = nn.MultiheadAttention(24, 3, batch_first=True).train(gradients)
+    x, padding = torch.randn(2, 11, 24).requires_grad_(gradients), torch.arange(11).expand(2, 11) > torch.tensor([[10], [6]])
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = layer(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        return out
+
+    with patched():
+        got, want = torch.compile(run, fullgraph=True)(x), run(x)
+    same([got], [want])
+    if gradients:
+        leaves, dout = [x, *layer.parameters()], torch.randn(want.shape)
+        same(torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, leaves, dout))
+
+
+def test_a_training_step_of_a_transformer_encoder() -> None:
+    """Two layers, patched and compiled, after one step of SGD: the weights that the uncompiled step of torch's own attention gives."""
+    x, target = torch.randn(2, 11, 24), torch.randn(2, 11, 24)
+    padding = torch.arange(11).expand(2, 11) > torch.tensor([[10], [6]])
+    weights = []
+    for is_ours in (True, False):
+        torch.manual_seed(1)
+        layer = nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        optimiser = torch.optim.SGD(encoder.parameters(), lr=0.1)
+
+        def step(encoder: nn.Module = encoder) -> Tensor:
+            return F.mse_loss(encoder(x, src_key_padding_mask=padding), target)
+
+        if is_ours:
+            with patched():
+                torch.compile(step, fullgraph=True)().backward()
+        else:
+            step().backward()
+        optimiser.step()
+        weights.append([p.detach() for p in encoder.parameters()])
+    same(*weights)
+
+
+class Attend(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out, aux = fa.attention(q, k, v, score_mods=(fa.SoftCap(4.0), fa.Bias(bias)), return_aux=fa.AuxRequest(probs=True, lse=True))
+        return fa.attention(q, k, v, mask=fa.Causal()), out, aux.probs, aux.lse, fa.masked_softmax(bias, fa.Causal())
+
+
+def test_aot_inductor() -> None:
+    """It hands an empty list of modifications' tensors over as None."""
+    inputs = (*(torch.randn(2, 3, 16, 8) for _ in range(3)), torch.randn(3, 16, 16))
+    with tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(Attend(), inputs)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/attend.pt2")
+        same(torch._inductor.aoti_load_package(package)(*inputs), Attend()(*inputs))

@@ -1,0 +1,212 @@
+"""The patch: what is routed, what comes back, torch's modules under it."""
+
+import doctest
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_attn.integrations import sdpa
+from fused_attn.testing import excess
+from tests.torch_reference import ORIGINAL, compare, qkv, randn
+
+
+@pytest.mark.quick
+def test_patched_routes_and_restores(counting):
+    with sdpa.patched():
+        assert F.scaled_dot_product_attention is not ORIGINAL
+        assert torch.nn.functional.scaled_dot_product_attention(*qkv()).shape == (2, 4, 7, 8)
+        assert counting.calls == 1
+    assert F.scaled_dot_product_attention is ORIGINAL
+    F.scaled_dot_product_attention(*qkv())
+    assert counting.calls == 1
+
+
+def test_patched_restores_after_an_error():
+    with pytest.raises(ZeroDivisionError), sdpa.patched():
+        raise ZeroDivisionError
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_patched_is_a_decorator(counting):
+    @sdpa.patched(backend="counting")
+    def model(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    for calls in (1, 2):
+        model(randn(1, 2, 3, 4))
+        assert counting.calls == calls
+        assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_innermost_backend_counts(counting):
+    with sdpa.patched("eager"):
+        with sdpa.patched("counting"):
+            F.scaled_dot_product_attention(*qkv())
+        assert counting.calls == 1
+        F.scaled_dot_product_attention(*qkv())
+        assert counting.calls == 1
+        assert F.scaled_dot_product_attention is not ORIGINAL
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_install_is_idempotent_and_survives_patched(counting):
+    for _ in range(2):
+        sdpa.install("counting")
+    with sdpa.patched("eager"):
+        F.scaled_dot_product_attention(*qkv())
+    assert counting.calls == 0
+    F.scaled_dot_product_attention(*qkv())
+    assert counting.calls == 1
+    sdpa.uninstall()
+    assert F.scaled_dot_product_attention is ORIGINAL
+    sdpa.uninstall()
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_another_patch_over_ours_is_left_alone(monkeypatch):
+    with sdpa.patched():
+        inner = F.scaled_dot_product_attention
+        theirs = lambda *a, **k: inner(*a, **k)  # noqa: E731
+        monkeypatch.setattr(F, "scaled_dot_product_attention", theirs)
+    assert F.scaled_dot_product_attention is theirs
+    assert theirs(*qkv()).equal(ORIGINAL(*qkv()))
+    monkeypatch.undo()
+    F.scaled_dot_product_attention = ORIGINAL
+    sdpa._displaced.clear()
+
+
+def test_threads_that_overlap_restore_the_original():
+    barrier, failures = threading.Barrier(4), []
+
+    def work():
+        try:
+            for _ in range(20):
+                with sdpa.patched("eager"):
+                    F.scaled_dot_product_attention(*qkv())
+                    barrier.wait(30)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_explicit_backend_does_not_fall_back():
+    with sdpa.patched(backend="tpu"), pytest.raises(ValueError, match="backend must be"):
+        F.scaled_dot_product_attention(*qkv())
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass, as another library would bring one."""
+
+
+@pytest.mark.parametrize("kind", ["nested", "subclass", "meta"])
+def test_other_than_plain_tensors_go_to_torch(kind, counting):
+    x = {
+        "nested": lambda: torch.nested.nested_tensor([randn(3, 2, 4), randn(5, 2, 4)], layout=torch.jagged).transpose(1, 2),
+        "subclass": lambda: randn(1, 2, 3, 4).as_subclass(Tagged),
+        "meta": lambda: torch.empty(1, 2, 3, 4, device="meta"),
+    }[kind]()
+    expected = ORIGINAL(x, x, x)
+    with sdpa.patched():
+        out = F.scaled_dot_product_attention(x, x, x)
+    assert type(out) is type(expected)
+    assert counting.calls == 0
+
+
+def test_a_backend_that_calls_torchs_function_does_not_recurse():
+    with sdpa.patched():
+        for options in ({}, {"is_causal": True}):
+            compare(qkv(64, 64), **options)
+
+
+# Modules of torch under the patch
+
+
+def parameters_and_grads(module, call):
+    module.zero_grad()
+    out = call(module)
+    # Not out.sum(): behind a layer norm its gradient is zero, and only rounding would be compared.
+    out.backward(randn(*out.shape, dtype=out.dtype, seed=1))
+    return {"out": out.detach()} | {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def compare_module(make, call):
+    """Output and parameter gradients of a module under the patch, held to the error rule."""
+    torch.manual_seed(0)
+    module = make()
+    plain = parameters_and_grads(module, lambda m: call(m, torch.float32))
+    with sdpa.patched():
+        got = parameters_and_grads(module, lambda m: call(m, torch.float32))
+    exact = parameters_and_grads(module.double(), lambda m: call(m, torch.float64))
+    for name, value in exact.items():
+        band = torch.full_like(value, torch.finfo(torch.float32).eps * float(value.abs().max()))
+        assert (message := excess(name, got[name], plain[name], value, band)) is None, message
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True, "attn_mask": True}, {"key_padding_mask": True}], ids=["plain", "causal", "padding"]
+)
+def test_torchs_multihead_attention(options, counting):
+    def call(module, dtype):
+        x = randn(2, 6, 16, dtype=dtype)
+        arguments = dict(options)
+        if "attn_mask" in arguments:
+            arguments["attn_mask"] = torch.nn.Transformer.generate_square_subsequent_mask(6, dtype=dtype)
+        if "key_padding_mask" in arguments:
+            arguments["key_padding_mask"] = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+        return module(x, x, x, need_weights=False, **arguments)[0]
+
+    compare_module(lambda: torch.nn.MultiheadAttention(16, 4, batch_first=True), call)
+    assert counting.calls == 1
+
+
+def test_torchs_encoder_layer(counting):
+    def call(module, dtype):
+        return module(randn(2, 6, 16, dtype=dtype), src_key_padding_mask=torch.tensor([[False] * 6, [False] * 4 + [True] * 2]))
+
+    compare_module(lambda: torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), call)
+    assert counting.calls == 1
+
+
+def test_compiled_function_follows_the_patch():
+    torch._dynamo.reset()
+
+    def model(x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    x, compiled = randn(1, 2, 5, 8), torch.compile(model, backend="aot_eager", fullgraph=True)
+    with sdpa.patched("eager"):
+        expected = model(x)
+        assert compiled(x).equal(expected)
+    assert compiled(x).equal(ORIGINAL(x, x, x, is_causal=True))
+
+
+def test_compiled_layer_under_the_patch(counting):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    x = randn(2, 6, 16)
+    with sdpa.patched():
+        expected = layer(x)
+        calls = counting.calls
+        out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        assert counting.calls > calls
+    assert out.allclose(expected, rtol=0, atol=float(torch.finfo(x.dtype).eps * expected.abs().max() * 16**0.5))
+
+
+@pytest.mark.quick
+def test_the_page_in_docs_says_what_is_so():
+    page = Path(__file__).parents[1] / "docs" / "replacing-sdpa.md"
+    text = page.read_text().replace("```", "")
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    assert len(session.examples) > 10
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session).failed == 0
