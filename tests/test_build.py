@@ -278,11 +278,11 @@ def test_registers_keep_the_budget_of_configs_h(type_code: str, dtype: str, rele
         report = (release.parent / f"attention_{dtype}_{size}.o.log").read_text()
         for name, numbers in budgets.items():
             kernel = rf"attention_(?:bwd_)?{name}_kernelI{type_code}Li{size}"
-            used = re.findall(rf"entry function '\w*{kernel}\w*' for .*\n.*\n.*\n.*Used (\d+) registers", report)
-            allowed = numbers[column + (9 if dtype == "float" else 3)]
-            assert used and max(map(int, used)) <= allowed, (
-                f"{name}, {dtype}, head size {size}: {max(map(int, used))} of {allowed} registers"
-            )
+            used = re.findall(rf"entry function '\w*{kernel}\w*' for '(\w+)'\n.*\n.*\n.*Used (\d+) registers", report)
+            assert {chip for chip, _ in used} == set(CHIPS)
+            for chip, registers in used:
+                allowed = numbers[column + (9 if dtype == "float" else 3)] + 8 * (chip == "sm_100")
+                assert int(registers) <= allowed, f"{name}, {dtype}, head size {size}, {chip}: {registers} of {allowed} registers"
 
 
 def sass(release: Path, unit: str, chip: str, kernel: str) -> dict[str, str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.base import Incoming
-from fused_attn.lowering import KernelMask, KernelScore, LoweredAttention, LoweredSoftmax, Terms, empty_out
+from fused_attn.layout import empty_out
+from fused_attn.lowering import KernelMask, KernelScore, LoweredAttention, LoweredSoftmax, Terms
 from tests import simulated_cuda
 
 pytestmark = pytest.mark.skipif(bool(simulated_cuda.missing()), reason=simulated_cuda.missing() or "never")

@@ -2,13 +2,13 @@
 // dkdv and columns), so the number of warps follows from the shape.
 //
 // Budgets, at head sizes 64, 128 and 256: shared memory in KB, of the 99 that sm_86, sm_89 and sm_120 give a block; and registers per
-// thread on sm_80 and sm_90a, of 255, the most of any variant (CUDA 13.0). tests/test_build.py holds ptxas' reports to the registers and
-// allows no spill.
+// thread on sm_80, sm_90a and sm_120, of 255, the most of any variant (CUDA 13.0); sm_100 takes up to 8 more. tests/test_build.py holds
+// ptxas' reports to the registers and allows no spill. float32 dq at head size 128 spills on sm_100 and sm_120 with 32 keys a step.
 //
 //   pass     16-bit: KB, registers     float32: KB, registers
 //   fwd      48  80  96  160 208 255   32  48  64  240 232 240
 //   rows     24  48  64  128 128 112   32  48  64  208 184 184
-//   dq       48  64  80  216 248 248   48  96  96  232 255 248
+//   dq       48  64  80  216 248 248   48  80  96  232 248 248
 //   dkdv     48  64  80  248 248 240   40  80  96  232 216 255
 //   columns  16  32  48  104 104  80   32  48  64  184 152 152
 //   bias     32  64  96  184 192 160   48  96  96  216 216 168
