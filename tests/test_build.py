@@ -198,6 +198,7 @@ def release() -> Path:
     return native.library("release")
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 def test_the_library_loads_without_cuda(release: Path) -> None:
@@ -215,6 +216,7 @@ def test_the_library_loads_without_cuda(release: Path) -> None:
     assert printed.endswith("fused_attn_cuda::attention_fwd\n[]\n")
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm is not installed")
@@ -224,6 +226,7 @@ def test_the_library_uses_the_stable_abi_alone(release: Path) -> None:
     assert re.findall(r"_ZNK?(?:2at|3c10|5torch)\S*", undefined) == []
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 def test_no_kernel_spills(release: Path) -> None:
@@ -242,6 +245,7 @@ def test_no_kernel_spills(release: Path) -> None:
     assert [kernel for kernel in found if any(kernel[2:])] == []
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 def test_shared_memory_fits_the_smallest_chip(release: Path) -> None:
@@ -256,6 +260,7 @@ def test_shared_memory_fits_the_smallest_chip(release: Path) -> None:
             assert int(declared) <= room + launched_with_none * int(limit) * 1024, path.name
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 @needs_cuobjdump
@@ -266,6 +271,7 @@ def test_the_library_holds_code_for_every_chip_and_ptx_for_later_ones(release: P
     assert len(re.findall(r"\.sm_80\.ptx$", listed, re.M)) == per_chip["sm_80"]
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize(("type_code", "dtype"), [("6__half", "half"), ("13__nv_bfloat16", "bfloat16"), ("f", "float")])
@@ -292,6 +298,7 @@ def sass(release: Path, unit: str, chip: str, kernel: str) -> dict[str, str]:
     return {name: code for name, code in zip(parts[1::2], parts[2::2], strict=True) if kernel in name}
 
 
+@pytest.mark.peers
 @needs_nvcc
 @pytest.mark.slow
 @needs_cuobjdump

@@ -17,7 +17,7 @@ import fused_attn as fa
 from fused_attn.backends import cpu
 from fused_attn.integrations.sdpa import patched
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.peers]
 README = Path(fa.__file__).parents[1] / "README.md"
 
 

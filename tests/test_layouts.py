@@ -203,6 +203,7 @@ def evaluated(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor,
     return [*(t.detach() for t in outputs), *torch.autograd.grad(total, leaves)]
 
 
+@pytest.mark.peers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "dynamic"),

@@ -106,6 +106,7 @@ def test_without_a_stream_it_is_an_error(linked: str, torches: dict[str, list[Pa
     assert said.endswith("Install a CUDA build of torch 2.10 or later, or use backend='triton'.")
 
 
+@pytest.mark.peers
 @pytest.mark.slow
 @pytest.mark.skipif(build.find_nvcc() is None, reason="there is no CUDA compiler (nvcc)")
 def test_the_release_library_needs_libtorch() -> None:
