@@ -94,9 +94,8 @@ def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, ti
         q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
         q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
         place = (b, h, q_idx, query_shift(mask, b), first // tile.q)
-        scores = tile_scores(
-            q_rows, k_tile, q_source, (k, b, h // sizes.group, kv_idx, kv_ok), interval, place, mask, score, sizes, True, tile
-        )
+        k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
+        scores = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
         total += exponentials(scores, m[:, None], score) * inverse[:, None]
     tl.store(pointers(sums, b, h, kv_idx, kv_idx * 0), tl.sum(total, 0), mask=kv_ok)
 
