@@ -97,6 +97,11 @@ _EXCEPTIONS: dict[_Place, TileConfig] = {
 }
 # Entries that one version of Triton needs differently, besides; one newer than all of these takes those of the newest.
 _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
+    (3, 6): {
+        (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
+        (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
+        (120, "bwd_bias", True, 16, 128): TileConfig(64, 32, 8, 1),  # 64 x 64: 72 bytes
+    },
     (3, 8): {
         (80, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1),  # four warps: 144 bytes
         (80, "fwd", True, 32, 128): TileConfig(32, 64, 8, 1),  # 64 x 32: 144 bytes
