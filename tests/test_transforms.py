@@ -59,7 +59,19 @@ def one_by_one(outputs: list[Tensor], inputs: list[Tensor], arriving: list[Tenso
 
 @pytest.mark.quick
 @pytest.mark.parametrize("feature", ATTENTION)
-def test_batched_gradients_of_attention(feature: str, backend: str) -> None:
+@pytest.mark.parametrize("chosen", ["cpu", "eager"])
+def test_batched_gradients_of_attention(feature: str, chosen: str) -> None:
+    hold(feature, chosen)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("feature", ["causal", "dropout", "sinks"])
+def test_batched_gradients_of_every_kernel(feature: str, kernel_backend: str) -> None:
+    """Folded, and once per slice: what is shared by the batch, and what a kernel keeps per row."""
+    hold(feature, kernel_backend)
+
+
+def hold(feature: str, backend: str) -> None:
     """The older vmap behind ``is_grads_batched``, and ``torch.vmap`` over the same backward."""
     options = ATTENTION[feature]()
     inputs = qkv()
