@@ -67,7 +67,9 @@ def boundary(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_follow_their_input(how: str, dtype: torch.dtype, backend: str) -> None:
-    for options in (make() for make in FEATURES.values()):
+    # Interpreted and simulated kernels take a second for each, and share the callers that allocate.
+    names = FEATURES if backend in ("cpu", "eager") else ("causal", "shared-bias") if dtype == torch.float32 else ("bias", "sinks-dropout")
+    for options in (FEATURES[name]() for name in names):
         q, k, v = qkv(how, dtype)
         out, aux = fa.attention(q, k, v, backend=backend, return_aux=EVERYTHING, **options)
         assert follows(out, q)

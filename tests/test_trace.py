@@ -81,7 +81,18 @@ def evaluated(function: Any, tensors: list[Tensor]) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_trace_is_right_at_every_length(name: str, gradients: bool, backend: str) -> None:
+@pytest.mark.parametrize("chosen", ["cpu", "eager"])
+def test_a_trace_is_right_at_every_length(name: str, chosen: str, gradients: bool) -> None:
+    hold(name, chosen, gradients)
+
+
+@pytest.mark.parametrize("name", ["aux", "softmax"])
+def test_a_trace_runs_every_kernel(name: str, kernel_backend: str) -> None:
+    """The ops are the same whichever kernels are behind them."""
+    hold(name, kernel_backend, gradients=True)
+
+
+def hold(name: str, backend: str, gradients: bool) -> None:
     def function(*tensors: Tensor) -> Any:
         return CALLS[name][0](*tensors, backend=backend)
 

@@ -59,7 +59,19 @@ def one_by_one(outputs: list[Tensor], inputs: list[Tensor], arriving: list[Tenso
 
 @pytest.mark.quick
 @pytest.mark.parametrize("feature", ATTENTION)
-def test_batched_gradients_of_attention(feature: str, backend: str) -> None:
+@pytest.mark.parametrize("chosen", ["cpu", "eager"])
+def test_batched_gradients_of_attention(feature: str, chosen: str) -> None:
+    hold(feature, chosen)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("feature", ["causal", "dropout", "sinks"])
+def test_batched_gradients_of_every_kernel(feature: str, kernel_backend: str) -> None:
+    """Folded, and once per slice: what is shared by the batch, and what a kernel keeps per row."""
+    hold(feature, kernel_backend)
+
+
+def hold(feature: str, backend: str) -> None:
     """The older vmap behind ``is_grads_batched``, and ``torch.vmap`` over the same backward."""
     options = ATTENTION[feature]()
     inputs = qkv()
@@ -130,8 +142,10 @@ def test_vectorised_derivatives(derivative: Any) -> None:
     close([derivative(function, q, vectorize=True)], [derivative(function, q)])
 
 
-@pytest.mark.parametrize("outer", [torch.vmap, _vmap], ids=["vmap", "older"])
-@pytest.mark.parametrize("inner", [torch.vmap, _vmap], ids=["vmap", "older"])
+# torch's newer vmap does not run inside its older one.
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(torch.vmap, torch.vmap), (_vmap, torch.vmap), (_vmap, _vmap)], ids=["vmap", "mixed", "older"]
+)
 @pytest.mark.parametrize("feature", ["causal", "dropout"])
 def test_nested_maps_over_a_backward(feature: str, inner: Any, outer: Any) -> None:
     inputs = qkv()
@@ -141,8 +155,6 @@ def test_nested_maps_over_a_backward(feature: str, inner: Any, outer: Any) -> No
     def pull(u: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, inputs, u, retain_graph=True)
 
-    if (inner, outer) == (torch.vmap, _vmap):
-        pytest.skip("torch's newer vmap does not run inside its older one")
     close(
         outer(inner(pull))(arriving),
         [torch.stack(parts) for parts in zip(*(one_by_one([out], inputs, [u]) for u in arriving), strict=True)],
