@@ -56,7 +56,9 @@ def as_attention(tensors: tuple[Any, Any, Any], attn_mask: Any, options: dict[st
     """One parsed call as (q, k, v), keywords of ``attention``, and the leading dimensions of the result."""
     is_causal, dropout_p = options["is_causal"], options["dropout_p"]
     if attn_mask is not None and is_causal:
-        raise ArgumentError(
+        # torch: a ValueError where the mask is a CausalBias, exactly RuntimeError elsewhere.
+        kind = ArgumentError if is_causal_bias(attn_mask) else RuntimeError
+        raise kind(
             "_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True; got both. Combine them: mask & causal, as one attn_mask."
         )
     lead, (q, k, v) = _as_4d(tensors, options["enable_gqa"])
