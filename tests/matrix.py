@@ -189,7 +189,7 @@ the chip's shared memory; a cell that breaks it says FAILS.
 
 ## Triton's interpreter
 
-`pytest -k triton` on {", ".join(f"`{name}`" for name in INTERPRETED)},
+`pytest -m quick -k triton` on {", ".join(f"`{name}`" for name in INTERPRETED)},
 with the oldest and the newest; those between run under torch below.
 
 {table(["Triton", "beside", "tests"], suites)}
@@ -213,7 +213,7 @@ def make() -> None:
             variables = environment(version, interpret=True)
             beside = subprocess.run([sys.executable, "-c", BESIDE], env=variables, capture_output=True, text=True, check=True)
             results.add(f"{version} beside", beside.stdout.strip())
-            results.add(f"{version} suite", suite([sys.executable], variables, INTERPRETED, "-k", "triton", "-n", "2"))
+            results.add(f"{version} suite", suite([sys.executable], variables, INTERPRETED, "-m", "quick", "-k", "triton"))
     kept = PAGE.read_text().partition(BEFORE_TORCH)[2] if PAGE.is_file() else ""
     PAGE.write_text(page(results) + BEFORE_TORCH + kept)
 
@@ -223,12 +223,12 @@ def add_torch(pythons: list[str]) -> None:
     for python in pythons:
         code = "import platform, torch, triton; print(torch.__version__, triton.__version__, platform.python_version())"
         versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        row = [*versions, suite([python], environment(None), WITH_TORCH)]
+        row = [*versions, suite([python], environment(None), WITH_TORCH, "-m", "quick")]
         head, mark, kept = PAGE.read_text().partition(BEFORE_TORCH)
         rows = [line.strip("| ").split(" | ") for line in kept.splitlines() if re.match(r"\| \d", line)]
         rows = sorted([*(r for r in rows if r[:3] != versions), row], key=lambda r: [int(n) for n in re.findall(r"\d+", r[0])])
         files = ", ".join(f"`{name}`" for name in WITH_TORCH)
-        PAGE.write_text(f"{head}{mark}\nThe whole of {files}.\n\n{table(['torch', 'Triton', 'Python', 'tests'], rows)}\n")
+        PAGE.write_text(f"{head}{mark}\n`pytest -m quick` on {files}.\n\n{table(['torch', 'Triton', 'Python', 'tests'], rows)}\n")
 
 
 if __name__ == "__main__":
