@@ -213,8 +213,8 @@ def _in_their_own_layout(*tensors: Any) -> tuple[Any, ...]:
     """The same tensors; the gradients of those that want one come in their layout, except under torch's transforms."""
     if not torch.is_grad_enabled() or active_transform() is not None:
         return tensors
-    kept = iter(with_laid_out_gradients(tuple(t for t in tensors if isinstance(t, Tensor))))
-    return tuple(next(kept) if isinstance(t, Tensor) else t for t in tensors)
+    kept = list(with_laid_out_gradients(tuple([t for t in tensors if isinstance(t, Tensor)])))
+    return tuple([kept.pop(0) if isinstance(t, Tensor) else t for t in tensors])
 
 
 def scaled_dot_product_attention(

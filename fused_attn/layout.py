@@ -56,8 +56,9 @@ def with_laid_out_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tensors
     # Views, because one tensor may stand in several places.
     wanting = [t.view_as(t) for t in tensors if t.requires_grad]
-    kept = iter(_LaidOutGradients.apply(*wanting)) if wanting else iter(())  # type: ignore[no-untyped-call]
-    return tuple(next(kept) if t.requires_grad else t for t in tensors)
+    kept = list(_LaidOutGradients.apply(*wanting)) if wanting else []  # type: ignore[no-untyped-call]
+    # Lists, here and in the Function: torch 2.14's Dynamo does not run generators around a Function.
+    return tuple([kept.pop(0) if t.requires_grad else t for t in tensors])
 
 
 class _LaidOutGradients(torch.autograd.Function):
@@ -65,11 +66,11 @@ class _LaidOutGradients(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
+        return tuple([t.view_as(t) for t in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(g if g is None else laid_out_like(g, t) for g, t in zip(grads, ctx.saved_tensors, strict=True))
+        return tuple([g if g is None else laid_out_like(g, t) for g, t in zip(grads, ctx.saved_tensors, strict=True)])
 
 
 def _order(like: Tensor) -> list[int]:

@@ -159,7 +159,7 @@ class Modifiers:
         """A copy on other tensors, in the order of ``parameters``."""
         left = list(tensors)
         sinks = None if self.sinks is None else left.pop(0)
-        mods = tuple(m.with_tensors(tuple(left.pop(0) for _ in m.tensors)) for m in self.score_mods)
+        mods = tuple([m.with_tensors(tuple([left.pop(0) for _ in m.tensors])) for m in self.score_mods])
         return replace(self, sinks=sinks, score_mods=mods)
 
 

@@ -223,7 +223,7 @@ def add_torch(pythons: list[str]) -> None:
     for python in pythons:
         code = "import platform, torch, triton; print(torch.__version__, triton.__version__, platform.python_version())"
         versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        row = [*versions, suite([python], environment(None), WITH_TORCH, "-m", "quick")]
+        row = [*versions, suite([python], environment(None), WITH_TORCH, "-m", "quick", "-n", "2")]
         head, mark, kept = PAGE.read_text().partition(BEFORE_TORCH)
         rows = [line.strip("| ").split(" | ") for line in kept.splitlines() if re.match(r"\| \d", line)]
         rows = sorted([*(r for r in rows if r[:3] != versions), row], key=lambda r: [int(n) for n in re.findall(r"\d+", r[0])])
