@@ -87,13 +87,15 @@ class Backend(Protocol):
 def sink_gradient(call: LoweredAttention, stats: Tensor, delta: Tensor) -> Tensor:
     """A sink is a key with probability exp(sink - lse) and no value: its gradient is -p * delta, [heads].
 
-    stats [2 or more, batch, heads, q_len] begins with the rows' largest score and their sum of exponentials, sinks included.
+    stats [2 or more, batch, heads, q_len] begins with the rows' largest score and their sum of exponentials, sinks included; the sum is
+    0 in rows without scores, where the sink has all the weight.
     """
     sinks = call.terms.sinks
     assert sinks is not None
     top, total = stats[:2]
-    p = torch.where(total == 0, 0.0, torch.exp(sinks.float()[:, None] - top) / total)
-    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+    sinks = sinks.float()[:, None]
+    p = torch.where(total == 0, (sinks > -torch.inf).float(), torch.exp(sinks - top) / total)
+    return -(p * delta).sum((0, 2)).to(call.terms.sinks.dtype)
 
 
 def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:

@@ -54,13 +54,18 @@ class MaskArgs(NamedTuple):
 
 
 class ScoreArgs(NamedTuple):
-    """How scores come from the product: scale, modifications, and the factor that turns their unit into log2 for exp2."""
+    """How scores come from the product: scale, modifications, and the factor that turns their unit into log2 for exp2.
+
+    ``scoring`` holds the device functions of what stands in the product's place, None for the product itself.
+    """
 
     scale: Any
     factor: Any
     mods: Any
     functions: Any
     gradients: Any
+    scoring: Any
+    scoring_args: Any
     raw: Any
     precision: Any
 
@@ -130,14 +135,15 @@ def _rows(tensor: Tensor | None) -> Matrix | None:
 def _shifts(q_offset: int | Tensor) -> tuple[int, Matrix | None]:
     """Alignment as a number and as one value per batch; the kernels add both."""
     if isinstance(q_offset, Tensor):
-        return 0, matrix(q_offset.to(torch.int32)[:, None, None, None])
+        return 0, matrix(q_offset.to(torch.int64)[:, None, None, None])
     return max(-_FAR, min(_FAR, q_offset)), None
 
 
 def mask(terms: Terms, summary: Tensor | None) -> MaskArgs:
     """The mask and its alignment; windows that reach everything are left out."""
     form = terms.mask
-    left, right = (None if x is None or x >= _FAR else x for x in (form.left, form.right))
+    far = torch.inf if isinstance(terms.q_offset, Tensor) else _FAR
+    left, right = (None if x is None or x >= far else x for x in (form.left, form.right))
     parts = (_rows(form.kv_start), _rows(form.kv_end), matrix(form.keep))
     dense, restricts = form.keep is not None, any(part is not None for part in (left, right, *parts))
     return MaskArgs(left, right, *_shifts(terms.q_offset), *parts, matrix(summary), tl.constexpr(dense), tl.constexpr(restricts))
@@ -159,6 +165,8 @@ def scores(terms: Terms, dtype: torch.dtype) -> ScoreArgs:
         tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in terms.mods),
         tuple(value for value, _ in functions),
         tuple(gradient for _, gradient in functions),
+        None,
+        None,
         tl.constexpr(raw),
         tl.constexpr(_precision(dtype)),
     )

@@ -46,6 +46,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
     q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
     m, inverse = row_statistics(stats, b, h, q_idx, rows)
     top = tl.full([tile.q], float("-inf"), tl.float32)
+    broken = tl.zeros([tile.q], tl.int32)
     entropy = tl.zeros([tile.q], tl.float32)
     unit = score.scale if score.raw else 1.0
     for first in range(0, sizes.kv_len, tile.kv):
@@ -53,8 +54,9 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
         near_kv = (kv_idx >= near[0]) & (kv_idx < near[1])
         k_tile = load_rows(k, b, h // sizes.group, kv_idx, near_kv, tile.head_dim, tile.d)
         k_source = (k, b, h // sizes.group, kv_idx, near_kv)
-        scores = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        p = exponentials(scores, m[:, None], score) * inverse[:, None]
+        scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
+        # Selected, not multiplied: in a row that attended to a NaN even exp(-inf) * inverse is one.
+        p = tl.where(ok, exponentials(scores, m[:, None], score) * inverse[:, None], 0.0)
         inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
         if probs is not None:
             tl.store(pointers(probs, b, h, q_idx[:, None], kv_idx[None, :]), p.to(probs.ptr.dtype.element_ty), mask=inside)
@@ -65,12 +67,13 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
                 mask=inside,
             )
         if top_out is not None:
+            # The maximum loses NaN.
+            broken = tl.maximum(broken, tl.max((scores != scores).to(tl.int32), 1))
             top = tl.maximum(top, tl.max(scores, 1))
         if entropy_out is not None:
             entropy -= tl.sum(tl.where(p > 0.0, p * tl.log(tl.where(p > 0.0, p, 1.0)), p), 1)
     if top_out is not None:
-        # A row that attended to a NaN has lost it in the maximum; its statistics still know.
-        tl.store(pointers(top_out, b, h, q_idx, q_idx * 0), tl.where(inverse != inverse, inverse, top * unit), mask=rows)
+        tl.store(pointers(top_out, b, h, q_idx, q_idx * 0), tl.where(broken > 0, float("nan"), top * unit), mask=rows)
     if entropy_out is not None:
         tl.store(pointers(entropy_out, b, h, q_idx, q_idx * 0), entropy, mask=rows)
 
@@ -95,8 +98,8 @@ def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, ti
         q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
         place = (b, h, q_idx, query_shift(mask, b), first // tile.q)
         k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
-        scores = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        total += exponentials(scores, m[:, None], score) * inverse[:, None]
+        scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
+        total += tl.where(ok, exponentials(scores, m[:, None], score) * inverse[:, None], 0.0)
     tl.store(pointers(sums, b, h, kv_idx, kv_idx * 0), tl.sum(total, 0), mask=kv_ok)
 
 

@@ -1,8 +1,7 @@
 """Flash attention backward (arXiv 2205.14135): three passes that recompute the probabilities tile by tile.
 
 ``delta`` gives each row's sum of p * dp, ``dq`` walks over keys, ``dkdv`` over queries (and the query heads of a group), so every gradient
-is summed by one program in a fixed order: bit-reproducible without atomics. ``bias`` is a fourth pass per trainable bias; it recomputes
-the score gradients and adds them up over what the bias broadcasts along, straight into the bias' own shape.
+is summed by one program in a fixed order: bit-reproducible without atomics. ``attention_bwd_bias`` is a fourth pass per trainable bias.
 """
 
 from __future__ import annotations
@@ -10,19 +9,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming, sink_gradient
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
-from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 
-from .attention_aux import row_statistics
-from .attention_fwd import exponentials, product, wide_output
-from .masks import allowed, mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
-from .primitives import any_true, contract, dot, is_finite, keep_tile, load_rows, pointers, store_rows
-from .score_mods import apply, pull_back
+from .attention_bwd_bias import bias_gradient
+from .attention_fwd import pairs_allowed, wide_output
+from .gradient_tile import gradient_tile, load_keys, load_query_rows, touches
+from .masks import mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
+from .primitives import any_true, cleaned, count_broken, dot, fill_marked, load_rows, mark_broken, pointers, store_rows
 
 
 @triton.jit
@@ -36,93 +33,30 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, sco
     total = tl.zeros([tile.q], tl.float32)
     if dout is not None:
         o = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32)
-        total += tl.sum(o * load_rows(dout, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32), 1)
+        g = load_rows(dout, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32)
+        # A row without keys is zeros whatever arrives at it, and 0 * NaN is NaN.
+        total += tl.sum(tl.where(o == 0.0, 0.0, o * g), 1)
     if dlse is not None:
         total -= tl.load(pointers(dlse, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
     if dprobs is not None:
+        interval = row_intervals(mask, b, q_idx, sizes)
+        place = (b, h, q_idx, 0, q_tile)
         for first in range(0, sizes.kv_len, tile.kv):
             kv_idx = first + tl.arange(0, tile.kv)
             inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
             p = tl.load(pointers(probs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
+            inside = inside & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
             g = tl.load(pointers(dprobs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(tl.where(p == 0.0, 0.0, p * g), 1)
+            total += tl.sum(p * g, 1)
     tl.store(pointers(delta, b, h, q_idx, q_idx * 0), total, mask=rows)
-
-
-@triton.jit
-def _gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, tile):
-    """Probabilities as they met the values, and score gradients before modification DOWN_TO, [tile.q, tile.kv] each, 0 where masked.
-
-    rows_of: (q, dout, m, inverse, delta, row start, row end, row ok, matrices of q and dout);
-    keys_of: (k, v, key indices, key ok, key head, matrices of k and v);
-    place: (b, h, query indices, shift, query tile); grads: (dprobs, dscores) matrices or None.
-    """
-    q, dout, m, inverse, delta, start, end, row_ok, row_matrices = rows_of
-    k, v, kv_idx, kv_ok, kv_h, key_matrices = keys_of
-    b, h, q_idx, shift, q_tile = place
-    inside = row_ok[:, None] & kv_ok[None, :]
-    at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
-    raw = product(q, k, (row_matrices[0], b, h, q_idx, row_ok), (key_matrices[0], b, kv_h, kv_idx, kv_ok), score, tile)
-    scores = apply(raw, score, at, len(score.functions))
-    ok = inside
-    if MASKED:
-        state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
-        ok = ok & allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], start[:, None], end[:, None], state)
-        scores = tl.where(ok, scores, float("-inf"))
-    p = exponentials(scores, m[:, None], score) * inverse[:, None]
-    dp = tl.zeros([tile.q, tile.kv], tl.float32)
-    weights = p
-    if dout is not None:
-        dout_source, v_source = (row_matrices[1], b, h, q_idx, row_ok), (key_matrices[1], b, kv_h, kv_idx, kv_ok)
-        dp = contract(dout, v, dout_source, v_source, score.precision, tile.resident, tile.value_dim, tile.dv)
-        if dropout is not None:
-            kept = keep_tile(
-                dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv
-            )
-            dp = tl.where(kept, dp * dropout.factor, 0.0)
-            weights = tl.where(kept, p * dropout.factor, 0.0)
-    if grads[0] is not None:
-        dp += tl.load(pointers(grads[0], b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
-    ds = p * (dp - delta[:, None])
-    if grads[1] is not None:
-        ds += tl.load(pointers(grads[1], b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
-    ds = pull_back(ds, raw, score, at, DOWN_TO)
-    # A masked key may hold NaN: its products are replaced, not multiplied by zero.
-    if MASKED:
-        ds = tl.where(ok, ds, 0.0)
-    return weights, ds
-
-
-@triton.jit
-def _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile):
-    """What ``_gradient_tile`` needs of a query tile; rows without keys are read as zeros, whatever they hold."""
-    rows = q_idx < sizes.q_len
-    start, end = row_intervals(mask, b, q_idx, sizes)
-    m, inverse = row_statistics(stats, b, h, q_idx, rows)
-    row_ok = rows & (inverse != 0.0)
-    q_rows = load_rows(q, b, h, q_idx, row_ok, tile.head_dim, tile.d)
-    dout_rows = None
-    if dout is not None:
-        dout_rows = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv)
-    delta_rows = tl.load(pointers(delta, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
-    return q_rows, dout_rows, m, inverse, delta_rows, start, end, row_ok, (q, dout)
-
-
-@triton.jit
-def _load_keys(k, v, b, kv_h, kv_idx, kv_ok, CLEAN: tl.constexpr, tile):
-    k_tile = load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d)
-    v_tile = load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
-    if CLEAN:
-        k_tile = tl.where(is_finite(k_tile), k_tile, 0.0).to(k_tile.dtype)
-    return k_tile, v_tile
 
 
 @triton.jit
 def _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
     kv_idx = first + tl.arange(0, tile.kv)
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
-    k_tile, v_tile = _load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, CLEAN, tile)
-    _, ds = _gradient_tile(
+    k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
+    _, ds = gradient_tile(
         rows_of,
         (k_tile, v_tile, kv_idx, kv_ok, place[1] // sizes.group, (k, v)),
         place,
@@ -137,8 +71,28 @@ def _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout
     )
     if tile.d > tile.resident:
         # Read once more, as in ``_dkdv_step``.
-        k_tile, v_tile = _load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, CLEAN, tile)
-    return dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
+        k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
+    if CLEAN:
+        k_tile = cleaned(k_tile)
+    if score.scoring is None:
+        acc = dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
+    else:
+        acc += score.scoring[1](ds, rows_of[0], k_tile, score.scoring_args, score.precision)
+    return acc
+
+
+@triton.jit
+def _broken_keys(k, span, near, place, interval, row_ok, mask, sizes, tile):
+    """How many broken elements of its keys each row attends to, [tile.q, tile.d]."""
+    b, h, q_idx = place[0], place[1], place[2]
+    hits = tl.zeros([tile.q, tile.d], tl.float32)
+    for first in range(span[0], span[1], tile.kv):
+        kv_idx = first + tl.arange(0, tile.kv)
+        kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
+        ok = row_ok[:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
+        k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
+        hits = count_broken(tl.where(ok, 1.0, 0.0), k_tile, hits)
+    return hits
 
 
 @triton.jit
@@ -147,7 +101,7 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, m
     q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // sizes.heads, bh % sizes.heads
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
-    rows_of = _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
     start, end, inverse = rows_of[5], rows_of[6], rows_of[3]
     near = reach(start, end, sizes)
     low, split, resume, high = tile_bounds(start, end, q_idx, sizes, mask.dense, tile.kv)
@@ -165,41 +119,61 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, m
             acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
     rows = q_idx < sizes.q_len
     store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
-    if mask.restricts:
-        # 0 * NaN again: a row whose own statistics are finite got a NaN from a key it may not attend to.
-        if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
-            acc = tl.zeros([tile.q, tile.d], tl.float32)
-            for first in range(low, high, tile.kv):
-                acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, True, tile)
-            store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
+    # 0 * NaN again: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
+    if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
+        hits = _broken_keys(k, (low, high), near, place, (start, end), rows_of[7], mask, sizes, tile)
+        tl.debug_barrier()
+        mark_broken(dq, b, h, q_idx, rows, hits, tile.head_dim, tile.d)
+        tl.debug_barrier()
+        acc = tl.zeros([tile.q, tile.d], tl.float32)
+        for first in range(low, high, tile.kv):
+            acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, True, tile)
+        fill_marked(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
 
 
 @triton.jit
-def _dkdv_step(carry, first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, tile):
+def _dkdv_step(
+    carry, first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile
+):  # fmt: skip
     dk, dv = carry
     b, shift = place
     q_idx = first + tl.arange(0, tile.q)
-    rows_of = _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
     here = (b, h, q_idx, shift, first // tile.q)
-    weights, ds = _gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
+    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
     q_rows, dout_rows = rows_of[0], rows_of[1]
     if dout is not None:
         if tile.dv > tile.resident:
             # Read once more: kept from before the scores, whole float32 rows leave no registers for them.
             dout_rows = load_rows(dout, b, h, q_idx, rows_of[7], tile.value_dim, tile.dv)
+        if CLEAN:
+            dout_rows = cleaned(dout_rows)
         dv = dot(tl.trans(weights.to(dout_rows.dtype)), dout_rows, dv, score.precision)
     if tile.d > tile.resident:
         q_rows = load_rows(q, b, h, q_idx, rows_of[7], tile.head_dim, tile.d)
-    return dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision), dv
+    if CLEAN:
+        q_rows = cleaned(q_rows)
+    if score.scoring is None:
+        dk = dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision)
+    else:
+        dk += score.scoring[2](ds, q_rows, keys_of[0], score.scoring_args, score.precision)
+    return dk, dv
 
 
 @triton.jit
-def touches(mask, b, h, first, kv_first, kv_tile, sizes, tile):
-    """Whether any query of a tile may attend to any key of a tile, by intervals and the summary of keep."""
+def _broken_queries(carry, first, h, keys_of, place, q, dout, stats, delta, mask, sizes, tile):
+    """Adds how many broken elements of the queries, and of what arrives at them, each key is attended by."""
+    dk_hits, dv_hits = carry
+    b, kv_idx = place[0], keys_of[2]
     q_idx = first + tl.arange(0, tile.q)
-    start, end = row_intervals(mask, b, q_idx, sizes)
-    low, high = reach(start, end, sizes)
-    return (low < kv_first + tile.kv) & (high > kv_first) & (tile_state(mask, b, h, first // tile.q, kv_tile) != 0)
+    q_rows, dout_rows, _, _, _, start, end, row_ok, _ = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    here = (b, h, q_idx, 0, first // tile.q)
+    ok = row_ok[:, None] & keys_of[3][None, :] & pairs_allowed(q_idx, kv_idx, (start, end), here, mask, tile)
+    weights = tl.trans(tl.where(ok, 1.0, 0.0))
+    dk_hits = count_broken(weights, q_rows, dk_hits)
+    if dout is not None:
+        dv_hits = count_broken(weights, dout_rows, dv_hits)
+    return dk_hits, dv_hits
 
 
 @triton.jit
@@ -212,7 +186,7 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     kv_first = kv_tile * tile.kv
     kv_idx = kv_first + tl.arange(0, tile.kv)
     kv_ok = kv_idx < sizes.kv_len
-    k_tile, v_tile = _load_keys(k, v, b, kv_h, kv_idx, kv_ok, False, tile)
+    k_tile, v_tile = load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile)
     keys_of = (k_tile, v_tile, kv_idx, kv_ok, kv_h, (k, v))
     place = (b, query_shift(mask, b))
     grads = (dprobs, dscores)
@@ -225,77 +199,40 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
         h = kv_h * sizes.group + member
         for first in range(split, resume, tile.q):
             dk_acc, dv_acc = _dkdv_step(
-                (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, False, tile
+                (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, False, False, tile
             )
         for i in range(n_left + n_right):
             first = tl.where(i < n_left, low + i * tile.q, resume + (i - n_left) * tile.q)
             if not PER_ROW:
                 dk_acc, dv_acc = _dkdv_step(
-                    (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, tile
+                    (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, False, tile
                 )
             elif touches(mask, b, h, first, kv_first, kv_tile, sizes, tile):
                 dk_acc, dv_acc = _dkdv_step(
-                    (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, tile
+                    (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, False, tile
                 )
     store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
     store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
-
-
-@triton.jit
-def _attention_bwd_bias_kernel(
-    q,
-    k,
-    v,
-    dout,
-    dbias,
-    stats,
-    delta,
-    dprobs,
-    dscores,
-    steps,
-    PLACE: tl.constexpr,
-    OVER_Q: tl.constexpr,
-    OVER_KV: tl.constexpr,
-    mask,
-    score,
-    dropout,
-    sizes,
-    tile,
-):
-    """Score gradients before modification PLACE, added up over what the bias broadcasts along.
-
-    A program owns one (query tile, key tile, batch, head) of those that ``dbias`` has and walks over the others: steps is
-    (query tiles, key tiles, batches, heads) to walk over, each 1 where dbias has the dimension.
-    """
-    q_tiles, kv_tiles = tl.cdiv(sizes.q_len, tile.q), tl.cdiv(sizes.kv_len, tile.kv)
-    own_q, own_kv, own_heads = q_tiles // steps[0], kv_tiles // steps[1], sizes.heads // steps[3]
-    own = tl.program_id(0)
-    q_own, kv_own = own % own_q, own // own_q % own_kv
-    h_own, b_own = own // (own_q * own_kv) % own_heads, own // (own_q * own_kv * own_heads)
-    total = tl.zeros([tile.q, tile.kv], tl.float32)
-    for step in range(steps[0] * steps[1] * steps[2] * steps[3]):
-        q_tile, kv_tile = q_own + step % steps[0], kv_own + step // steps[0] % steps[1]
-        outer = step // (steps[0] * steps[1])
-        h, b = h_own + outer % steps[3], b_own + outer // steps[3]
-        if touches(mask, b, h, q_tile * tile.q, kv_tile * tile.kv, kv_tile, sizes, tile):
-            q_idx, kv_idx = q_tile * tile.q + tl.arange(0, tile.q), kv_tile * tile.kv + tl.arange(0, tile.kv)
-            rows_of = _load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
-            kv_ok = kv_idx < sizes.kv_len
-            k_tile, v_tile = _load_keys(k, v, b, h // sizes.group, kv_idx, kv_ok, False, tile)
-            place = (b, h, q_idx, query_shift(mask, b), q_tile)
-            keys_of = (k_tile, v_tile, kv_idx, kv_ok, h // sizes.group, (k, v))
-            _, ds = _gradient_tile(rows_of, keys_of, place, (dprobs, dscores), mask, score, dropout, sizes, True, PLACE, tile)
-            total += ds
-    q_idx, kv_idx = q_own * tile.q + tl.arange(0, tile.q), kv_own * tile.kv + tl.arange(0, tile.kv)
-    if not OVER_Q and not OVER_KV:
-        inside = (q_idx < sizes.q_len)[:, None] & (kv_idx < sizes.kv_len)[None, :]
-        tl.store(pointers(dbias, b_own, h_own, q_idx[:, None], kv_idx[None, :]), total.to(dbias.ptr.dtype.element_ty), mask=inside)
-    elif OVER_KV:
-        tl.store(pointers(dbias, b_own, h_own, q_idx, q_idx * 0), tl.sum(total, 1).to(dbias.ptr.dtype.element_ty), mask=q_idx < sizes.q_len)
-    else:
-        tl.store(
-            pointers(dbias, b_own, h_own, kv_idx * 0, kv_idx), tl.sum(total, 0).to(dbias.ptr.dtype.element_ty), mask=kv_idx < sizes.kv_len
-        )
+    # 0 * NaN once more: a key may have got a NaN from a query that may not attend to it, or whose row is empty.
+    if any_true(dk_acc != dk_acc) | any_true(dv_acc != dv_acc):
+        dk_acc, dv_acc = tl.zeros([tile.kv, tile.d], tl.float32), tl.zeros([tile.kv, tile.dv], tl.float32)
+        for member in range(sizes.group):
+            h = kv_h * sizes.group + member
+            for first in range(low, high, tile.q):
+                dk_acc, dv_acc = _broken_queries((dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, mask, sizes, tile)
+        tl.debug_barrier()
+        mark_broken(dk, b, kv_h, kv_idx, kv_ok, dk_acc, tile.head_dim, tile.d)
+        mark_broken(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
+        tl.debug_barrier()
+        dk_acc, dv_acc = tl.zeros([tile.kv, tile.d], tl.float32), tl.zeros([tile.kv, tile.dv], tl.float32)
+        for member in range(sizes.group):
+            h = kv_h * sizes.group + member
+            for first in range(low, high, tile.q):
+                dk_acc, dv_acc = _dkdv_step(
+                    (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, True, tile
+                )  # fmt: skip
+        fill_marked(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
+        fill_marked(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
 
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
@@ -318,7 +255,7 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
     places = [i for i, mod in enumerate(call.terms.mods) for _ in mod.tensors]
     tensors = tuple(t for mod in call.terms.mods for t in mod.tensors)
-    dmods = (_bias_gradient(call, arriving, place, t) if need else None for place, t, need in zip(places, tensors, needs[4:], strict=True))
+    dmods = (bias_gradient(call, arriving, place, t) if need else None for place, t, need in zip(places, tensors, needs[4:], strict=True))
     return dq, dk if needs[1] else None, dv if needs[2] else None, dsinks, *dmods
 
 
@@ -339,23 +276,3 @@ class _Arriving:
 
     def plan(self, stage: str) -> Plan:
         return Plan.make(self.call, stage, self.more_tiles)
-
-
-def _bias_gradient(call: LoweredAttention, arriving: _Arriving, place: int, bias: Tensor) -> Tensor:
-    """The gradient of a bias [batch|1, heads|1, q_len|1, kv_len|1] in its own shape."""
-    batch, heads, q_len, kv_len = call.shape
-    plan = arriving.plan("bwd_bias")
-    over_kv = bias.shape[3] == 1 and kv_len > 1
-    over_q = bias.shape[2] == 1 and q_len > 1 and not over_kv
-    if over_q or over_kv:
-        # Sums over rows or columns leave one value per (batch, head, row): O(length), added up over the rest by torch.
-        shape = (batch, heads, q_len, 1) if over_kv else (batch, heads, 1, kv_len)
-        steps = (1, plan.kv_tiles, 1, 1) if over_kv else (plan.q_tiles, 1, 1, 1)
-        result = bias.new_empty(shape, dtype=torch.float32)
-    else:
-        steps = (1, 1, batch // bias.shape[0], heads // bias.shape[1])
-        result = torch.empty_like(bias)
-    programs = plan.q_tiles * plan.kv_tiles * batch * heads // (steps[0] * steps[1] * steps[2] * steps[3])
-    constants = (steps, place, over_q, over_kv)
-    plan.launch(_attention_bwd_bias_kernel, programs, (*arriving.operands, arguments.matrix(result), *arriving.scores, *constants))
-    return laid_out_like(result.sum_to_size(bias.shape).to(bias.dtype), bias)

@@ -19,16 +19,19 @@ from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
 from .masks import allowed, mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
-from .primitives import LOG2E, any_true, contract, dot, is_finite, keep_tile, load_rows, store_rows
+from .primitives import LOG2E, any_true, cleaned, contract, count_broken, dot, fill_marked, keep_tile, load_rows, store_rows
 from .score_mods import apply
 
 
 @triton.jit
 def product(q, k, q_source, k_source, score, tile):
-    """q k^T, times the scale unless the exponent takes it."""
-    scores = contract(q, k, q_source, k_source, score.precision, tile.resident, tile.head_dim, tile.d)
-    if not score.raw:
-        scores = scores * score.scale
+    """q k^T times the scale, unless the exponent takes it; or what a scoring of its own says (see ``scorings``)."""
+    if score.scoring is None:
+        scores = contract(q, k, q_source, k_source, score.precision, tile.resident, tile.head_dim, tile.d)
+        if not score.raw:
+            scores = scores * score.scale
+    else:
+        scores = score.scoring[0](q, k, score.scoring_args, score.precision)
     return scores
 
 
@@ -42,17 +45,24 @@ def exponentials(scores, m, score):
 
 @triton.jit
 def tile_scores(q, k, q_source, k_source, interval, place, mask, score, sizes, MASKED: tl.constexpr, tile):
-    """Scores of one tile [tile.q, tile.kv], -inf where a query may not attend."""
-    b, h, q_idx, shift, q_tile = place
+    """Scores of one tile [tile.q, tile.kv], -inf where a query may not attend, and where it may (in unmasked tiles: where there is a pair)."""
+    b, h, q_idx, shift = place[0], place[1], place[2], place[3]
     kv_idx, kv_ok = k_source[3], k_source[4]
     inside = (q_idx < sizes.q_len)[:, None] & kv_ok[None, :]
     at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
     scores = apply(product(q, k, q_source, k_source, score, tile), score, at, len(score.functions))
     if MASKED:
-        state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
-        ok = allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], state)
-        scores = tl.where(ok & inside, scores, float("-inf"))
-    return scores
+        inside = inside & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
+        scores = tl.where(inside, scores, float("-inf"))
+    return scores, inside
+
+
+@triton.jit
+def pairs_allowed(q_idx, kv_idx, interval, place, mask, tile):
+    """Which pairs of a tile [tile.q, tile.kv] may attend."""
+    b, h, q_tile = place[0], place[1], place[4]
+    state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
+    return allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], state)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
         kv_ok = kv_idx < sizes.kv_len
     k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
     k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
-    scores = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, MASKED, tile)
+    scores, _ = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, MASKED, tile)
     m_new = tl.maximum(m, tl.max(scores, 1))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = exponentials(scores, m_safe[:, None], score)
@@ -83,27 +93,39 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
 
 
 @triton.jit
-def _second_look(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, COUNT: tl.constexpr, tile):
-    """Values of the allowed keys once more without NaN and infinities, or (COUNT) how many of those each row really attends to."""
+def _broken_values(v, span, interval, near, place, mask, sizes, tile):
+    """How many broken values each row attends to, and the infinities among them added up by sign, [tile.q, tile.dv] each."""
+    b, h, q_idx = place[0], place[1], place[2]
+    hits, signs = tl.zeros([tile.q, tile.dv], tl.float32), tl.zeros([tile.q, tile.dv], tl.float32)
+    for first in range(span[0], span[1], tile.kv):
+        kv_idx = first + tl.arange(0, tile.kv)
+        kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
+        v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
+        ok = (q_idx < sizes.q_len)[:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
+        ok = tl.where(ok, 1.0, 0.0).to(tl.bfloat16)
+        hits = count_broken(ok, v_tile, hits)
+        v_tile = v_tile.to(tl.float32)
+        signs = dot(ok, tl.where(v_tile == float("inf"), 1.0, tl.where(v_tile == float("-inf"), -1.0, 0.0)).to(tl.bfloat16), signs, "ieee")
+    return hits, signs
+
+
+@triton.jit
+def _clean_values(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, tile):
+    """The output once more from values without NaN and infinities."""
     b, h, q_idx = place[0], place[1], place[2]
     acc = tl.zeros([tile.q, tile.dv], tl.float32)
     for first in range(span[0], span[1], tile.kv):
         kv_idx = first + tl.arange(0, tile.kv)
         kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
         k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
-        v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
         k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
-        scores = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        if COUNT:
-            weights = tl.where(scores == float("-inf"), 0.0, 1.0)
-            values = tl.where(is_finite(v_tile), 0.0, 1.0).to(v_tile.dtype)
-        else:
-            weights = exponentials(scores, m[:, None], score) * inverse[:, None]
-            values = tl.where(is_finite(v_tile), v_tile, 0.0).to(v_tile.dtype)
-            if dropout is not None:
-                kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
-                weights = tl.where(kept, weights, 0.0)
-        acc = dot(weights.to(v_tile.dtype), values, acc, score.precision)
+        scores, _ = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
+        weights = exponentials(scores, m[:, None], score) * inverse[:, None]
+        if dropout is not None:
+            kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
+            weights = tl.where(kept, weights, 0.0)
+        v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
+        acc = dot(weights.to(v_tile.dtype), cleaned(v_tile), acc, score.precision)
     return acc
 
 
@@ -136,6 +158,8 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
         elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
             acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, True, tile)
 
+    # A row without keys, or with scores of -inf alone; its maximum is -inf too where it attended to nothing but NaN.
+    empty = l == 0.0
     if sinks is not None:
         # Only now: probabilities next to a sink that takes nearly all the weight would vanish in 16 bits before they meet the values.
         sink = tl.load(sinks + h).to(tl.float32)
@@ -148,7 +172,8 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
     if dropout is not None:
         inverse = inverse * dropout.factor
-    result = acc * inverse[:, None]
+    # 0 * NaN: an empty row is zeros whatever its values hold.
+    result = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
     store_rows(out, b, h, q_idx, rows, result, tile.value_dim, tile.dv)
     unit = score.factor / LOG2E
     top = tl.where(m == float("-inf"), 0.0, m)
@@ -159,7 +184,7 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
     )
     total = tl.num_programs(0).to(tl.int64) // tiles * sizes.q_len
     tl.store(stats + bh.to(tl.int64) * sizes.q_len + q_idx, m, mask=rows)
-    tl.store(stats + total + bh.to(tl.int64) * sizes.q_len + q_idx, l, mask=rows)
+    tl.store(stats + total + bh.to(tl.int64) * sizes.q_len + q_idx, tl.where(empty, 0.0, l), mask=rows)
 
     if mask.restricts:
         # 0 * NaN is NaN: a broken value reaches rows of its tile that may not attend to it. It is rare, so look only afterwards.
@@ -172,16 +197,16 @@ def _mend(q, q_source, k, v, out, m, inverse, span, interval, near, place, mask,
     """Replaces NaNs of the output that came from keys a row may not attend to."""
     b, h, q_idx = place[0], place[1], place[2]
     rows = q_idx < sizes.q_len
-    hits = _second_look(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, True, tile)
-    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv)
-    marked = tl.where((before != before) & (hits == 0.0), 0.0, before)
+    hits, signs = _broken_values(v, span, interval, near, place, mask, sizes, tile)
     tl.debug_barrier()
+    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv)
+    # Infinities of one sign are the right value, where others of the tile made a NaN of them.
+    reached = tl.where((tl.abs(signs) == hits) & (inverse == inverse)[:, None], signs * float("inf"), float("nan"))
+    marked = tl.where(before != before, tl.where(hits == 0.0, 0.0, reached), before.to(tl.float32))
     store_rows(out, b, h, q_idx, rows, marked, tile.value_dim, tile.dv)
     tl.debug_barrier()
-    clean = _second_look(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, False, tile)
-    # Zeros are what was marked, or rows whose clean value is a zero anyway; nothing else needs to stay alive over the second loop.
-    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv)
-    store_rows(out, b, h, q_idx, rows, tl.where(before == 0.0, clean, before.to(tl.float32)), tile.value_dim, tile.dv)
+    clean = _clean_values(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, tile)
+    fill_marked(out, b, h, q_idx, rows, clean, tile.value_dim, tile.dv)
 
 
 def wide_output(stats: Tensor) -> Tensor | None:
@@ -193,7 +218,7 @@ def wide_output(stats: Tensor) -> Tensor | None:
 
 
 def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and stats (row maximum in the kernel's unit, sum of exponentials, and see ``wide_output``)."""
+    """out, lse and stats (row maximum in the kernel's unit, sum of exponentials or 0 in empty rows, and see ``wide_output``)."""
     batch, heads, q_len, _ = call.shape
     out = empty_out(call.q, call.v.shape[-1])
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)

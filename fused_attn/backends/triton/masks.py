@@ -8,7 +8,7 @@ from .primitives import pointers
 
 @triton.jit
 def query_shift(mask, b):
-    """Key position of query 0 in batch b."""
+    """Key position of query 0 in batch b; 64-bit where every batch has its own, which may lie beyond int32."""
     shift = b * 0 + mask.shift
     if mask.shifts is not None:
         shift = shift + tl.load(mask.shifts.ptr + b.to(tl.int64) * mask.shifts.batch)
@@ -25,6 +25,8 @@ def row_intervals(mask, b, q_idx, sizes):
         start = tl.maximum(start, position - mask.left)
     if mask.right is not None:
         end = tl.minimum(end, position + mask.right + 1)
+    if mask.shifts is not None:
+        start, end = tl.minimum(start, sizes.kv_len), tl.maximum(end, 0)
     inside = q_idx < sizes.q_len
     if mask.kv_start is not None:
         start = tl.maximum(start, tl.load(pointers(mask.kv_start, b, b * 0, q_idx, q_idx * 0), mask=inside, other=0))
@@ -78,7 +80,17 @@ def query_range(mask, b, kv_first, kv_end, sizes):
         low = tl.maximum(low, kv_first - mask.right - shift)
     if mask.left is not None:
         high = tl.minimum(high, kv_end + mask.left - shift)
+    if mask.shifts is not None:
+        low = tl.minimum(low, sizes.q_len)
     return low.to(tl.int32), tl.maximum(high, 0).to(tl.int32)
+
+
+@triton.jit
+def _within(query, mask, sizes):
+    """A 64-bit query index as 32 bits, cut off at the ends of the queries."""
+    if mask.shifts is not None:
+        query = tl.minimum(tl.maximum(query, 0), sizes.q_len)
+    return query.to(tl.int32)
 
 
 @triton.jit
@@ -93,9 +105,9 @@ def query_bounds(mask, b, kv_first, sizes, PER_ROW: tl.constexpr, tile):
     shift = query_shift(mask, b)
     full_low, full_high = low * 0, low * 0 + sizes.q_len
     if mask.right is not None:
-        full_low = tl.maximum(full_low, kv_end - 1 - mask.right - shift).to(tl.int32)
+        full_low = _within(tl.maximum(full_low, kv_end - 1 - mask.right - shift), mask, sizes)
     if mask.left is not None:
-        full_high = tl.minimum(full_high, kv_first + 1 + mask.left - shift).to(tl.int32)
+        full_high = _within(tl.minimum(full_high, kv_first + 1 + mask.left - shift), mask, sizes)
     split = tl.minimum(tl.maximum((full_low + tile.q - 1) // tile.q * tile.q, first), last)
     # The rows of the last tile beyond q_len are zeros, so it counts as full.
     full_tiles = tl.where(full_high >= sizes.q_len, tl.cdiv(sizes.q_len, tile.q), full_high // tile.q)

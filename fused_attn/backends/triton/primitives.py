@@ -91,6 +91,32 @@ def any_true(x):
 
 
 @triton.jit
+def cleaned(x):
+    """Zeros where NaN or infinite."""
+    return tl.where(is_finite(x), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def count_broken(ok, x, acc):
+    """acc + how many NaNs and infinities of x each row meets, given 1 where it meets a row of x and 0 elsewhere: exact in 16 bits."""
+    return dot(ok.to(tl.bfloat16), tl.where(is_finite(x), 0.0, 1.0).to(tl.bfloat16), acc, "ieee")
+
+
+@triton.jit
+def mark_broken(t, b, h, rows, ok, hits, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in place of NaNs of the stored [rows, BLOCK] that nothing broken (``hits``) explains."""
+    before = load_rows(t, b, h, rows, ok, COLS, BLOCK)
+    store_rows(t, b, h, rows, ok, tl.where((before != before) & (hits == 0.0), 0.0, before), COLS, BLOCK)
+
+
+@triton.jit
+def fill_marked(t, b, h, rows, ok, clean, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """The clean values in place of zeros: what was marked, or what is zero anyway."""
+    before = load_rows(t, b, h, rows, ok, COLS, BLOCK).to(tl.float32)
+    store_rows(t, b, h, rows, ok, tl.where(before == 0.0, clean, before), COLS, BLOCK)
+
+
+@triton.jit
 def tanh(x):
     """tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above."""
     square = x * x

@@ -35,18 +35,18 @@ def _rows_of(n_rows, sizes, tile):
 
 
 @triton.jit
-def _ok(place, kv_idx, interval, mask, sizes):
-    """Which elements [tile.q, tile.kv] may be attended to."""
+def _ok(place, kv_idx, interval, mask, sizes, state):
+    """Which elements [tile.q, tile.kv] may be attended to; ``state`` 2 promises that ``keep`` lets them through."""
     b, h, q, live = place[0], place[1], place[2], place[3]
     inside = live[:, None] & (kv_idx < sizes.kv_len)[None, :]
-    return inside & allowed(mask, b[:, None], h[:, None], q[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], 1)
+    return inside & allowed(mask, b[:, None], h[:, None], q[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], state)
 
 
 @triton.jit
 def _scores(x, place, kv_idx, interval, mask, score, sizes):
     """Scores [tile.q, tile.kv] in the unit ``score.factor`` belongs to, -inf where masked."""
     b, h, q = place[0][:, None], place[1][:, None], place[2][:, None]
-    ok = _ok(place, kv_idx, interval, mask, sizes)
+    ok = _ok(place, kv_idx, interval, mask, sizes, 1)
     values = tl.load(pointers(x, b, h, q, kv_idx[None, :]), mask=ok, other=0.0).to(tl.float32)
     if not score.raw:
         values = values * score.scale
@@ -111,8 +111,12 @@ def _softmax_fwd_kernel(
 
 
 @triton.jit
-def _incoming(result, dout, place, kv_idx, interval, mask, dropout, sizes, LOG: tl.constexpr, UNIFORM: tl.constexpr, tile):
-    """(probabilities, gradients that reach them) [tile.q, tile.kv]; both 0 where the result does not depend on the score."""
+def _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG: tl.constexpr, UNIFORM: tl.constexpr, tile):
+    """(probabilities, gradients that reach them, whether the row has an allowed score above -inf), [tile.q, tile.kv] and [tile.q].
+
+    The first two are 0 where the query may not attend. In a row without scores nothing depends on anything; a uniform one has 1 / kv_len
+    everywhere, so only the scores themselves (x) tell it from one whose scores are equal.
+    """
     b, h, q = place[0][:, None], place[1][:, None], place[2][:, None]
     inside = place[3][:, None] & (kv_idx < sizes.kv_len)[None, :]
     y = tl.load(pointers(result, b, h, q, kv_idx[None, :]), mask=inside, other=float("-inf") if LOG else 0.0).to(tl.float32)
@@ -121,40 +125,51 @@ def _incoming(result, dout, place, kv_idx, interval, mask, dropout, sizes, LOG: 
         kept = keep_tile(dropout, tl.zeros_like(place[4]), place[4], tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv)
         g = tl.where(kept, g * dropout.factor, 0.0)
     p = tl.exp2(y * LOG2E) if LOG else y
-    depends = y != float("-inf") if LOG else y != 0.0
+    some = y != float("-inf") if LOG else y != 0.0
     if UNIFORM:
-        depends = depends & _ok(place, kv_idx, interval, mask, sizes)
-    return tl.where(depends, p, 0.0), tl.where(depends, g, 0.0)
+        ok = _ok(place, kv_idx, interval, mask, sizes, 1)
+        if x is not None:
+            some = _scores(x, place, kv_idx, interval, mask, score, sizes) != float("-inf")
+    else:
+        # Only where the result is that of a masked element need keep be read.
+        ok = _ok(place, kv_idx, interval, mask, sizes, tl.where(some, 2, 1))
+    return tl.where(ok, p, 0.0), tl.where(ok, g, 0.0), tl.max((ok & some).to(tl.int32), 1) > 0
 
 
 @triton.jit
-def _score_gradient(p, g, total, LOG: tl.constexpr):
-    """``total`` is sum(g) for logarithms and sum(p * g) otherwise, [tile.q]."""
-    return g - p * total[:, None] if LOG else p * (g - total[:, None])
+def _score_gradient(p, g, total, alive, LOG: tl.constexpr):
+    """``total`` is sum(g) for logarithms and sum(p * g) otherwise, ``alive`` whether the row has scores, [tile.q] each."""
+    return tl.where(alive[:, None], g - p * total[:, None] if LOG else p * (g - total[:, None]), 0.0)
 
 
 @triton.jit
 def _softmax_bwd_kernel(
-    result, dout, dscores, dbias, totals, n_rows, mask, score, dropout, sizes, tile, LOG: tl.constexpr, UNIFORM: tl.constexpr, ONE_PASS: tl.constexpr
+    x, result, dout, dscores, dbias, totals, n_rows, mask, score, dropout, sizes, tile, LOG: tl.constexpr, UNIFORM: tl.constexpr, ONE_PASS: tl.constexpr
 ):  # fmt: skip
-    """dbias is given here only when the bias has the scores' own shape; ``totals`` [rows] serves the other shapes."""
+    """dbias is given here only when the bias has the scores' own shape; ``totals`` [2, rows] serves the other shapes.
+
+    It holds each row's total, then 1 where the row has scores.
+    """
     place = _rows_of(n_rows, sizes, tile)
     interval = row_intervals(mask, place[0], place[2], sizes)
     kv_idx = tl.arange(0, tile.kv)
     if ONE_PASS:
-        p, g = _incoming(result, dout, place, kv_idx, interval, mask, dropout, sizes, LOG, UNIFORM, tile)
+        p, g, alive = _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
         total = tl.sum(g if LOG else p * g, 1)
-        _write_gradient(_score_gradient(p, g, total, LOG), dscores, dbias, place, kv_idx, score, sizes)
+        _write_gradient(_score_gradient(p, g, total, alive, LOG), dscores, dbias, place, kv_idx, score, sizes)
     else:
         total = tl.zeros([tile.q], tl.float32)
+        alive = total != 0.0
         for first in range(0, sizes.kv_len, tile.kv):
-            p, g = _incoming(result, dout, place, first + kv_idx, interval, mask, dropout, sizes, LOG, UNIFORM, tile)
+            p, g, some = _incoming(x, result, dout, place, first + kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
             total += tl.sum(g if LOG else p * g, 1)
+            alive = alive | some
         for first in range(0, sizes.kv_len, tile.kv):
-            p, g = _incoming(result, dout, place, first + kv_idx, interval, mask, dropout, sizes, LOG, UNIFORM, tile)
-            _write_gradient(_score_gradient(p, g, total, LOG), dscores, dbias, place, first + kv_idx, score, sizes)
+            p, g, _ = _incoming(x, result, dout, place, first + kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
+            _write_gradient(_score_gradient(p, g, total, alive, LOG), dscores, dbias, place, first + kv_idx, score, sizes)
     if totals is not None:
         tl.store(totals + place[4], total, mask=place[3])
+        tl.store(totals + n_rows + place[4], tl.where(alive, 1.0, 0.0), mask=place[3])
 
 
 @triton.jit
@@ -169,7 +184,7 @@ def _write_gradient(ds, dscores, dbias, place, kv_idx, score, sizes):
 
 @triton.jit
 def _softmax_bwd_bias_kernel(
-    result, dout, partial, totals, over, owned, splits, mask, score, dropout, sizes, tile, LOG: tl.constexpr, UNIFORM: tl.constexpr
+    x, result, dout, partial, totals, n_rows, over, owned, splits, mask, score, dropout, sizes, tile, LOG: tl.constexpr, UNIFORM: tl.constexpr
 ):  # fmt: skip
     """Score gradients added up over the rows that share a row of the bias.
 
@@ -191,8 +206,9 @@ def _softmax_bwd_bias_kernel(
         r = (b.to(tl.int64) * sizes.heads + h) * sizes.q_len + q
         place = (b, h, q, live, r)
         interval = row_intervals(mask, b, q, sizes)
-        p, g = _incoming(result, dout, place, kv_idx, interval, mask, dropout, sizes, LOG, UNIFORM, tile)
-        total += _score_gradient(p, g, tl.load(totals + r, mask=live, other=0.0), LOG)
+        p, g, _ = _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
+        alive = tl.load(totals + n_rows + r, mask=live, other=0.0) != 0.0
+        total += _score_gradient(p, g, tl.load(totals + r, mask=live, other=0.0), alive, LOG)
     target = partial + rest.to(tl.int64) * sizes.kv_len + kv_idx
     tl.store(target, tl.sum(total, 0), mask=kv_idx < sizes.kv_len)
 
@@ -238,8 +254,8 @@ def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple
     shared = bias is not None and not whole and bias.shape[3] > 1
     dbias = torch.empty_like(bias) if whole and bias is not None else None
     plan, kernel = _Plan(call, config.softmax(call.shape[3])), _softmax_bwd_kernel
-    totals = call.scores.new_empty(plan.rows, dtype=torch.float32) if shared else None
-    tensors = tuple(arguments.matrix(t) for t in (result, dout, dscores, dbias))
+    totals = call.scores.new_empty((2, plan.rows), dtype=torch.float32) if shared else None
+    tensors = tuple(arguments.matrix(t) for t in (call.scores if call.uniform_empty else None, result, dout, dscores, dbias))
     plan.launch(kernel, plan.programs, (*tensors, totals, plan.rows), plan.one_pass)
     if bias is not None and not whole:
         # A row's probabilities do not change when a constant is added to all its scores: without a key dimension the gradient is 0.
@@ -264,5 +280,6 @@ def _shared_bias_gradient(plan: _Plan, result: Tensor, dout: Tensor, totals: Ten
     plan = _Plan(plan.call, plan.chosen._replace(block_kv=min(plan.chosen.block_kv, 4096), num_warps=8))
     programs = -(-full[3] // plan.chosen.block_kv) * own_rows * splits
     kernel: Any = _softmax_bwd_bias_kernel
-    plan.launch(kernel, programs, (arguments.matrix(result), arguments.matrix(dout), partial, totals, over, owned, splits))
+    tensors = (arguments.matrix(t) for t in (None, result, dout))  # whether a row has scores is in ``totals``
+    plan.launch(kernel, programs, (*tensors, partial, totals, plan.rows, over, owned, splits))
     return laid_out_like(partial.sum(0).view(bias.shape).to(bias.dtype), bias)

@@ -1,0 +1,89 @@
+"""What every pass of attention's backward computes: the probabilities and score gradients of one tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_aux import row_statistics
+from .attention_fwd import exponentials, product
+from .masks import allowed, reach, row_intervals, tile_state
+from .primitives import contract, keep_tile, load_rows, pointers
+from .score_mods import apply, pull_back
+
+
+@triton.jit
+def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, tile):
+    """Probabilities as they met the values, and score gradients before modification DOWN_TO, [tile.q, tile.kv] each, 0 where masked.
+
+    rows_of: (q, dout, m, inverse, delta, row start, row end, row ok, matrices of q and dout);
+    keys_of: (k, v, key indices, key ok, key head, matrices of k and v);
+    place: (b, h, query indices, shift, query tile); grads: (dprobs, dscores) matrices or None.
+    """
+    q, dout, m, inverse, delta, start, end, row_ok, row_matrices = rows_of
+    k, v, kv_idx, kv_ok, kv_h, key_matrices = keys_of
+    b, h, q_idx, shift, q_tile = place
+    inside = row_ok[:, None] & kv_ok[None, :]
+    at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
+    raw = product(q, k, (row_matrices[0], b, h, q_idx, row_ok), (key_matrices[0], b, kv_h, kv_idx, kv_ok), score, tile)
+    scores = apply(raw, score, at, len(score.functions))
+    ok = inside
+    if MASKED:
+        state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
+        ok = ok & allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], start[:, None], end[:, None], state)
+        scores = tl.where(ok, scores, float("-inf"))
+    p = exponentials(scores, m[:, None], score) * inverse[:, None]
+    if MASKED:
+        # In a row that attended to a NaN even exp(-inf) * inverse is one.
+        p = tl.where(ok, p, 0.0)
+    dp = tl.zeros([tile.q, tile.kv], tl.float32)
+    weights = p
+    if dout is not None:
+        dout_source, v_source = (row_matrices[1], b, h, q_idx, row_ok), (key_matrices[1], b, kv_h, kv_idx, kv_ok)
+        dp = contract(dout, v, dout_source, v_source, score.precision, tile.resident, tile.value_dim, tile.dv)
+        if dropout is not None:
+            kept = keep_tile(
+                dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv
+            )
+            dp = tl.where(kept, dp * dropout.factor, 0.0)
+            weights = tl.where(kept, p * dropout.factor, 0.0)
+    if grads[0] is not None:
+        dp += tl.load(pointers(grads[0], b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
+    ds = p * (dp - delta[:, None])
+    if grads[1] is not None:
+        ds += tl.load(pointers(grads[1], b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
+    ds = pull_back(ds, raw, score, at, DOWN_TO)
+    # A masked key may hold NaN: its products are replaced, not multiplied by zero.
+    if MASKED:
+        ds = tl.where(ok, ds, 0.0)
+    return weights, ds
+
+
+@triton.jit
+def load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile):
+    """What ``gradient_tile`` needs of a query tile; rows without keys are read as zeros, whatever they hold."""
+    rows = q_idx < sizes.q_len
+    start, end = row_intervals(mask, b, q_idx, sizes)
+    m, inverse = row_statistics(stats, b, h, q_idx, rows)
+    row_ok = rows & (inverse != 0.0)
+    q_rows = load_rows(q, b, h, q_idx, row_ok, tile.head_dim, tile.d)
+    dout_rows = None
+    if dout is not None:
+        dout_rows = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv)
+    delta_rows = tl.load(pointers(delta, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
+    return q_rows, dout_rows, m, inverse, delta_rows, start, end, row_ok, (q, dout)
+
+
+@triton.jit
+def load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile):
+    """Keys and values of a tile."""
+    return load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d), load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
+
+
+@triton.jit
+def touches(mask, b, h, first, kv_first, kv_tile, sizes, tile):
+    """Whether any query of a tile may attend to any key of a tile, by intervals and the summary of keep."""
+    q_idx = first + tl.arange(0, tile.q)
+    start, end = row_intervals(mask, b, q_idx, sizes)
+    low, high = reach(start, end, sizes)
+    return (low < kv_first + tile.kv) & (high > kv_first) & (tile_state(mask, b, h, first // tile.q, kv_tile) != 0)
