@@ -90,12 +90,18 @@ Tensor empty(const Tensor& like, std::vector<int64_t> sizes, std::optional<Scala
 
 float* floats_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
+Alignment alignment(const Terms& terms) {
+  if (terms.q_offset.has_value()) return {0, static_cast<const int64_t*>(terms.q_offset->data_ptr())};
+  return {clamped(terms.ints[2])};
+}
+
 MaskParams mask_params(const Terms& terms) {
   MaskParams mask;
-  mask.left = terms.ints[0] >= kFar ? -1 : static_cast<int>(terms.ints[0]);
-  mask.right = terms.ints[1] >= kFar ? -1 : static_cast<int>(terms.ints[1]);
-  if (terms.q_offset.has_value()) mask.shifts = static_cast<const int*>(terms.q_offset->data_ptr());
-  else mask.shift = clamped(terms.ints[2]);
+  // A window that wide reaches every key from an offset that is a number, but not from one that may lie anywhere.
+  const int64_t far = terms.q_offset.has_value() ? INT32_MAX : kFar;
+  mask.left = terms.ints[0] >= far ? -1 : static_cast<int>(terms.ints[0]);
+  mask.right = terms.ints[1] >= far ? -1 : static_cast<int>(terms.ints[1]);
+  mask.alignment = alignment(terms);
   mask.kv_start = matrix(terms.kv_start, 2), mask.kv_end = matrix(terms.kv_end, 2), mask.keep = matrix(terms.keep);
   return mask;
 }
@@ -103,6 +109,7 @@ MaskParams mask_params(const Terms& terms) {
 ScoreParams score_params(const Terms& terms) {
   ScoreParams score;
   score.scale = static_cast<float>(terms.floats[0]);
+  score.alignment = alignment(terms);
   size_t scalar = 2, tensor = 0;
   for (size_t from = 0; from < terms.mods.size();) {
     size_t to = terms.mods.find(',', from);
@@ -328,7 +335,7 @@ Tensor softmax_bwd_op(Tensor scores, FUSED_ATTN_TERMS, Tensor result, Tensor dou
     // A row's probabilities do not change when a constant is added to all its scores: without a key dimension the gradient is 0.
     if (bias.size(3) > 1) {
       p.dbias = floats_of(dbias);
-      totals = empty(scores, {scores.size(0), scores.size(1), scores.size(2)}, ScalarType::Float);
+      totals = empty(scores, {2, scores.size(0), scores.size(1), scores.size(2)}, ScalarType::Float);
       p.totals = floats_of(*totals);
     }
   }

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = p.sizes;
   const BlockPlace place((sizes.q_len + kBlockQ - 1) / kBlockQ, sizes.heads, false);
-  const int b = place.b, h = place.h, q_first = place.tile * kBlockQ, shift = query_shift(p.mask, b), warp_row = threadIdx.x / 32 * 16;
+  const int b = place.b, h = place.h, q_first = place.tile * kBlockQ, warp_row = threadIdx.x / 32 * 16;
   const Reach near = reach<kBlockQ>(p.mask, b, q_first, sizes);
   const Row rows[2] = {own_row(p.mask, b, q_first + warp_row, 0, sizes), own_row(p.mask, b, q_first + warp_row, 1, sizes)};
   const RowStatistics statistics[2] = {{p, b, h, rows[0].q}, {p, b, h, rows[1].q}};
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
   const auto k_tile = [&](int i) { return typename C::KvTile(shared + C::QTile::kBytes + i * C::KvTile::kBytes); };
 
   const Scorer<true> scorer(p.score);
-  float top[2] = {-INFINITY, -INFINITY}, entropy[2] = {};
+  float top[2] = {-INFINITY, -INFINITY}, entropy[2] = {}, broken[2] = {};
   q_tile.template load<C::kThreads>(RowSource<T>{p.q, b, h, 0, sizes.q_len, sizes.head_dim}, q_first);
   if (kStages > 1) k_tile(0).template load<C::kThreads>(k_rows, 0);
   ptx::cp_async_commit();
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
     float s[kN][4];
     if (keep != 0 && first < near.high && first + kBlockKv > near.low) {
       multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile(i));
-      to_scores<true>(s, p, scorer, b, h, rows, shift, first, keep == 2 && near.covers(first, first + kBlockKv), keep);
+      to_scores<true>(s, p, scorer, b, h, rows, first, keep == 2 && near.covers(first, first + kBlockKv), keep);
     } else {
 #pragma unroll
       for (int n = 0; n < kN; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = -INFINITY;
@@ -126,7 +126,11 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
       for (int e = 0; e < 4; ++e) {
         const int half = e / 2;
         top[half] = fmaxf(top[half], s[n][e]);
-        const float probability = scorer.exponential(s[n][e], statistics[half].top) * statistics[half].inverse;
+        if (isnan(s[n][e])) broken[half] = 1.f;  // the maximum loses it
+        float probability = scorer.exponential(s[n][e], statistics[half].top) * statistics[half].inverse;
+        // In a row that attended to a NaN even exp(-inf) * inverse is one.
+        if (isnan(probability) && !allows(p.mask, b, h, rows[half], first + n * 8 + threadIdx.x % 4 * 2 + e % 2, false, keep))
+          probability = 0.f;
         if (p.entropy != nullptr) entropy[half] -= probability > 0.f ? probability * logf(probability) : probability;
         if (p.scores.data == nullptr) s[n][e] = probability;
         else s[n][e] = scorer.natural(s[n][e]);
@@ -139,12 +143,10 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
   ptx::cp_async_wait<0>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    top[half] = quad_max(top[half]), entropy[half] = quad_sum(entropy[half]);
+    top[half] = quad_max(top[half]), entropy[half] = quad_sum(entropy[half]), broken[half] = quad_max(broken[half]);
     if (threadIdx.x % 4 != 0 || rows[half].q >= sizes.q_len) continue;
     const int64_t r = row_number(sizes, b, h, rows[half].q);
-    // A row that attended to a NaN has lost it in the maximum; its statistics still know.
-    const float inverse = statistics[half].inverse;
-    if (p.max_scores != nullptr) p.max_scores[r] = isnan(inverse) ? inverse : scorer.natural(top[half]);
+    if (p.max_scores != nullptr) p.max_scores[r] = broken[half] > 0.f ? NAN : scorer.natural(top[half]);
     if (p.entropy != nullptr) p.entropy[r] = entropy[half];
   }
 }
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(Columns<T, kHeadSize>::kThreads, 1) attention_
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = p.sizes;
   const BlockPlace place((sizes.kv_len + kBlockKv - 1) / kBlockKv, sizes.heads, false);
-  const int b = place.b, h = place.h, kv_first = place.tile * kBlockKv, shift = query_shift(p.mask, b), warp_row = threadIdx.x / 32 * 16;
+  const int b = place.b, h = place.h, kv_first = place.tile * kBlockKv, warp_row = threadIdx.x / 32 * 16;
   const typename C::KTile k_tile(shared);
   const typename C::QTile q_tile(shared + C::KTile::kBytes);
   const Scorer<true> scorer(p.score);
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(Columns<T, kHeadSize>::kThreads, 1) attention_
         for (int half = 0; half < 2; ++half) {
           const int kv = kv_first + warp_row + threadIdx.x % 32 / 4 + half * 8;
           if (!allows(p.mask, b, h, queries, kv, false, keep)) continue;
-          const float score = scorer.score(s[n][half * 2 + column], {b, h, q, q + shift, kv});
+          const float score = scorer.score(s[n][half * 2 + column], {b, h, q, kv});
           total[half] += scorer.exponential(score, row.top) * row.inverse;
         }
       }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kBias>::kThreads, 1)
   for (int step = 0; step < steps_q * steps_kv * p.over_batch * p.over_heads; ++step) {
     const int outer = step / (steps_q * steps_kv), h = h_own + outer % p.over_heads, b = b_own + outer / p.over_heads;
     const int q_number = blockIdx.x % own_q + step % steps_q, kv_number = rest % own_kv + step / steps_q % steps_kv;
-    const int q_first = q_number * kBlockQ, kv_first = kv_number * kBlockKv, kv_h = h / sizes.group, shift = query_shift(p.mask, b);
+    const int q_first = q_number * kBlockQ, kv_first = kv_number * kBlockKv, kv_h = h / sizes.group;
     const Reach near = reach<kBlockQ>(p.mask, b, q_first, sizes);
     const int keep = tile_state(p.mask, b, h, q_number, kv_number);
     if (near.low >= kv_first + kBlockKv || near.high <= kv_first || keep == 0) continue;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kBias>::kThreads, 1)
     float s[kN][4], dp[kN][4] = {};
     multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile);
     if (has_dout) multiply_transposed<T, kHeadSize>(dp, dout_tile, warp_row, v_tile);
-    score_gradients<T>(s, dp, p, scorer, b, h, rows, gradient_rows, shift, kv_first, false, keep, p.place);
+    score_gradients<T>(s, dp, p, scorer, b, h, rows, gradient_rows, kv_first, false, keep, p.place);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll

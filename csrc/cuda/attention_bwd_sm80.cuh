@@ -18,13 +18,15 @@ __global__ void __launch_bounds__(128) attention_bwd_delta_kernel(const __grid_c
   if (p.dout.data != nullptr) {
     for (int d = lane; d < sizes.value_dim; d += 32) {
       const float out = p.wide.data != nullptr ? *at<const float>(p.wide, b, h, q, d) : to_float(*at<const T>(p.out, b, h, q, d));
-      total = fmaf(out, to_float(*at<const T>(p.dout, b, h, q, d)), total);
+      // A row without keys is zeros whatever arrives at it, and 0 * NaN is NaN.
+      if (out != 0.f) total = fmaf(out, to_float(*at<const T>(p.dout, b, h, q, d)), total);
     }
   }
   if (p.dprobs.data != nullptr) {
-    for (int kv = lane; kv < sizes.kv_len; kv += 32) {
-      const float probability = to_float(*at<const T>(p.probs, b, h, q, kv));
-      if (probability != 0.f) total = fmaf(probability, to_float(*at<const T>(p.dprobs, b, h, q, kv)), total);
+    const Interval keys = row_interval(p.mask, b, q, sizes);
+    for (int kv = keys.start + lane; kv < keys.end; kv += 32) {
+      if (!kept(p.mask, b, h, q, kv)) continue;
+      total = fmaf(to_float(*at<const T>(p.probs, b, h, q, kv)), to_float(*at<const T>(p.dprobs, b, h, q, kv)), total);
     }
   }
   for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
@@ -41,10 +43,11 @@ struct GradientRow : RowStatistics {
 };
 
 // One pair: the product s becomes the weight that met the values, dp (the gradient of that weight) the score's gradient before modification
-// `down_to`; both 0 where the pair may not attend.
+// `down_to`; both 0 where the pair may not attend and in rows without scores.
 template <class T, bool kModified>
 __device__ __forceinline__ void pair_gradient(float& s, float& dp, bool ok, bool stays, const AttentionParams& p,
                                               const Scorer<kModified>& scorer, const GradientRow& row, Place place, int down_to) {
+  ok = ok && row.inverse != 0.f;
   const float product = s, score = ok ? scorer.score(product, place) : -INFINITY;
   const float probability = scorer.exponential(score, row.top) * row.inverse;
   float arriving = dp, weight = probability;
@@ -74,8 +77,7 @@ struct Dq {
 template <class T, bool kModified, int kN>
 __device__ __forceinline__ void score_gradients(float (&s)[kN][4], float (&dp)[kN][4], const AttentionParams& p,
                                                 const Scorer<kModified>& scorer, int b, int h, const Row (&rows)[2],
-                                                const GradientRow (&gradient_rows)[2], int shift, int first, bool full, int keep,
-                                                int down_to) {
+                                                const GradientRow (&gradient_rows)[2], int first, bool full, int keep, int down_to) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -87,7 +89,40 @@ __device__ __forceinline__ void score_gradients(float (&s)[kN][4], float (&dp)[k
       for (int e = 0; e < 2; ++e) {
         const bool ok = allows(p.mask, b, h, rows[half], kv + e, full, keep) && q < p.sizes.q_len;
         pair_gradient<T>(s[n][half * 2 + e], dp[n][half * 2 + e], ok, is_kept(p.dropout, words, kv + e), p, scorer, gradient_rows[half],
-                         {b, h, q, q + shift, kv + e}, down_to);
+                         {b, h, q, kv + e}, down_to);
+      }
+    }
+  }
+}
+
+// NaN in the written dq of rows that attend to a broken key, in its broken columns: what its product with the row's score gradient is.
+template <class T>
+__device__ __noinline__ void mark_queries(const AttentionParams& p, int b, int h, int q_first, int count) {
+  const Sizes& sizes = p.sizes;
+  for (int i = threadIdx.x; i < count * sizes.head_dim; i += blockDim.x) {
+    const int q = q_first + i / sizes.head_dim, col = i % sizes.head_dim;
+    const Interval keys = row_interval(p.mask, b, q, sizes);
+    if (keys.empty() || p.sum[row_number(sizes, b, h, q)] == 0.f) continue;
+    for (int kv = keys.start; kv < keys.end; ++kv) {
+      if (!is_finite(*at<const T>(p.k, b, h / sizes.group, kv, col)) && kept(p.mask, b, h, q, kv))
+        *at<T>(p.dq, b, h, q, col) = from_float<T>(NAN);
+    }
+  }
+}
+
+// The same for keys: NaN in the written gradient (dk or dv) of those that a row with something broken in `source` (q or dout) attends to.
+template <class T>
+__device__ __noinline__ void mark_keys(const AttentionParams& p, const Matrix& source, const Matrix& target, int b, int kv_h, int kv_first,
+                                       int count, int cols) {
+  const Sizes& sizes = p.sizes;
+  for (int i = threadIdx.x; i < count * cols; i += blockDim.x) {
+    const int kv = kv_first + i / cols, col = i % cols;
+    if (kv >= sizes.kv_len) continue;
+    for (int h = kv_h * sizes.group; h < (kv_h + 1) * sizes.group; ++h) {
+      for (int q = 0; q < sizes.q_len; ++q) {
+        if (is_finite(*at<const T>(source, b, h, q, col)) || p.sum[row_number(sizes, b, h, q)] == 0.f) continue;
+        if (row_interval(p.mask, b, q, sizes).contains(kv) && kept(p.mask, b, h, q, kv))
+          *at<T>(target, b, kv_h, kv, col) = from_float<T>(NAN);
       }
     }
   }
@@ -102,7 +137,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kDq>::kThreads, 1)
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = p.sizes;
   const BlockPlace place((sizes.q_len + kBlockQ - 1) / kBlockQ, sizes.heads, true);
-  const int b = place.b, h = place.h, kv_h = h / sizes.group, q_first = place.tile * kBlockQ, shift = query_shift(p.mask, b);
+  const int b = place.b, h = place.h, kv_h = h / sizes.group, q_first = place.tile * kBlockQ;
   const int warp_row = threadIdx.x / 32 / C::kShape.split * 16, warp_col = threadIdx.x / 32 % C::kShape.split * kCols * 8;
   const Reach near = reach<kBlockQ>(p.mask, b, q_first, sizes);
   const Row rows[2] = {own_row(p.mask, b, q_first + warp_row, 0, sizes), own_row(p.mask, b, q_first + warp_row, 1, sizes)};
@@ -119,6 +154,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kDq>::kThreads, 1)
 
   const Scorer<kModified> scorer(p.score);
   float acc[kCols][4] = {};
+  bool broken = false;
   int first = next_tile(p.mask, b, h, place.tile, near.low / kBlockKv * kBlockKv, near.high, kBlockKv);
   q_tile.template load<C::kThreads>(RowSource<T>{p.q, b, h, 0, sizes.q_len, sizes.head_dim}, q_first);
   if (has_dout) dout_tile.template load<C::kThreads>(RowSource<T>{p.dout, b, h, 0, sizes.q_len, sizes.value_dim}, q_first);
@@ -138,9 +174,10 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kDq>::kThreads, 1)
     float s[kN][4], dp[kN][4] = {};
     multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile);
     if (has_dout) multiply_transposed<T, kHeadSize>(dp, dout_tile, warp_row, v_tile);
-    score_gradients<T>(s, dp, p, scorer, b, h, rows, gradient_rows, shift, first, full, keep, 0);
-    // 0 * NaN is NaN: a broken key reaches only rows that attend to it, whose own score gradient is NaN already.
+    score_gradients<T>(s, dp, p, scorer, b, h, rows, gradient_rows, first, full, keep, 0);
+    // 0 * NaN is NaN: a broken key must reach only rows that attend to it.
     if (!full && __syncthreads_or(k_tile.template has_broken<C::kThreads, false>())) {
+      broken = true;
       k_tile.template has_broken<C::kThreads, true>();
       __syncthreads();
     }
@@ -154,11 +191,17 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kDq>::kThreads, 1)
   for (int n = 0; n < kCols; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      *q_tile.at(rows[e / 2].q - q_first, warp_col + n * 8 + threadIdx.x % 4 * 2 + e % 2) = from_float<T>(acc[n][e] * p.score.scale);
+      // In a row without scores 0 * NaN of any key may have come up.
+      const float x = gradient_rows[e / 2].inverse == 0.f ? 0.f : acc[n][e] * p.score.scale;
+      *q_tile.at(rows[e / 2].q - q_first, warp_col + n * 8 + threadIdx.x % 4 * 2 + e % 2) = from_float<T>(x);
     }
   }
   __syncthreads();
   q_tile.template store<C::kThreads>(RowSource<T>{p.dq, b, h, 0, sizes.q_len, sizes.head_dim}, q_first);
+  if (broken) {
+    __syncthreads();
+    mark_queries<T>(p, b, h, q_first, kBlockQ);
+  }
 }
 
 template <class T, int kHeadSize>
@@ -174,9 +217,10 @@ struct Dkdv {
 };
 
 // The queries whose window can reach keys [first, end); intervals per row and keep may exclude more.
-__device__ inline void query_range(const MaskParams& mask, int shift, int first, int end, const Sizes& sizes, int& low, int& high) {
-  low = mask.right >= 0 ? max(0, first - mask.right - shift) : 0;
-  high = mask.left >= 0 ? min(sizes.q_len, end + mask.left - shift) : sizes.q_len;
+__device__ inline void query_range(const MaskParams& mask, int b, int first, int end, const Sizes& sizes, int& low, int& high) {
+  const int64_t shift = query_shift(mask.alignment, b);
+  low = mask.right >= 0 ? within(first - mask.right - shift, sizes.q_len) : 0;
+  high = mask.left >= 0 ? within(end + mask.left - shift, sizes.q_len) : sizes.q_len;
 }
 
 template <class T, int kHeadSize, bool kModified, bool kDk, bool kDv>
@@ -187,10 +231,10 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
   const Sizes& sizes = p.sizes;
   const BlockPlace place((sizes.kv_len + kBlockKv - 1) / kBlockKv, sizes.heads / sizes.group, false);
   const int b = place.b, kv_h = place.h, kv_first = place.tile * kBlockKv, kv_end = min(kv_first + kBlockKv, sizes.kv_len);
-  const int shift = query_shift(p.mask, b), warp_row = threadIdx.x / 32 * 16, kv_row = kv_first + warp_row + threadIdx.x % 32 / 4;
+  const int warp_row = threadIdx.x / 32 * 16, kv_row = kv_first + warp_row + threadIdx.x % 32 / 4;
   const bool has_dout = !kModified || p.dout.data != nullptr;
   int low, high;
-  query_range(p.mask, shift, kv_first, kv_end, sizes, low, high);
+  query_range(p.mask, b, kv_first, kv_end, sizes, low, high);
   const int first_tile = low / kBlockQ, count = high > low ? (high + kBlockQ - 1) / kBlockQ - first_tile : 0;
 
   const typename C::KvTile k_tile(shared), v_tile(shared + C::KvTile::kBytes);
@@ -214,6 +258,7 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
 
   const Scorer<kModified> scorer(p.score);
   float dk[kDk ? kCols : 1][4] = {}, dv[kDv ? kCols : 1][4] = {};
+  bool broken = false;
   k_tile.template load<C::kThreads>(RowSource<T>{p.k, b, kv_h, 0, sizes.kv_len, sizes.head_dim}, kv_first);
   v_tile.template load<C::kThreads>(RowSource<T>{p.v, b, kv_h, 0, sizes.kv_len, sizes.value_dim}, kv_first);
   const int end = sizes.group * count;
@@ -225,19 +270,20 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
     if (kStages == 1) load_q(0, step);
     else if (following < end) load_q((i + 1) % kStages, following);
     ptx::cp_async_commit();
+    const int h = head_of(step), q_first = tile_of(step) * kBlockQ, own = q_first + threadIdx.x;
     ptx::cp_async_wait<kStages - 1>();
-    __syncthreads();
+    const bool is_empty = threadIdx.x < kBlockQ && own < sizes.q_len && p.sum[row_number(sizes, b, h, own)] == 0.f;
+    const bool any_empty = __syncthreads_or(is_empty);
 
     const typename C::QTile q_tile(stage(2 * i)), dout_tile(stage(2 * i + 1));
-    const int h = head_of(step), q_first = tile_of(step) * kBlockQ;
     const int keep = tile_state(p.mask, b, h, tile_of(step), place.tile);
     const bool full =
         keep == 2 && kv_first + kBlockKv <= sizes.kv_len && reach<kBlockQ>(p.mask, b, q_first, sizes).covers(kv_first, kv_end);
-    if (!full) {
-      // Rows without keys are zeros, whatever they hold: 0 * NaN is NaN, and they take part in the sums below.
+    if (any_empty) {
+      // Rows without scores are zeros, whatever they hold: 0 * NaN is NaN, and they take part in the sums below.
       for (int n = threadIdx.x; n < kBlockQ * kHeadSize; n += C::kThreads) {
         const int row = n / kHeadSize;
-        if (!row_interval(p.mask, b, q_first + row, sizes).empty()) continue;
+        if (q_first + row < sizes.q_len && p.sum[row_number(sizes, b, h, q_first + row)] != 0.f) continue;
         *q_tile.at(row, n % kHeadSize) = from_float<T>(0.f);
         if (has_dout) *dout_tile.at(row, n % kHeadSize) = from_float<T>(0.f);
       }
@@ -263,10 +309,17 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
           if (kModified && p.dropout.seed != nullptr && ok) {
             stays = is_kept(p.dropout, dropout_words(p.dropout, row_number(sizes, b, h, q), kv, sizes.kv_len), kv);
           }
-          pair_gradient<T>(s[n][half * 2 + column], dp[n][half * 2 + column], ok, stays, p, scorer, gradient_row, {b, h, q, q + shift, kv},
-                           0);
+          pair_gradient<T>(s[n][half * 2 + column], dp[n][half * 2 + column], ok, stays, p, scorer, gradient_row, {b, h, q, kv}, 0);
         }
       }
+    }
+    // A broken query, or what is broken of its gradient, must reach only keys that it attends to.
+    if (!full && __syncthreads_or(q_tile.template has_broken<C::kThreads, false>() ||
+                                  (has_dout && dout_tile.template has_broken<C::kThreads, false>()))) {
+      broken = true;
+      q_tile.template has_broken<C::kThreads, true>();
+      if (has_dout) dout_tile.template has_broken<C::kThreads, true>();
+      __syncthreads();
     }
     if (kDv && has_dout) multiply_add<T>(dv, s, dout_tile);
     if (kDk) multiply_add<T>(dk, dp, q_tile);
@@ -288,6 +341,11 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
   __syncthreads();
   if (kDk) k_tile.template store<C::kThreads>(RowSource<T>{p.dk, b, kv_h, 0, sizes.kv_len, sizes.head_dim}, kv_first);
   if (kDv) v_tile.template store<C::kThreads>(RowSource<T>{p.dv, b, kv_h, 0, sizes.kv_len, sizes.value_dim}, kv_first);
+  if (broken) {
+    __syncthreads();
+    if (kDk) mark_keys<T>(p, p.q, p.dk, b, kv_h, kv_first, kBlockKv, sizes.head_dim);
+    if (kDv && has_dout) mark_keys<T>(p, p.dout, p.dv, b, kv_h, kv_first, kBlockKv, sizes.value_dim);
+  }
 }
 
 }  // namespace fused_attn

@@ -24,6 +24,7 @@ __device__ __noinline__ void add_broken(const AttentionParams& p, int b, int h, 
   for (int i = threadIdx.x; i < q_count * sizes.value_dim; i += blockDim.x) {
     const int q = q_first + i / sizes.value_dim, col = i % sizes.value_dim;
     const Interval keys = row_interval(p.mask, b, q, sizes);
+    if (keys.empty() || p.sum[row_number(sizes, b, h, q)] == 0.f) continue;
     for (int kv = keys.start; kv < keys.end; ++kv) {
       const T x = *at<const T>(p.v, b, h / sizes.group, kv, col);
       if (is_finite(x) || !kept(p.mask, b, h, q, kv)) continue;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(Fwd<T, kHeadSize>::kThreads, 1) attention_fwd_
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = p.sizes;
   const BlockPlace place((sizes.q_len + kBlockQ - 1) / kBlockQ, sizes.heads, true);
-  const int b = place.b, h = place.h, kv_h = h / sizes.group, q_first = place.tile * kBlockQ, shift = query_shift(p.mask, b);
+  const int b = place.b, h = place.h, kv_h = h / sizes.group, q_first = place.tile * kBlockQ;
   const Reach near = reach<kBlockQ>(p.mask, b, q_first, sizes);
   const int warp_row = threadIdx.x / 32 / C::kShape.split * 16, warp_col = threadIdx.x / 32 % C::kShape.split * kCols * 8;
   const Row rows[2] = {own_row(p.mask, b, q_first + warp_row, 0, sizes), own_row(p.mask, b, q_first + warp_row, 1, sizes)};
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(Fwd<T, kHeadSize>::kThreads, 1) attention_fwd_
     if (!full) broken |= __syncthreads_or(v_tile.template has_broken<C::kThreads, true>());
     float s[kN][4];
     multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile);
-    to_scores<kModified>(s, p, scorer, b, h, rows, shift, first, full, keep);
+    to_scores<kModified>(s, p, scorer, b, h, rows, first, full, keep);
     rescale<kModified>(s, acc, state, scorer);
     if (kModified && p.dropout.seed != nullptr) drop(s, p.dropout, sizes, b, h, rows, first, 1.f);
     multiply_add<T>(acc, s, v_tile, warp_col);
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(Fwd<T, kHeadSize>::kThreads, 1) attention_fwd_
   for (int half = 0; half < 2; ++half) {
     RowState& row = state[half];
     row.sum = quad_sum(row.sum);
+    const bool empty = row.sum == 0.f;  // no keys, or scores of -inf alone
     if (kModified && p.sinks.data != nullptr) add_sink(acc, row, half, load(p.sinks, p.sinks_dtype, 0, h, 0, 0), scorer);
     const float total = row.sum == 0.f ? 1.f : row.sum;
     const float scale = (kModified && p.dropout.seed != nullptr ? p.dropout.factor : 1.f) / total;
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(Fwd<T, kHeadSize>::kThreads, 1) attention_fwd_
     for (int n = 0; n < kCols; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float x = acc[n][half * 2 + e] * scale;
+        const float x = empty ? 0.f : acc[n][half * 2 + e] * scale;
         const int col = warp_col + n * 8 + threadIdx.x % 4 * 2 + e;
         *q_tile.at(local, col) = from_float<T>(x);
         if (kModified && sizeof(T) == 2 && p.wide.data != nullptr && q < sizes.q_len && col < sizes.value_dim)
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(Fwd<T, kHeadSize>::kThreads, 1) attention_fwd_
       const int64_t r = row_number(sizes, b, h, q);
       p.lse[r] = row.sum == 0.f ? -INFINITY : scorer.natural(row.base()) + logf(total);
       p.top[r] = row.top;
-      p.sum[r] = row.sum;
+      p.sum[r] = empty ? 0.f : row.sum;
     }
   }
   __syncthreads();

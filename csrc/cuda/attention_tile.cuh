@@ -73,7 +73,7 @@ __device__ __forceinline__ int next_tile(const MaskParams& mask, int b, int h, i
 // Products of a warp's rows to scores, -inf where a query may not attend: s [16, kN * 8] of queries x keys [first, ...).
 template <bool kModified, int kN>
 __device__ __forceinline__ void to_scores(float (&s)[kN][4], const AttentionParams& p, const Scorer<kModified>& scorer, int b, int h,
-                                          const Row (&rows)[2], int shift, int first, bool full, int state) {
+                                          const Row (&rows)[2], int first, bool full, int state) {
   if (full && scorer.is_raw()) return;
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void to_scores(float (&s)[kN][4], const AttentionPara
       const Row& row = rows[e / 2];
       const int kv = first + n * 8 + threadIdx.x % 4 * 2 + e % 2;
       const bool ok = allows(p.mask, b, h, row, kv, full, state);
-      if (!scorer.is_raw() && ok && row.q < p.sizes.q_len) s[n][e] = scorer.score(s[n][e], {b, h, row.q, row.q + shift, kv});
+      if (!scorer.is_raw() && ok && row.q < p.sizes.q_len) s[n][e] = scorer.score(s[n][e], {b, h, row.q, kv});
       if (!ok) s[n][e] = -INFINITY;
     }
   }

@@ -6,18 +6,6 @@
 
 namespace fused_attn {
 
-// A chunk of scores, -inf where the query may not attend; what is masked is never used, whatever it holds.
-template <class T>
-__device__ __forceinline__ void load_scores(float (&x)[kVector<T>], const SoftmaxParams& p, const Scorer<true>& scorer,
-                                            const RowView<const T>& view, const SoftmaxRow& row, int kv) {
-  const uint32_t allowed = row.allowed<kVector<T>>(p, kv);
-  view.load(x, kv, p.sizes.kv_len);
-#pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) {
-    x[j] = allowed >> j & 1 ? scorer.score(x[j], {row.b, row.h, row.q, row.q + row.shift, kv + j}) : -INFINITY;
-  }
-}
-
 // Scores to the result, written; with dropout the probabilities before it are written too. base, sum: the row's maximum (0 where the row is
 // empty) and its sum of exponentials.
 template <class T>

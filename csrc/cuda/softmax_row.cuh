@@ -18,7 +18,7 @@ struct Spread {
 // Row number r = (b * heads + h) * q_len + q; rows beyond the last repeat it and write nothing.
 struct SoftmaxRow {
   int64_t r;
-  int b, h, q, shift;
+  int b, h, q;
   bool live;
   Interval keys;
 
@@ -28,7 +28,6 @@ struct SoftmaxRow {
     live = number < rows;
     r = live ? number : rows - 1;
     q = r % sizes.q_len, h = r / sizes.q_len % sizes.heads, b = r / sizes.q_len / sizes.heads;
-    shift = query_shift(p.mask, b);
     keys = row_interval(p.mask, b, q, sizes);
   }
 
@@ -94,6 +93,18 @@ struct RowView {
     }
   }
 };
+
+// A chunk of scores, -inf where the query may not attend; what is masked is never used, whatever it holds.
+template <class T>
+__device__ __forceinline__ void load_scores(float (&x)[kVector<T>], const SoftmaxParams& p, const Scorer<true>& scorer,
+                                            const RowView<const T>& view, const SoftmaxRow& row, int kv) {
+  const uint32_t allowed = row.allowed<kVector<T>>(p, kv);
+  view.load(x, kv, p.sizes.kv_len);
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) {
+    x[j] = allowed >> j & 1 ? scorer.score(x[j], {row.b, row.h, row.q, kv + j}) : -INFINITY;
+  }
+}
 
 // Multiplies a chunk by 0 where dropout removes and by 1 / (1 - p) where it does not; four neighbours share a call of Philox.
 template <int kCount>

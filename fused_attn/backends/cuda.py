@@ -158,7 +158,7 @@ def _room(tensor: Tensor, wanted: bool) -> Tensor | None:
 def _flat(terms: Terms) -> tuple[Any, ...]:
     """The flattened terms with every tensor in a dtype that the kernels read."""
     q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *scalars = terms.flatten()
-    offset = None if q_offset is None else q_offset.to(torch.int32).contiguous()
+    offset = None if q_offset is None else q_offset.to(torch.int64).contiguous()
     return offset, kv_start, kv_end, keep, seed, None if sinks is None else _narrow(sinks), [_narrow(t) for t in mod_tensors], *scalars
 
 

@@ -111,6 +111,11 @@ __device__ __forceinline__ void mma(float (&left)[4], float (&right)[4], const F
     float part[2][4] = {};
 #pragma unroll
     for (int order = 2; order >= 0; --order) {
+      if (order == 0) {
+        // What an infinity leaves for the smaller terms is inf - inf; only the product of the largest terms says what it means.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[0][i] = isnan(part[0][i]) ? 0.f : part[0][i], part[1][i] = isnan(part[1][i]) ? 0.f : part[1][i];
+      }
 #pragma unroll
       for (int i = 0; i <= order; ++i) {
         ptx::mma_m16n8k16<bfloat16>(part[0], a.x[i], b.x[order - i][0]);

@@ -12,15 +12,22 @@ struct Interval {
   __device__ bool empty() const { return start >= end; }
 };
 
-__device__ inline int query_shift(const MaskParams& mask, int b) { return mask.shift + (mask.shifts != nullptr ? mask.shifts[b] : 0); }
+__device__ inline int64_t query_shift(const Alignment& alignment, int b) {
+  return alignment.shifts != nullptr ? alignment.shifts[b] : alignment.shift;
+}
+
+// A 64-bit index cut off at the ends of [0, length].
+__device__ inline int within(int64_t index, int length) {
+  return static_cast<int>(min(max(index, int64_t{0}), static_cast<int64_t>(length)));
+}
 
 // The keys of row q within [0, kv_len]; nothing for rows beyond q_len.
 __device__ inline Interval row_interval(const MaskParams& mask, int b, int q, const Sizes& sizes) {
   if (q >= sizes.q_len) return {0, 0};
-  const int position = q + query_shift(mask, b);
+  const int64_t position = q + query_shift(mask.alignment, b);
   int start = 0, end = sizes.kv_len;
-  if (mask.left >= 0) start = max(start, position - mask.left);
-  if (mask.right >= 0) end = min(end, position + mask.right + 1);
+  if (mask.left >= 0) start = within(position - mask.left, sizes.kv_len);
+  if (mask.right >= 0) end = within(position + mask.right + 1, sizes.kv_len);
   if (mask.kv_start.data != nullptr) start = max(start, *at<const int>(mask.kv_start, b, 0, q, 0));
   if (mask.kv_end.data != nullptr) end = min(end, *at<const int>(mask.kv_end, b, 0, q, 0));
   return {start, end};

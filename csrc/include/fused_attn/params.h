@@ -14,14 +14,19 @@ struct Matrix {
 
 enum class DType : int { kHalf, kBFloat16, kFloat };
 
+// Where query 0 sits on the key axis: the same place for every batch, or one per batch, which may lie beyond 32 bits.
+struct Alignment {
+  int shift = 0;
+  const int64_t* shifts = nullptr;
+};
+
 // One contiguous interval of keys per query row, thinned by an optional dense mask.
 struct MaskParams {
-  int left = -1, right = -1;    // keys within [position - left, position + right]; -1: unlimited
-  int shift = 0;                // key position of query 0, the same for every batch ...
-  const int* shifts = nullptr;  // ... or one per batch, added to it
-  Matrix kv_start, kv_end;      // int32 [batch|1, 1, q_len, 1]: first and one-past-last key of a row
-  Matrix keep;                  // uint8 [batch|1, heads|1, q_len|1, kv_len|1], nonzero: may attend
-  Matrix summary;               // int8 per tile of keep: 0 nothing may attend, 1 mixed, 2 everything may
+  int left = -1, right = -1;  // keys within [position - left, position + right]; -1: unlimited
+  Alignment alignment;
+  Matrix kv_start, kv_end;  // int32 [batch|1, 1, q_len, 1]: first and one-past-last key of a row
+  Matrix keep;              // uint8 [batch|1, heads|1, q_len|1, kv_len|1], nonzero: may attend
+  Matrix summary;           // int8 per tile of keep: 0 nothing may attend, 1 mixed, 2 everything may
 };
 
 enum class ModKind : int;  // listed in score_mod.cuh
@@ -41,6 +46,7 @@ struct ScoreParams {
   bool raw = false;  // nothing but a positive scale: row maxima stay in the unit of the product, and scaling joins the exponent
   int count = 0;
   ScoreMod mods[kMaxMods];
+  Alignment alignment;
 };
 
 // Word number k % 4 of Philox4x32-7 at counter row * ceil(kv_len / 4) + k / 4 decides about key k; words below the limit are removed.
@@ -67,7 +73,7 @@ struct AttentionParams {
   DType sinks_dtype = DType::kFloat;
   float* lse = nullptr;    // [rows]
   float* top = nullptr;    // [rows] largest score, sinks included
-  float* sum = nullptr;    // [rows] sum of exp(score - top), sinks included
+  float* sum = nullptr;    // [rows] sum of exp(score - top), sinks included; 0 in rows without keys or with scores of -inf alone
   float* delta = nullptr;  // [rows]
   Matrix dout, dprobs, dscores, dq, dk, dv;
   Matrix dlse;                   // float [batch, heads, q_len, 1]
@@ -93,7 +99,7 @@ struct SoftmaxParams {
   Matrix probs;  // before dropout, contiguous; there only with dropout
   bool log = false, uniform_empty = false;
   Matrix result, dout, dx;  // backward: probabilities before dropout or their logarithms, what arrives, what goes out
-  float* totals = nullptr;  // backward: [rows], sum of p * g of each row (of g for logarithms)
+  float* totals = nullptr;  // backward: [2, rows], sum of p * g of each row (of g for logarithms), and 1 for rows with scores above -inf
   // Gradient of a bias [bias.batch, bias.heads, bias.q_len, kv_len], each 1 or full: partial sums over the rows that share an element.
   float* dbias = nullptr;  // [bias_splits, bias.batch, bias.heads, bias.q_len, kv_len]
   Sizes bias;

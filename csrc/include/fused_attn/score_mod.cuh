@@ -2,7 +2,7 @@
 // a case of `apply`, and one of `pull_back` unless it only adds something to the score.
 #pragma once
 
-#include "fused_attn/tensor.cuh"
+#include "fused_attn/mask.cuh"
 
 namespace fused_attn {
 
@@ -15,9 +15,9 @@ struct ModEntry {
 };
 constexpr ModEntry kMods[] = {{"softcap", false}, {"alibi", false}, {"bias", true}};
 
-// Where a score stands: indices, and the query's position on the key axis.
+// Where a score stands.
 struct Place {
-  int b, h, q, position, kv;
+  int b, h, q, kv;
 };
 
 // tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above.
@@ -31,17 +31,20 @@ __device__ inline float precise_tanh(float x) {
   return magnitude < 0.625f ? fmaf(x * square, poly, x) : copysignf(large, x);
 }
 
-__device__ inline float apply(const ScoreMod& mod, float s, Place p) {
+__device__ inline float apply(const ScoreMod& mod, const Alignment& alignment, float s, Place p) {
   switch (mod.kind) {
     case ModKind::kSoftCap: return mod.scalar * precise_tanh(s / mod.scalar);
-    case ModKind::kALiBi: return s - load(mod.tensor, mod.dtype, p.b, p.h, 0, 0) * fabsf(static_cast<float>(p.position - p.kv));
+    case ModKind::kALiBi: {
+      const int64_t distance = p.q - p.kv + query_shift(alignment, p.b);
+      return s - load(mod.tensor, mod.dtype, p.b, p.h, 0, 0) * fabsf(static_cast<float>(distance));
+    }
     default: return s + load(mod.tensor, mod.dtype, p.b, p.h, p.q, p.kv);
   }
 }
 
 // The first `count` modifications, in order. A call of its own: inlined per element of a tile it makes the compiler four times slower.
 __device__ __noinline__ inline float apply(const ScoreParams& score, float s, Place p, int count) {
-  for (int i = 0; i < count; ++i) s = apply(score.mods[i], s, p);
+  for (int i = 0; i < count; ++i) s = apply(score.mods[i], score.alignment, s, p);
   return s;
 }
 
