@@ -21,6 +21,7 @@ struct Fwd {
 template <class T>
 __device__ __noinline__ void add_broken(const AttentionParams& p, int b, int h, int q_first, int q_count) {
   const Sizes& sizes = p.sizes;
+  const Scorer<true> scorer(p.score);
   for (int i = threadIdx.x; i < q_count * sizes.value_dim; i += blockDim.x) {
     const int q = q_first + i / sizes.value_dim, col = i % sizes.value_dim;
     const Interval keys = row_interval(p.mask, b, q, sizes);
@@ -28,9 +29,14 @@ __device__ __noinline__ void add_broken(const AttentionParams& p, int b, int h, 
     for (int kv = keys.start; kv < keys.end; ++kv) {
       const T x = *at<const T>(p.v, b, h / sizes.group, kv, col);
       if (is_finite(x) || !kept(p.mask, b, h, q, kv)) continue;
+      float product = 0.f;
+      for (int d = 0; d < sizes.head_dim; ++d)
+        product = fmaf(to_float(*at<const T>(p.q, b, h, q, d)), to_float(*at<const T>(p.k, b, h / sizes.group, kv, d)), product);
+      const float weight = scorer.exponential(scorer.score(product, {b, h, q, kv}), p.top[row_number(sizes, b, h, q)]);
+      const float added = weight == 0.f ? NAN : to_float(x);  // 0 * infinity
       T* out = at<T>(p.out, b, h, q, col);
-      *out = from_float<T>(to_float(*out) + to_float(x));
-      if (p.wide.data != nullptr) *at<float>(p.wide, b, h, q, col) += to_float(x);
+      *out = from_float<T>(to_float(*out) + added);
+      if (p.wide.data != nullptr) *at<float>(p.wide, b, h, q, col) += added;
     }
   }
 }

@@ -93,9 +93,9 @@ def sink_gradient(call: LoweredAttention, stats: Tensor, delta: Tensor) -> Tenso
     sinks = call.terms.sinks
     assert sinks is not None
     top, total = stats[:2]
-    sinks = sinks.float()[:, None]
-    p = torch.where(total == 0, (sinks > -torch.inf).float(), torch.exp(sinks - top) / total)
-    return -(p * delta).sum((0, 2)).to(call.terms.sinks.dtype)
+    logits = sinks.float()[:, None]
+    p = torch.where(total == 0, (logits > -torch.inf).float(), torch.exp(logits - top) / total)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:

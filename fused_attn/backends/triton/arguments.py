@@ -88,7 +88,10 @@ class Sizes(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Compile-time sizes: tile of queries and keys, padded and true head and value dimensions, columns of a row that stay in registers."""
+    """Compile-time sizes: tile of queries and keys, padded and true head and value dimensions, columns of a row that stay in registers.
+
+    ``has_summary`` says that the summary of ``keep`` is one of such tiles.
+    """
 
     q: Any
     kv: Any
@@ -97,6 +100,7 @@ class Tile(NamedTuple):
     head_dim: Any
     value_dim: Any
     resident: Any
+    has_summary: Any
 
 
 def matrix(tensor: Tensor | None) -> Matrix | None:
@@ -112,13 +116,18 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def tile(call: LoweredAttention, config: TileConfig) -> Tile:
+def tile(call: LoweredAttention, config: TileConfig, has_summary: bool = True) -> Tile:
     """The compile-time sizes of a pass."""
     head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
     d, dv = padded(head_dim), padded(value_dim)
     resident = config.resident if call.q.dtype == torch.float32 else max(d, dv)
-    values = (config.block_q, config.block_kv, d, dv, head_dim, value_dim, resident)
+    values = (config.block_q, config.block_kv, d, dv, head_dim, value_dim, resident, has_summary)
     return Tile(*(tl.constexpr(v) for v in values))
+
+
+def small_tile(call: LoweredAttention) -> Tile:
+    """The sizes of ``mending``: the smallest that tensor cores multiply, and slices of float32 rows."""
+    return tile(call, TileConfig(16, 16, 0, 0, 32), has_summary=False)
 
 
 def sizes(call: LoweredAttention) -> Sizes:

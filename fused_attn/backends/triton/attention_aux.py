@@ -17,18 +17,9 @@ from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
 from fused_attn.lowering import LoweredAttention
 
-from .attention_fwd import exponentials, tile_scores
 from .masks import query_range, query_shift, reach, row_intervals
 from .primitives import load_rows, pointers
-
-
-@triton.jit
-def row_statistics(stats, b, h, q_idx, rows):
-    """Row maximum (0 for rows without keys) and 1 / sum (0 for rows without keys), [tile.q] each."""
-    at = pointers(stats, b * 0, b, h, q_idx)
-    m = tl.load(at, mask=rows, other=0.0)
-    l = tl.load(at + stats.batch, mask=rows, other=0.0)
-    return tl.where(m == float("-inf"), 0.0, m), tl.where(l == 0.0, 0.0, 1.0 / tl.where(l == 0.0, 1.0, l))
+from .score_tile import exponentials, row_statistics, tile_scores
 
 
 @triton.jit

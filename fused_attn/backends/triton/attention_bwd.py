@@ -16,10 +16,12 @@ from fused_attn.backends.triton.launch import Plan
 from fused_attn.lowering import LoweredAttention
 
 from .attention_bwd_bias import bias_gradient
-from .attention_fwd import pairs_allowed, wide_output
-from .gradient_tile import gradient_tile, load_keys, load_query_rows, touches
+from .attention_fwd import wide_output
+from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches
 from .masks import mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
-from .primitives import any_true, cleaned, count_broken, dot, fill_marked, load_rows, mark_broken, pointers, store_rows
+from .mending import mend_dkdv, mend_dq
+from .primitives import any_true, load_rows, pointers, store_rows
+from .score_tile import pairs_allowed
 
 
 @triton.jit
@@ -52,51 +54,7 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, sco
 
 
 @triton.jit
-def _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
-    kv_idx = first + tl.arange(0, tile.kv)
-    kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
-    k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
-    _, ds = gradient_tile(
-        rows_of,
-        (k_tile, v_tile, kv_idx, kv_ok, place[1] // sizes.group, (k, v)),
-        place,
-        grads,
-        mask,
-        score,
-        dropout,
-        sizes,
-        MASKED,
-        0,
-        tile,
-    )
-    if tile.d > tile.resident:
-        # Read once more, as in ``_dkdv_step``.
-        k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
-    if CLEAN:
-        k_tile = cleaned(k_tile)
-    if score.scoring is None:
-        acc = dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
-    else:
-        acc += score.scoring[1](ds, rows_of[0], k_tile, score.scoring_args, score.precision)
-    return acc
-
-
-@triton.jit
-def _broken_keys(k, span, near, place, interval, row_ok, mask, sizes, tile):
-    """How many broken elements of its keys each row attends to, [tile.q, tile.d]."""
-    b, h, q_idx = place[0], place[1], place[2]
-    hits = tl.zeros([tile.q, tile.d], tl.float32)
-    for first in range(span[0], span[1], tile.kv):
-        kv_idx = first + tl.arange(0, tile.kv)
-        kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
-        ok = row_ok[:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
-        k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
-        hits = count_broken(tl.where(ok, 1.0, 0.0), k_tile, hits)
-    return hits
-
-
-@triton.jit
-def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, mask, score, dropout, sizes, tile):
+def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, small, mask, score, dropout, sizes, tile):
     tiles = tl.cdiv(sizes.q_len, tile.q)
     q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // sizes.heads, bh % sizes.heads
@@ -109,75 +67,25 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, m
     grads = (dprobs, dscores)
     acc = tl.zeros([tile.q, tile.d], tl.float32)
     for first in range(split, resume, tile.kv):
-        acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, False, False, tile)
+        acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, False, False, tile)
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.kv)
     for i in range(n_left + n_right):
         first = tl.where(i < n_left, low + i * tile.kv, resume + (i - n_left) * tile.kv)
         if not mask.dense:
-            acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
+            acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
         elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
-            acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
+            acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
     rows = q_idx < sizes.q_len
     store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
-    # 0 * NaN again: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
+    # 0 * NaN: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
     if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
-        hits = _broken_keys(k, (low, high), near, place, (start, end), rows_of[7], mask, sizes, tile)
         tl.debug_barrier()
-        mark_broken(dq, b, h, q_idx, rows, hits, tile.head_dim, tile.d)
-        tl.debug_barrier()
-        acc = tl.zeros([tile.q, tile.d], tl.float32)
-        for first in range(low, high, tile.kv):
-            acc = _dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, True, tile)
-        fill_marked(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
+        for first in range(q_tile * tile.q, q_tile * tile.q + tile.q, small.q):
+            mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, small)
 
 
 @triton.jit
-def _dkdv_step(
-    carry, first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile
-):  # fmt: skip
-    dk, dv = carry
-    b, shift = place
-    q_idx = first + tl.arange(0, tile.q)
-    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
-    here = (b, h, q_idx, shift, first // tile.q)
-    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
-    q_rows, dout_rows = rows_of[0], rows_of[1]
-    if dout is not None:
-        if tile.dv > tile.resident:
-            # Read once more: kept from before the scores, whole float32 rows leave no registers for them.
-            dout_rows = load_rows(dout, b, h, q_idx, rows_of[7], tile.value_dim, tile.dv)
-        if CLEAN:
-            dout_rows = cleaned(dout_rows)
-        dv = dot(tl.trans(weights.to(dout_rows.dtype)), dout_rows, dv, score.precision)
-    if tile.d > tile.resident:
-        q_rows = load_rows(q, b, h, q_idx, rows_of[7], tile.head_dim, tile.d)
-    if CLEAN:
-        q_rows = cleaned(q_rows)
-    if score.scoring is None:
-        dk = dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision)
-    else:
-        dk += score.scoring[2](ds, q_rows, keys_of[0], score.scoring_args, score.precision)
-    return dk, dv
-
-
-@triton.jit
-def _broken_queries(carry, first, h, keys_of, place, q, dout, stats, delta, mask, sizes, tile):
-    """Adds how many broken elements of the queries, and of what arrives at them, each key is attended by."""
-    dk_hits, dv_hits = carry
-    b, kv_idx = place[0], keys_of[2]
-    q_idx = first + tl.arange(0, tile.q)
-    q_rows, dout_rows, _, _, _, start, end, row_ok, _ = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
-    here = (b, h, q_idx, 0, first // tile.q)
-    ok = row_ok[:, None] & keys_of[3][None, :] & pairs_allowed(q_idx, kv_idx, (start, end), here, mask, tile)
-    weights = tl.trans(tl.where(ok, 1.0, 0.0))
-    dk_hits = count_broken(weights, q_rows, dk_hits)
-    if dout is not None:
-        dv_hits = count_broken(weights, dout_rows, dv_hits)
-    return dk_hits, dv_hits
-
-
-@triton.jit
-def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dscores, mask, score, dropout, sizes, tile):
+def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dscores, small, mask, score, dropout, sizes, tile):
     """One program per tile of keys and key head."""
     tiles = tl.cdiv(sizes.kv_len, tile.kv)
     kv_heads = sizes.heads // sizes.group
@@ -198,41 +106,26 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     for member in range(sizes.group):
         h = kv_h * sizes.group + member
         for first in range(split, resume, tile.q):
-            dk_acc, dv_acc = _dkdv_step(
+            dk_acc, dv_acc = dkdv_step(
                 (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, False, False, tile
             )
         for i in range(n_left + n_right):
             first = tl.where(i < n_left, low + i * tile.q, resume + (i - n_left) * tile.q)
             if not PER_ROW:
-                dk_acc, dv_acc = _dkdv_step(
+                dk_acc, dv_acc = dkdv_step(
                     (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, False, tile
                 )
             elif touches(mask, b, h, first, kv_first, kv_tile, sizes, tile):
-                dk_acc, dv_acc = _dkdv_step(
+                dk_acc, dv_acc = dkdv_step(
                     (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, False, tile
                 )
     store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
     store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
-    # 0 * NaN once more: a key may have got a NaN from a query that may not attend to it, or whose row is empty.
+    # 0 * NaN: a key may have got a NaN from a query that may not attend to it, or whose row is empty.
     if any_true(dk_acc != dk_acc) | any_true(dv_acc != dv_acc):
-        dk_acc, dv_acc = tl.zeros([tile.kv, tile.d], tl.float32), tl.zeros([tile.kv, tile.dv], tl.float32)
-        for member in range(sizes.group):
-            h = kv_h * sizes.group + member
-            for first in range(low, high, tile.q):
-                dk_acc, dv_acc = _broken_queries((dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, mask, sizes, tile)
         tl.debug_barrier()
-        mark_broken(dk, b, kv_h, kv_idx, kv_ok, dk_acc, tile.head_dim, tile.d)
-        mark_broken(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
-        tl.debug_barrier()
-        dk_acc, dv_acc = tl.zeros([tile.kv, tile.d], tl.float32), tl.zeros([tile.kv, tile.dv], tl.float32)
-        for member in range(sizes.group):
-            h = kv_h * sizes.group + member
-            for first in range(low, high, tile.q):
-                dk_acc, dv_acc = _dkdv_step(
-                    (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, True, tile
-                )  # fmt: skip
-        fill_marked(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
-        fill_marked(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
+        for first in range(kv_first, kv_first + tile.kv, small.kv):
+            mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, first, (low, high), mask, score, dropout, sizes, small)
 
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
@@ -244,13 +137,14 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     keys = needs[1] or needs[2]
     dq, dk, dv = (torch.empty_like(t) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
     batch, heads, _, _ = call.shape
+    small = arguments.small_tile(call)
     if dq is not None:
         plan, kernel = arriving.plan("bwd_dq"), _attention_bwd_dq_kernel
-        plan.launch(kernel, plan.q_tiles * batch * heads, (*arriving.operands, arguments.matrix(dq), *arriving.scores))
+        plan.launch(kernel, plan.q_tiles * batch * heads, (*arriving.operands, arguments.matrix(dq), *arriving.scores, small))
     if dk is not None and dv is not None:
         plan, kernel = arriving.plan("bwd_dkdv"), _attention_bwd_dkdv_kernel
         programs = plan.kv_tiles * batch * call.k.shape[1]
-        plan.launch(kernel, programs, (*arriving.operands, arguments.matrix(dk), arguments.matrix(dv), *arriving.scores))
+        plan.launch(kernel, programs, (*arriving.operands, arguments.matrix(dk), arguments.matrix(dv), *arriving.scores, small))
         dv = dv if incoming.dout is not None else torch.zeros_like(dv)
     dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
     places = [i for i, mod in enumerate(call.terms.mods) for _ in mod.tensors]

@@ -18,51 +18,10 @@ from fused_attn.backends.triton.launch import Plan
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
-from .masks import allowed, mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
-from .primitives import LOG2E, any_true, cleaned, contract, count_broken, dot, fill_marked, keep_tile, load_rows, store_rows
-from .score_mods import apply
-
-
-@triton.jit
-def product(q, k, q_source, k_source, score, tile):
-    """q k^T times the scale, unless the exponent takes it; or what a scoring of its own says (see ``scorings``)."""
-    if score.scoring is None:
-        scores = contract(q, k, q_source, k_source, score.precision, tile.resident, tile.head_dim, tile.d)
-        if not score.raw:
-            scores = scores * score.scale
-    else:
-        scores = score.scoring[0](q, k, score.scoring_args, score.precision)
-    return scores
-
-
-@triton.jit
-def exponentials(scores, m, score):
-    """exp(scores - m); ``m`` broadcasts and is finite."""
-    # Scores may be huge and equal: the exact difference comes first. A fused multiply-add would leave the rounding of m * factor, 2^-24 of
-    # the largest logit, in every exponent.
-    return tl.exp2((scores - m) * score.factor)
-
-
-@triton.jit
-def tile_scores(q, k, q_source, k_source, interval, place, mask, score, sizes, MASKED: tl.constexpr, tile):
-    """Scores of one tile [tile.q, tile.kv], -inf where a query may not attend, and where it may (in unmasked tiles: where there is a pair)."""
-    b, h, q_idx, shift = place[0], place[1], place[2], place[3]
-    kv_idx, kv_ok = k_source[3], k_source[4]
-    inside = (q_idx < sizes.q_len)[:, None] & kv_ok[None, :]
-    at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
-    scores = apply(product(q, k, q_source, k_source, score, tile), score, at, len(score.functions))
-    if MASKED:
-        inside = inside & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
-        scores = tl.where(inside, scores, float("-inf"))
-    return scores, inside
-
-
-@triton.jit
-def pairs_allowed(q_idx, kv_idx, interval, place, mask, tile):
-    """Which pairs of a tile [tile.q, tile.kv] may attend."""
-    b, h, q_tile = place[0], place[1], place[4]
-    state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
-    return allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], state)
+from .masks import mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
+from .mending import mend_out
+from .primitives import LOG2E, any_true, dot, keep_tile, load_rows, store_rows
+from .score_tile import exponentials, tile_scores
 
 
 @triton.jit
@@ -93,44 +52,7 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
 
 
 @triton.jit
-def _broken_values(v, span, interval, near, place, mask, sizes, tile):
-    """How many broken values each row attends to, and the infinities among them added up by sign, [tile.q, tile.dv] each."""
-    b, h, q_idx = place[0], place[1], place[2]
-    hits, signs = tl.zeros([tile.q, tile.dv], tl.float32), tl.zeros([tile.q, tile.dv], tl.float32)
-    for first in range(span[0], span[1], tile.kv):
-        kv_idx = first + tl.arange(0, tile.kv)
-        kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
-        v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
-        ok = (q_idx < sizes.q_len)[:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
-        ok = tl.where(ok, 1.0, 0.0).to(tl.bfloat16)
-        hits = count_broken(ok, v_tile, hits)
-        v_tile = v_tile.to(tl.float32)
-        signs = dot(ok, tl.where(v_tile == float("inf"), 1.0, tl.where(v_tile == float("-inf"), -1.0, 0.0)).to(tl.bfloat16), signs, "ieee")
-    return hits, signs
-
-
-@triton.jit
-def _clean_values(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, tile):
-    """The output once more from values without NaN and infinities."""
-    b, h, q_idx = place[0], place[1], place[2]
-    acc = tl.zeros([tile.q, tile.dv], tl.float32)
-    for first in range(span[0], span[1], tile.kv):
-        kv_idx = first + tl.arange(0, tile.kv)
-        kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
-        k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
-        k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
-        scores, _ = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        weights = exponentials(scores, m[:, None], score) * inverse[:, None]
-        if dropout is not None:
-            kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
-            weights = tl.where(kept, weights, 0.0)
-        v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
-        acc = dot(weights.to(v_tile.dtype), cleaned(v_tile), acc, score.precision)
-    return acc
-
-
-@triton.jit
-def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout, sizes, tile):
+def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, small, mask, score, dropout, sizes, tile):
     """lse [1, batch, heads, q_len] and stats [2, batch, heads, q_len] are matrices whose ``batch`` is the first dimension."""
     tiles = tl.cdiv(sizes.q_len, tile.q)
     # The last query tiles come first: with a causal mask they are the longest.
@@ -189,24 +111,9 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, mask, score, dropout,
     if mask.restricts:
         # 0 * NaN is NaN: a broken value reaches rows of its tile that may not attend to it. It is rare, so look only afterwards.
         if any_true((result != result) & (rows & (l == l))[:, None]):
-            _mend(q_rows, q_source, k, v, out, top, inverse, (low, high), interval, near, place, mask, score, dropout, sizes, tile)
-
-
-@triton.jit
-def _mend(q, q_source, k, v, out, m, inverse, span, interval, near, place, mask, score, dropout, sizes, tile):
-    """Replaces NaNs of the output that came from keys a row may not attend to."""
-    b, h, q_idx = place[0], place[1], place[2]
-    rows = q_idx < sizes.q_len
-    hits, signs = _broken_values(v, span, interval, near, place, mask, sizes, tile)
-    tl.debug_barrier()
-    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv)
-    # Infinities of one sign are the right value, where others of the tile made a NaN of them.
-    reached = tl.where((tl.abs(signs) == hits) & (inverse == inverse)[:, None], signs * float("inf"), float("nan"))
-    marked = tl.where(before != before, tl.where(hits == 0.0, 0.0, reached), before.to(tl.float32))
-    store_rows(out, b, h, q_idx, rows, marked, tile.value_dim, tile.dv)
-    tl.debug_barrier()
-    clean = _clean_values(q, q_source, k, v, m, inverse, span, interval, near, place, mask, score, dropout, sizes, tile)
-    fill_marked(out, b, h, q_idx, rows, clean, tile.value_dim, tile.dv)
+            tl.debug_barrier()
+            for first in range(q_tile * tile.q, q_tile * tile.q + tile.q, small.q):
+                mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, sizes, small)
 
 
 def wide_output(stats: Tensor) -> Tensor | None:
@@ -227,5 +134,9 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     plan = Plan.make(call, "fwd")
     kernel: Any = _attention_fwd_kernel
     tensors = (call.q, call.k, call.v, out if wide is None else wide)
-    plan.launch(kernel, plan.q_tiles * batch * heads, (*(arguments.matrix(t) for t in tensors), lse, stats, call.terms.sinks))
+    plan.launch(
+        kernel,
+        plan.q_tiles * batch * heads,
+        (*(arguments.matrix(t) for t in tensors), lse, stats, call.terms.sinks, arguments.small_tile(call)),
+    )
     return out if wide is None else out.copy_(wide), lse, stats

@@ -1,15 +1,14 @@
-"""What every pass of attention's backward computes: the probabilities and score gradients of one tile."""
+"""What every pass of attention's backward computes: the probabilities and score gradients of one tile, and its part of dq, dk and dv."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .attention_aux import row_statistics
-from .attention_fwd import exponentials, product
-from .masks import allowed, reach, row_intervals, tile_state
-from .primitives import contract, keep_tile, load_rows, pointers
+from .masks import reach, row_intervals, tile_state
+from .primitives import cleaned, contract, dot, keep_tile, load_rows, pointers
 from .score_mods import apply, pull_back
+from .score_tile import exponentials, pairs_allowed, product, row_statistics
 
 
 @triton.jit
@@ -22,15 +21,14 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
     """
     q, dout, m, inverse, delta, start, end, row_ok, row_matrices = rows_of
     k, v, kv_idx, kv_ok, kv_h, key_matrices = keys_of
-    b, h, q_idx, shift, q_tile = place
+    b, h, q_idx, shift = place[0], place[1], place[2], place[3]
     inside = row_ok[:, None] & kv_ok[None, :]
     at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
     raw = product(q, k, (row_matrices[0], b, h, q_idx, row_ok), (key_matrices[0], b, kv_h, kv_idx, kv_ok), score, tile)
     scores = apply(raw, score, at, len(score.functions))
     ok = inside
     if MASKED:
-        state = tile_state(mask, b, h, q_tile, tl.min(kv_idx, 0) // tile.kv)
-        ok = ok & allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], start[:, None], end[:, None], state)
+        ok = ok & pairs_allowed(q_idx, kv_idx, (start, end), place, mask, tile)
         scores = tl.where(ok, scores, float("-inf"))
     p = exponentials(scores, m[:, None], score) * inverse[:, None]
     if MASKED:
@@ -78,6 +76,67 @@ def load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile):
 def load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile):
     """Keys and values of a tile."""
     return load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d), load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
+
+
+@triton.jit
+def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
+    """acc [tile.q, tile.d] and what one tile of keys adds to it; CLEAN takes NaN and infinities of the keys as zeros."""
+    kv_idx = first + tl.arange(0, tile.kv)
+    kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
+    k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
+    _, ds = gradient_tile(
+        rows_of,
+        (k_tile, v_tile, kv_idx, kv_ok, place[1] // sizes.group, (k, v)),
+        place,
+        grads,
+        mask,
+        score,
+        dropout,
+        sizes,
+        MASKED,
+        0,
+        tile,
+    )
+    if tile.d > tile.resident:
+        # Read once more, as in ``_dkdv_step``.
+        k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
+    if CLEAN:
+        k_tile = cleaned(k_tile)
+    if score.scoring is None:
+        acc = dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
+    else:
+        acc += score.scoring[1](ds, rows_of[0], k_tile, score.scoring_args, score.precision)
+    return acc
+
+
+@triton.jit
+def dkdv_step(
+    carry, first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile
+):  # fmt: skip
+    """carry, (dk [tile.kv, tile.d], dv [tile.kv, tile.dv]), and what one tile of queries adds to it; CLEAN as in ``dq_step``."""
+    dk, dv = carry
+    b, shift = place
+    q_idx = first + tl.arange(0, tile.q)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    here = (b, h, q_idx, shift, first // tile.q)
+    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
+    q_rows, dout_rows = rows_of[0], rows_of[1]
+    if dout is not None:
+        if tile.dv > tile.resident:
+            # Read once more: kept from before the scores, whole float32 rows leave no registers for them.
+            dout_rows = load_rows(dout, b, h, q_idx, rows_of[7], tile.value_dim, tile.dv)
+        if CLEAN:
+            dout_rows = cleaned(dout_rows)
+        dv = dot(tl.trans(weights.to(dout_rows.dtype)), dout_rows, dv, score.precision)
+    if tile.d > tile.resident:
+        q_rows = load_rows(q, b, h, q_idx, rows_of[7], tile.head_dim, tile.d)
+    if CLEAN:
+        q_rows = cleaned(q_rows)
+    if score.scoring is None:
+        dk = dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision)
+    else:
+        dk += score.scoring[2](ds, q_rows, keys_of[0], score.scoring_args, score.precision)
+    return dk, dv
 
 
 @triton.jit

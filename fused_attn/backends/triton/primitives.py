@@ -103,20 +103,6 @@ def count_broken(ok, x, acc):
 
 
 @triton.jit
-def mark_broken(t, b, h, rows, ok, hits, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros in place of NaNs of the stored [rows, BLOCK] that nothing broken (``hits``) explains."""
-    before = load_rows(t, b, h, rows, ok, COLS, BLOCK)
-    store_rows(t, b, h, rows, ok, tl.where((before != before) & (hits == 0.0), 0.0, before), COLS, BLOCK)
-
-
-@triton.jit
-def fill_marked(t, b, h, rows, ok, clean, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """The clean values in place of zeros: what was marked, or what is zero anyway."""
-    before = load_rows(t, b, h, rows, ok, COLS, BLOCK).to(tl.float32)
-    store_rows(t, b, h, rows, ok, tl.where(before == 0.0, clean, before), COLS, BLOCK)
-
-
-@triton.jit
 def tanh(x):
     """tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above."""
     square = x * x

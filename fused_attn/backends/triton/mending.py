@@ -1,0 +1,112 @@
+"""Results once more, exactly, where a NaN may have come from a pair that may not attend: 0 * NaN is NaN in a product of whole tiles.
+
+It is rare and costs nothing otherwise but its code: small tiles, so that the passes that call it keep their registers. What is attended
+and broken (``count_broken``) explains a NaN; one that nothing explains gives way to the result from operands without NaN and infinities.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gradient_tile import dkdv_step, dq_step, load_query_rows
+from .masks import query_shift, reach, row_intervals
+from .primitives import any_true, cleaned, count_broken, dot, keep_tile, load_rows, store_rows
+from .score_tile import exponentials, pairs_allowed, tile_scores
+
+
+@triton.jit
+def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, sizes, tile):
+    """Rows [first, first + tile.q) of the output; ``stats`` points to the row maxima, ``total`` elements before the sums."""
+    q_idx = first + tl.arange(0, tile.q)
+    rows = q_idx < sizes.q_len
+    r = (b * sizes.heads + h).to(tl.int64) * sizes.q_len + q_idx
+    m = tl.load(stats + r, mask=rows, other=0.0)
+    l = tl.load(stats + total + r, mask=rows, other=0.0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
+    if dropout is not None:
+        inverse = inverse * dropout.factor
+    before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32)
+    if any_true((before != before) & (l == l)[:, None]):
+        interval = row_intervals(mask, b, q_idx, sizes)
+        near = reach(interval[0], interval[1], sizes)
+        place = (b, h, q_idx, query_shift(mask, b), 0)
+        q_source = (q, b, h, q_idx, rows & (l != 0.0))
+        q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
+        hits, signs, clean = tl.zeros_like(before), tl.zeros_like(before), tl.zeros_like(before)
+        for kv_first in range(near[0] // tile.kv * tile.kv, near[1], tile.kv):
+            kv_idx = kv_first + tl.arange(0, tile.kv)
+            kv_ok = kv_idx < sizes.kv_len
+            k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
+            k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
+            scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
+            weights = exponentials(scores, m[:, None], score) * inverse[:, None]
+            if dropout is not None:
+                first_row = (b * sizes.heads + h).to(tl.int64) * sizes.q_len
+                weights = tl.where(keep_tile(dropout, first_row, q_idx, kv_first, sizes.kv_len, tile.q, tile.kv), weights, 0.0)
+            v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
+            clean = dot(weights.to(v_tile.dtype), cleaned(v_tile), clean, score.precision)
+            hits = count_broken(tl.where(ok, 1.0, 0.0), v_tile, hits)
+            v_tile = v_tile.to(tl.float32)
+            sign = tl.where(v_tile == float("inf"), 1.0, tl.where(v_tile == float("-inf"), -1.0, 0.0))
+            signs = dot(tl.where(ok & (weights > 0.0), 1.0, 0.0).to(tl.bfloat16), sign.to(tl.bfloat16), signs, "ieee")
+        # Infinities of one sign are the right value, where others of the tile made a NaN of them.
+        reached = tl.where((tl.abs(signs) == hits) & (l == l)[:, None], signs * float("inf"), float("nan"))
+        after = tl.where(before != before, tl.where(hits == 0.0, clean, reached), before)
+        store_rows(out, b, h, q_idx, rows, after, tile.value_dim, tile.dv)
+
+
+@triton.jit
+def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, tile):
+    """Rows [first, first + tile.q) of dq."""
+    q_idx = first + tl.arange(0, tile.q)
+    rows = q_idx < sizes.q_len
+    before = load_rows(dq, b, h, q_idx, rows, tile.head_dim, tile.d).to(tl.float32)
+    if any_true(before != before):
+        rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+        interval = (rows_of[5], rows_of[6])
+        near = reach(interval[0], interval[1], sizes)
+        place = (b, h, q_idx, query_shift(mask, b), 0)
+        hits, clean = tl.zeros_like(before), tl.zeros_like(before)
+        for kv_first in range(near[0] // tile.kv * tile.kv, near[1], tile.kv):
+            clean = dq_step(clean, kv_first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, True, tile)
+            kv_idx = kv_first + tl.arange(0, tile.kv)
+            kv_ok = kv_idx < sizes.kv_len
+            ok = rows_of[7][:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
+            hits = count_broken(tl.where(ok, 1.0, 0.0), load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d), hits)
+        after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
+        store_rows(dq, b, h, q_idx, rows, after, tile.head_dim, tile.d)
+
+
+@triton.jit
+def mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, kv_first, span, mask, score, dropout, sizes, tile):
+    """Rows [kv_first, kv_first + tile.kv) of dk and dv; ``span`` holds the queries that may attend to them."""
+    kv_idx = kv_first + tl.arange(0, tile.kv)
+    kv_ok = kv_idx < sizes.kv_len
+    dk_before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
+    dv_before = load_rows(dv, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv).to(tl.float32)
+    if any_true(dk_before != dk_before) | any_true(dv_before != dv_before):
+        k_tile = load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d)
+        v_tile = load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
+        keys_of = (k_tile, v_tile, kv_idx, kv_ok, kv_h, (k, v))
+        shift = query_shift(mask, b)
+        dk_hits, dk_clean = tl.zeros_like(dk_before), tl.zeros_like(dk_before)
+        dv_hits, dv_clean = tl.zeros_like(dv_before), tl.zeros_like(dv_before)
+        for member in range(sizes.group):
+            h = kv_h * sizes.group + member
+            for first in range(span[0] // tile.q * tile.q, span[1], tile.q):
+                dk_clean, dv_clean = dkdv_step(
+                    (dk_clean, dv_clean), first, h, keys_of, (b, shift), q, dout, stats, delta, grads, mask, score, dropout, sizes, True, True, tile
+                )  # fmt: skip
+                q_idx = first + tl.arange(0, tile.q)
+                q_rows, dout_rows, _, _, _, start, end, row_ok, _ = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+                ok = pairs_allowed(q_idx, kv_idx, (start, end), (b, h, q_idx, shift, 0), mask, tile)
+                attended = tl.trans(tl.where(row_ok[:, None] & kv_ok[None, :] & ok, 1.0, 0.0))
+                dk_hits = count_broken(attended, q_rows, dk_hits)
+                if dout is not None:
+                    dv_hits = count_broken(attended, dout_rows, dv_hits)
+        dk_after = tl.where((dk_before != dk_before) & (dk_hits == 0.0), dk_clean * score.scale, dk_before)
+        dv_after = tl.where((dv_before != dv_before) & (dv_hits == 0.0), dv_clean, dv_before)
+        store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_after, tile.head_dim, tile.d)
+        store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_after, tile.value_dim, tile.dv)
