@@ -69,7 +69,8 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, s
     for first in range(split, resume, tile.kv):
         acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, False, False, tile)
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.kv)
-    for i in range(n_left + n_right):
+    # As in the forward: 176 bytes of stack against none (sm_80, head size 64, with modifications).
+    for i in tl.range(0, n_left + n_right, disable_licm=True):
         first = tl.where(i < n_left, low + i * tile.kv, resume + (i - n_left) * tile.kv)
         if not mask.dense:
             acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
@@ -109,7 +110,7 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
             dk_acc, dv_acc = dkdv_step(
                 (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, False, False, tile
             )
-        for i in range(n_left + n_right):
+        for i in tl.range(0, n_left + n_right, disable_licm=True):
             first = tl.where(i < n_left, low + i * tile.q, resume + (i - n_left) * tile.q)
             if not PER_ROW:
                 dk_acc, dv_acc = dkdv_step(

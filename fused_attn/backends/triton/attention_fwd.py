@@ -73,7 +73,8 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, small, mask, score, d
     for first in range(split, resume, tile.kv):
         acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, False, tile)
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.kv)
-    for i in range(n_left + n_right):
+    # Nothing is hoisted out of the loop: on sm_90 at head size 128 with modifications that costs 456 bytes of stack, against 8.
+    for i in tl.range(0, n_left + n_right, disable_licm=True):
         first = tl.where(i < n_left, low + i * tile.kv, resume + (i - n_left) * tile.kv)
         if not mask.dense:
             acc, m, l = _step((acc, m, l), q_rows, q_source, k, v, first, interval, near, place, mask, score, dropout, sizes, True, tile)

@@ -1,7 +1,7 @@
 """Results once more, exactly, where a NaN may have come from a pair that may not attend: 0 * NaN is NaN in a product of whole tiles.
 
-It is rare and costs nothing otherwise but its code: small tiles, so that the passes that call it keep their registers. What is attended
-and broken (``count_broken``) explains a NaN; one that nothing explains gives way to the result from operands without NaN and infinities.
+It is rare, and costs the passes that call it nothing otherwise: small tiles in functions of their own (noinline) leave them their
+registers. What is attended and broken (``count_broken``) explains a NaN; one that nothing explains gives way to the result from operands without NaN and infinities.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .primitives import any_true, cleaned, count_broken, dot, keep_tile, load_ro
 from .score_tile import exponentials, pairs_allowed, tile_scores
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, sizes, tile):
     """Rows [first, first + tile.q) of the output; ``stats`` points to the row maxima, ``total`` elements before the sums."""
     q_idx = first + tl.arange(0, tile.q)
@@ -57,7 +57,7 @@ def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, size
         store_rows(out, b, h, q_idx, rows, after, tile.value_dim, tile.dv)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, tile):
     """Rows [first, first + tile.q) of dq."""
     q_idx = first + tl.arange(0, tile.q)
@@ -79,7 +79,7 @@ def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dr
         store_rows(dq, b, h, q_idx, rows, after, tile.head_dim, tile.d)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, kv_first, span, mask, score, dropout, sizes, tile):
     """Rows [kv_first, kv_first + tile.kv) of dk and dv; ``span`` holds the queries that may attend to them."""
     kv_idx = kv_first + tl.arange(0, tile.kv)
