@@ -27,6 +27,7 @@ def captured(tensor: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
         or torch._C._len_torch_dispatch_stack() > 0
         or type(tensor) not in _PLAIN
         or tensor.is_meta

@@ -25,6 +25,7 @@ class ScoreMod:
         name: what backends resolve; registered when the class is defined.
         positional: True where positions are compared, so that calls with q_len != kv_len must say ``q_offset``.
         kernels: names its normal form uses, where they differ from ``name``.
+        is_tame: True where finite scores and finite tensors give finite scores with finite derivatives, in pairs that may not attend too.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ScoreMod:
     name: ClassVar[str] = ""
     positional: ClassVar[bool] = False
     kernels: ClassVar[tuple[str, ...]] = ()
+    is_tame: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         register(cls)
@@ -110,6 +112,7 @@ class SoftCap(ScoreMod):
 
     cap: float
     name: ClassVar[str] = "softcap"
+    is_tame: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if as_number("SoftCap cap", self.cap, "Pass a Python float; leave SoftCap out for no cap.") <= 0:
@@ -139,6 +142,7 @@ class ALiBi(ScoreMod):
 
     slopes: Tensor
     name: ClassVar[str] = "alibi"
+    is_tame: ClassVar[bool] = True
     positional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -179,6 +183,7 @@ class Bias(ScoreMod):
 
     bias: Tensor
     name: ClassVar[str] = "bias"
+    is_tame: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_float_tensor("Bias", self.bias)
@@ -212,6 +217,7 @@ class DecayBias(ScoreMod):
 
     c: Tensor
     name: ClassVar[str] = "decay"
+    is_tame: ClassVar[bool] = True
     positional: ClassVar[bool] = True
     kernels: ClassVar[tuple[str, ...]] = ("bias",)
 

@@ -11,13 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fused_attn.allowed_products import differentiable_products, differentiable_sum
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.checks import captured
 from fused_attn.dropout import keep_factor
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.lowering import Grid, KernelDropout, stat_dtype
 from fused_attn.masks import Mask
-from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem
 
 
 def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tuple[Tensor, AuxOutput]:
@@ -35,15 +36,34 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     q, k, v = (t.to(dtype) for t in (problem.q, problem.k, problem.v))
     k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
     allowed = _allowed(modifiers.mask, grid)
-    scores = _products(q, k, allowed).to(stat_dtype(dtype)) * modifiers.scale
-    for mod in modifiers.score_mods:
-        scores = mod.apply(scores, grid)
-    scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+    careful = _may_break(q, k, modifiers)
+    scores = _scores(problem, (q, k), allowed, careful)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    if _any(empty) and scores.shape[-1]:
+        # A row whose scores are all -inf counts as one without keys: nothing it holds may show.
+        allowed = ~empty if allowed is None else allowed & ~empty
+        allowed = allowed.expand(scores.shape)
+        scores = _scores(problem, (q, k), allowed, careful)
     probs, lse = _softmax(scores, modifiers.sinks)
     probs = probs if allowed is None else probs.masked_fill(~allowed, 0.0)
     weights = _dropped(probs, modifiers.dropout.lower(grid.device) if modifiers.dropout else None, grid)
-    out = _weighted_values(weights.to(dtype), v, allowed)
+    out = differentiable_sum(weights.to(dtype), v, allowed)
     return laid_out_like(out.to(problem.q.dtype), problem.q), _aux(problem.aux or NOTHING, (scores, probs, lse), problem.q.dtype)
+
+
+def _scores(problem: AttentionProblem, pair: tuple[Tensor, Tensor], allowed: Tensor | None, careful: bool) -> Tensor:
+    """Scores after all modifications, -inf where masked.
+
+    ``careful`` keeps everything in a masked pair finite on the way, so that its derivative is 0 and not 0 * NaN.
+    """
+    q, k = pair
+    hidden = None if allowed is None else ~allowed
+    product = differentiable_products(q, k, allowed) if careful else q @ k.mT
+    scores = product.to(stat_dtype(q.dtype)) * problem.modifiers.scale
+    for mod in problem.modifiers.score_mods:
+        scores = mod.apply(scores, problem.grid)
+        scores = scores.masked_fill(hidden, 0.0) if careful and hidden is not None else scores
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
 def softmax(problem: SoftmaxProblem) -> Tensor:
@@ -55,10 +75,14 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
         scores = mod.apply(scores, grid)
     allowed = _allowed(modifiers.mask, grid)
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
-    probs, lse = _softmax(scores, None)
-    empty = (lse == -torch.inf)[..., None]
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, -torch.inf) if _any(empty) else scores  # nothing flows through such a row, whatever arrives at it
+    probs, _ = _softmax(scores, None)
     if problem.log:
-        result = (scores - lse.masked_fill(empty[..., 0], 0.0)[..., None]).masked_fill(empty, -torch.inf)
+        # The difference first: scores may be huge and equal.
+        top = _top(scores)
+        total = (scores - top).exp().sum(-1, keepdim=True).masked_fill(empty, 1.0)
+        result = (scores - top - total.log()).masked_fill(empty, -torch.inf)
         result = result if allowed is None else result.masked_fill(~allowed, -torch.inf)
     else:
         result = probs if allowed is None else probs.masked_fill(~allowed, 0.0)
@@ -83,29 +107,21 @@ def _allowed(mask: Mask | None, grid: Grid) -> Tensor | None:
     return None if mask is None else mask.allowed(grid)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether the plain product is safe; under a transform or compilation, where values cannot be looked at, it is not."""
-    if captured(tensor) or torch._C._are_functorch_transforms_active():
-        return False
-    return bool(tensor.detach().isfinite().all())
+def _any(condition: Tensor) -> bool:
+    """Whether it holds anywhere; where values cannot be looked at, it may."""
+    return captured(condition) or bool(condition.any())
 
 
-def _products(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
-    """q k^T where a NaN or infinity in a key reaches only the rows that may attend to it, forward and backward."""
-    if allowed is None or _is_finite(k):
-        return q @ k.mT
-    broken = ~k.isfinite().all(-1)[..., None, :]
-    clean = q @ k.masked_fill(~k.isfinite(), 0.0).mT
-    return clean + torch.zeros_like(clean).masked_fill(broken, torch.nan)
+def _may_break(q: Tensor, k: Tensor, modifiers: Modifiers) -> bool:
+    """Whether a masked score, or a derivative of it, may come out as NaN or infinite; where values cannot be looked at, it may.
 
-
-def _weighted_values(weights: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """weights v where a NaN or infinity in a value reaches only the rows that may attend to it, forward and backward."""
-    if allowed is None or _is_finite(v):
-        return weights @ v
-    clean = weights @ v.masked_fill(~v.isfinite(), 0.0)
-    reached = allowed.expand(weights.shape).to(v.dtype) @ (~v.isfinite()).to(v.dtype) > 0
-    return torch.where(reached, weights @ v, clean)
+    No product exceeds the norms' product (Cauchy and Schwarz), so huge numbers count as well: a sum of them may be inf - inf.
+    """
+    if captured(q) or captured(k) or any(not mod.is_tame for mod in modifiers.score_mods):
+        return True
+    bound = torch.linalg.vector_norm(q) * torch.linalg.vector_norm(k) * abs(modifiers.scale)
+    tensors = (t for mod in modifiers.score_mods for t in mod.tensors)
+    return not bool(bound.isfinite()) or not all(bool(t.detach().isfinite().all()) for t in tensors)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,14 +129,21 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     if scores.shape[-1] == 0 and sinks is None:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
     columns = scores if sinks is None else torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)), -1)
-    top = columns.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0.0)
+    top = _top(columns)
     weights = (columns - top).exp()
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     probs = weights[..., : scores.shape[-1]] / total.masked_fill(empty, 1.0)
     lse = (total.masked_fill(empty, 1.0).log() + top).masked_fill(empty, -torch.inf)
     return probs, lse[..., 0]
+
+
+def _top(scores: Tensor) -> Tensor:
+    """The rows' maxima without gradient, [..., 1], 0 where there is none."""
+    if scores.shape[-1] == 0:
+        return scores.new_zeros((*scores.shape[:-1], 1))
+    top = scores.detach().amax(-1, keepdim=True)
+    return top.masked_fill(top == -torch.inf, 0.0)
 
 
 def _dropped(probs: Tensor, dropout: KernelDropout | None, grid: Grid) -> Tensor:
