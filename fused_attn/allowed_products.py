@@ -6,12 +6,13 @@ gives for the allowed pairs only: one NaN or infinity among them shows, one amon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_attn.checks import captured
+from fused_attn.checks import captured, is_traced
 
 
 def sum_over_allowed(weights: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
@@ -110,6 +111,12 @@ def _sums(weights: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
     return function.apply(weights, values, allowed)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _traced(product: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+    """A product for torch.jit.trace, which keeps operators and forgets Functions: the gradient is that of finite operands."""
+    clean = product(*(t.masked_fill(~t.isfinite(), 0.0) for t in (a, b)), allowed)
+    return clean + (product(a.detach(), b.detach(), allowed) - clean.detach())
+
+
 def differentiable_products(a: Tensor, b: Tensor, allowed: Tensor | None) -> Tensor:
     """``products_of_allowed``, differentiable any number of times; plain a b^T where everything is allowed.
 
@@ -119,7 +126,9 @@ def differentiable_products(a: Tensor, b: Tensor, allowed: Tensor | None) -> Ten
         >>> torch.autograd.grad(out.sum(), a)[0].tolist()
         [[1.0], [1.0]]
     """
-    return a @ b.mT if allowed is None else _products(a, b, allowed)
+    if allowed is None:
+        return a @ b.mT
+    return _traced(products_of_allowed, a, b, allowed) if is_traced() else _products(a, b, allowed)
 
 
 def differentiable_sum(weights: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
@@ -130,4 +139,6 @@ def differentiable_sum(weights: Tensor, values: Tensor, allowed: Tensor | None) 
         >>> differentiable_sum(torch.tensor([[1.0, 0.0]]), values, torch.tensor([[True, False]])).item()
         1.0
     """
-    return weights @ values if allowed is None else _sums(weights, values, allowed)
+    if allowed is None:
+        return weights @ values
+    return _traced(sum_over_allowed, weights, values, allowed) if is_traced() else _sums(weights, values, allowed)
