@@ -20,7 +20,8 @@ from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.masks import Dense
-from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem, UnsupportedError
+from fused_attn.modifiers import Modifiers
+from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
 from fused_attn.score_mods import SCORE_MODS
 
 _NO_OUTPUT = AuxOutput()
