@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,6 +102,10 @@ def checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
         if not isinstance(mod, ScoreMod):
             raise TypeError(
                 f"score_mods must hold fused_attn score modifications; got {described(mod)}. A dense tensor is written Bias(tensor)."
+            )
+        if not is_dataclass(mod):
+            raise TypeError(
+                f"{type(mod).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
             )
         mod.check(grid)
     return tuple(mods)

@@ -18,6 +18,7 @@ from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.lowering import Grid, KernelDropout, stat_dtype
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.score_mods import modified
 
 
 def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tuple[Tensor, AuxOutput]:
@@ -37,7 +38,7 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     allowed = _allowed(modifiers.mask, grid)
     scores = _products(q, k, allowed).to(stat_dtype(dtype)) * modifiers.scale
     for mod in modifiers.score_mods:
-        scores = mod.apply(scores, grid)
+        scores = modified(mod, scores, grid)
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
     probs, lse = _softmax(scores, modifiers.sinks)
     probs = probs if allowed is None else probs.masked_fill(~allowed, 0.0)
@@ -52,7 +53,7 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
     grid, modifiers = problem.grid, problem.modifiers
     scores = problem.scores.to(stat_dtype(problem.scores.dtype)) * modifiers.scale
     for mod in modifiers.score_mods:
-        scores = mod.apply(scores, grid)
+        scores = modified(mod, scores, grid)
     allowed = _allowed(modifiers.mask, grid)
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
     probs, lse = _softmax(scores, None)

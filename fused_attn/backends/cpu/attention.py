@@ -17,8 +17,8 @@ from fused_attn.backends.cpu import flash
 from fused_attn.backends.cpu.tiles import Operands, Tile
 from fused_attn.dropout import keep_factor
 from fused_attn.layout import empty_out, laid_out_like
-from fused_attn.lowering import Grid, LoweredAttention, stat_dtype
-from fused_attn.score_mods import SCORE_MODS
+from fused_attn.lowering import Grid, KernelScore, LoweredAttention, stat_dtype
+from fused_attn.score_mods import SCORE_MODS, modified
 
 
 def attention_fwd(call: LoweredAttention) -> Forward:
@@ -93,14 +93,14 @@ def _scores(work: Operands, tile: Tile) -> Tensor:
     raw = scores = _raw_scores(work, tile)
     grid = work.call.grid.at(*tile.region)
     for score in work.call.terms.mods:
-        scores = SCORE_MODS[score.name].from_kernel(score).apply(scores, grid)
+        scores = modified(SCORE_MODS[score.name].from_kernel(score), scores, grid)
     return _mask(work, tile, raw if scores is raw else raw.copy_(scores))
 
 
 def _mask(work: Operands, tile: Tile, scores: Tensor) -> Tensor:
     for columns, limit in tile.limits:
         part = scores[..., columns]
-        if work.is_careful:
+        if work.is_careful or work.plan.all_heads:  # a modification of the user's may give NaN where it is not asked
             part.masked_fill_(limit < 0, -torch.inf)
         else:  # a tenth of masked_fill's time, and inf in a masked score is harmless; only NaN needs the other way
             torch.minimum(part, limit, out=part)
@@ -230,9 +230,10 @@ class _Backward:
             dsinks.add_(incoming.dlse.sum((0, 2)))
         tensors = [t for m in call.terms.mods for t in m.tensors]
         # A parameter without broadcasting gets every element once: its own dtype loses nothing and needs no second copy.
+        single = [m.layout is None and t.shape == call.shape for m in call.terms.mods for t in m.tensors]
         dmods = tuple(
-            torch.zeros_like(t, dtype=t.dtype if t.shape == call.shape else work.dtype) if need else None
-            for t, need in zip(tensors, needs[4:], strict=True)
+            torch.zeros_like(t, dtype=t.dtype if once else work.dtype) if need else None
+            for t, once, need in zip(tensors, single, needs[4:], strict=True)
         )
         return cls(work, incoming, None if incoming.dout is None else work.grouped(incoming.dout), dq, dk, dv, dsinks, dmods)
 
@@ -315,13 +316,17 @@ class _Backward:
         raw = scores = _raw_scores(self.work, tile).requires_grad_()
         with torch.enable_grad():
             for score in call.terms.mods:
-                is_cut = _broadcasts(score.tensors, call.shape)
-                tensors = tuple((grid.crop(t) if is_cut else t).detach().to(self.work.dtype) for t in score.tensors)
-                tensors = tuple(t.requires_grad_() if next(wants) is not None else t for t in (t.view_as(t) for t in tensors))
+                tensors = tuple(t.requires_grad_(next(wants) is not None) for t in self._parts(score, grid))
                 parts += tensors
-                here = _CroppedGrid(grid.shape, grid.device, grid.q_offset, grid.region) if is_cut else grid
-                scores = SCORE_MODS[score.name].from_kernel(replace(score, tensors=tensors)).apply(scores, here)
+                here = _CroppedGrid(grid.shape, grid.device, grid.q_offset, grid.region) if score.layout is None else grid
+                scores = modified(SCORE_MODS[score.name].from_kernel(replace(score, tensors=tensors)), scores, here)
         return _Leaves(raw, tuple(parts), scores)
+
+    def _parts(self, score: KernelScore, grid: Grid) -> tuple[Tensor, ...]:
+        """Fresh views of a modification's tensors: what belongs to the region, or all of them where the author's code cuts them."""
+        if score.layout is not None:
+            return tuple(t.detach() for t in score.tensors)
+        return tuple(t.view_as(t) for t in (grid.crop(t).detach().to(self.work.dtype) for t in score.tensors))
 
     def _through_mods(self, tile: Tile, leaves: _Leaves, dscores: Tensor) -> Tensor:
         """Gradient of the raw scores; adds to the parameters' gradients on the way."""
@@ -334,7 +339,12 @@ class _Backward:
             if grad is not None:
                 part = self.work.call.grid.at(*tile.region).crop(target) if target.shape != grad.shape else target
                 part.add_(grad)
-        return torch.zeros_like(dscores) if draw is None else draw
+        if draw is None:
+            return torch.zeros_like(dscores)
+        if self.work.plan.all_heads:  # 0 * NaN, as in _mask
+            for columns, limit in tile.limits:
+                draw[..., columns].masked_fill_(limit < 0, 0.0)
+        return draw
 
     def _add_products(self, tile: Tile, dscores: Tensor) -> None:
         work, scale = self.work, self.work.call.terms.scale
@@ -344,8 +354,3 @@ class _Backward:
         if self.dq is not None:
             product = torch.baddbmm(matrices.new_empty(1, 1, 1), matrices, work.k_clean[tile.keys], beta=0, alpha=scale)
             self.dq[tile.rows] = product.view(*tile.shape[:3], -1)
-
-
-def _broadcasts(tensors: tuple[Tensor, ...], shape: tuple[int, int, int, int]) -> bool:
-    """Whether every tensor is [batch|1, heads|1, q_len|1, kv_len|1], so that its part in a tile is known."""
-    return all(t.dim() == 4 and all(n in (1, full) for n, full in zip(t.shape, shape, strict=True)) for t in tensors)
