@@ -277,7 +277,7 @@ class DecayBias(ScoreMod):
 
     def _of_queries(self, keys: Tensor, grid: Grid) -> Tensor:
         """c at the queries' positions, [batch|1, heads|1, q_len, 1]; NaN where a query lies beyond the keys, so that it shows."""
-        position = grid.q_pos.reshape(-1, 1, grid.q_idx.shape[0])
+        position = grid.q_pos[(None,) * (4 - grid.q_pos.dim())][:, :, :, 0]
         heads, length = keys.shape[1], keys.shape[3]
         per_batch = keys[:, :, 0].expand(max(position.shape[0], keys.shape[0]), -1, -1)
         position = position.expand(per_batch.shape[0], heads, -1)

@@ -37,6 +37,8 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
     allowed = _allowed(modifiers.mask, grid)
     scores = _products(q, k, allowed).to(stat_dtype(dtype)) * modifiers.scale
+    if allowed is not None and modifiers.score_mods:  # a modification may give NaN where nobody attends: nothing must flow back from there
+        scores = scores.masked_fill(~allowed, 0.0)
     for mod in modifiers.score_mods:
         scores = modified(mod, scores, grid)
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
