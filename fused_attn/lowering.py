@@ -7,12 +7,13 @@ skipping and the backends' signatures do not change either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_attn.kernel_score import KernelScore, parse
 
 Range = tuple[int, int]
 
@@ -195,86 +196,6 @@ class KernelMask:
         return allowed
 
 
-@dataclass(frozen=True, slots=True)
-class KernelScore:
-    """One score modification or scoring: the name a backend resolves, its numbers and its tensors, in the order of its fields.
-
-    Args:
-        name: what backends resolve.
-        scalars: floats, and ints where ``layout`` says so.
-        tensors: [batch|1, heads|1, q_len|1, kv_len|1] without a layout, in the author's shapes with one.
-        layout: one letter per field of the author's object: t a tensor, f a float, i an int, y True, x False, n None. It says that the
-            author's code wants all heads at once. None where code answers for any part of the score array.
-
-    Example:
-        >>> @dataclass
-        ... class Shift:
-        ...     table: Tensor
-        ...     width: int
-        >>> score = KernelScore.of(Shift(torch.zeros(2, 9), 4), "shift")
-        >>> score.scalars, score.layout, score.rebuilt(Shift).table.shape
-        ((4,), 'ti', torch.Size([2, 9]))
-    """
-
-    name: str
-    scalars: tuple[float, ...] = ()
-    tensors: tuple[Tensor, ...] = ()
-    layout: str | None = None
-
-    @classmethod
-    def of(cls, owner: Any, name: str) -> KernelScore:
-        """A dataclass taken apart, nothing reshaped or converted.
-
-        Raises:
-            TypeError: a field is no tensor, number, bool or None.
-        """
-        values = [(f.name, getattr(owner, f.name)) for f in fields(owner)]
-        letters = [_letter(value) for _, value in values]
-        for (field, value), letter in zip(values, letters, strict=True):
-            if letter is None:
-                raise TypeError(
-                    f"{type(owner).__name__}.{field} must be a tensor, a number, a bool or None for a kernel backend; got {type(value).__name__}. "
-                    "Write one field per tensor, or ask for backend='eager'."
-                )
-        pairs = [(value, letter) for (_, value), letter in zip(values, letters, strict=True)]
-        scalars = tuple([value for value, letter in pairs if letter in ("f", "i")])
-        return cls(name, scalars, tuple([value for value, letter in pairs if letter == "t"]), "".join(map(str, letters)))
-
-    def rebuilt(self, cls: type) -> Any:
-        """The author's object; its constructor is not run again, for it may convert what it is given."""
-        scalars, tensors = iter(self.scalars), iter(self.tensors)
-        owner: Any = object.__new__(cls)
-        for field, letter in zip(fields(cls), self.layout or "", strict=True):
-            value = next(tensors) if letter == "t" else next(scalars) if letter in "fi" else _CONSTANTS[letter]
-            object.__setattr__(owner, field.name, value)
-        return owner
-
-    @property
-    def entry(self) -> str:
-        """What a string of an op's arguments says of it: name:scalars:tensors, and the layout where there is one."""
-        plain = f"{self.name}:{len(self.scalars)}:{len(self.tensors)}"
-        return plain if self.layout is None else f"{plain}:{self.layout}"
-
-    @property
-    def kinds(self) -> str:
-        """The letters of the scalars."""
-        return "f" * len(self.scalars) if self.layout is None else "".join([x for x in self.layout if x in "fi"])
-
-
-_CONSTANTS = {"y": True, "x": False, "n": None}
-
-
-def _letter(value: Any) -> str | None:
-    """How a field's value is written in a layout; None where it cannot be."""
-    if isinstance(value, Tensor):
-        return "t"
-    if isinstance(value, bool) or value is None:
-        return "n" if value is None else "y" if value else "x"
-    if isinstance(value, (int, torch.SymInt)):
-        return "i"
-    return "f" if isinstance(value, (float, torch.SymFloat)) else None
-
-
 class KernelDropout(NamedTuple):
     """Random removal of probabilities: the chance of removal and an int64 seed tensor [] on the inputs' device."""
 
@@ -292,19 +213,25 @@ class Terms:
     mods: tuple[KernelScore, ...] = ()
     sinks: Tensor | None = None
     dropout: KernelDropout | None = None
+    scoring: KernelScore | None = None
+
+    @property
+    def entries(self) -> tuple[KernelScore, ...]:
+        """Whatever has numbers and tensors of its own: the scoring, where it is no dot product, then the modifications in order."""
+        return self.mods if self.scoring is None else (self.scoring, *self.mods)
 
     def flatten(self) -> tuple[Any, ...]:
         """Tensors, lists of scalars and one string: exactly the arguments an op schema can carry (see ``SCHEMA``)."""
         mask, offset = self.mask, self.q_offset
         is_tensor = isinstance(offset, Tensor)
-        numbers = [pair for m in self.mods for pair in zip(m.scalars, m.kinds, strict=True)]
+        numbers = [pair for m in self.entries for pair in zip(m.scalars, m.kinds, strict=True)]
         ints: list[Any] = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
         ints += [x for x, kind in numbers if kind == "i"]
         floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for x, kind in numbers if kind == "f")]
         return (
             offset if is_tensor else None, mask.kv_start, mask.kv_end, mask.keep, self.dropout.seed if self.dropout else None,
-            self.sinks, [t for m in self.mods for t in m.tensors], ints, floats,
-            ",".join(m.entry for m in self.mods),
+            self.sinks, [t for m in self.entries for t in m.tensors], ints, floats,
+            ",".join(_SCORING * (m is self.scoring) + m.entry for m in self.entries),
         )  # fmt: skip
 
     # AOTInductor hands an empty list over as None, hence Tensor[]?.
@@ -320,31 +247,29 @@ class Terms:
         scale, p, *more = floats
         numbers, tensors = {"f": iter(more), "i": iter(ints[3:])}, iter(mod_tensors or ())
         left, right = (None if x < 0 else x for x in ints[:2])
+        entries = list(parse(mods.removeprefix(_SCORING), numbers, tensors))
+        scoring = entries.pop(0) if mods.startswith(_SCORING) else None
         return cls(
             KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
-            tuple(_parse(mods, numbers, tensors)), sinks, None if seed is None else KernelDropout(p, seed),
+            tuple(entries), sinks, None if seed is None else KernelDropout(p, seed), scoring,
         )  # fmt: skip
 
     @property
     def holds_tensors(self) -> bool:
         """Whether anything but the inputs is a tensor."""
-        if self.mods or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
+        if self.entries or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
             return True
         mask = self.mask
         return mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """The tensors that may want a gradient: the sinks (or None), then those of the modifications in order."""
-        return (self.sinks, *(t for m in self.mods for t in m.tensors))
+        """The tensors that may want a gradient: the sinks (or None), then those of the scoring and of the modifications in order."""
+        return (self.sinks, *(t for m in self.entries for t in m.tensors))
 
 
-def _parse(mods: str, numbers: dict[str, Iterator[float]], tensors: Iterator[Tensor]) -> Iterator[KernelScore]:
-    for entry in filter(None, mods.split(",")):
-        name, n_scalars, n_tensors, *layout = entry.split(":")
-        kinds = "f" * int(n_scalars) if not layout else [x for x in layout[0] if x in "fi"]
-        scalars = tuple([next(numbers[kind]) for kind in kinds])
-        yield KernelScore(name, scalars, tuple([next(tensors) for _ in range(int(n_tensors))]), layout[0] if layout else None)
+# What marks the scoring among the entries of an op's string.
+_SCORING = "@"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,11 @@ from fused_attn.checks import (
     require_tensor,
 )
 from fused_attn.dropout import Dropout
-from fused_attn.lowering import Grid, KernelMask, KernelScore, Terms
+from fused_attn.kernel_score import KernelScore
+from fused_attn.lowering import Grid, KernelMask, Terms
 from fused_attn.masks import Mask, as_mask
 from fused_attn.score_mods import ScoreMod
+from fused_attn.scoring import Scoring, as_product
 
 if TYPE_CHECKING:
     from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -111,6 +113,24 @@ def checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
     return tuple(mods)
 
 
+def checked_scoring(scoring: object, scale: object, grid: Grid) -> Scoring:
+    """A scoring that fits the grid, alone: it says the scale itself."""
+    if not isinstance(scoring, Scoring):
+        raise TypeError(
+            f"scoring must be a fused_attn scoring; got {described(scoring)}. Write DotProduct(0.5) or NegativeL2(), or subclass Scoring."
+        )
+    if not is_dataclass(scoring):
+        raise TypeError(
+            f"{type(scoring).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
+        )
+    if scale is not None:
+        raise ValueError(
+            f"scale and scoring must not be combined; got scale={described(scale)}. Give the scoring its scale, as in DotProduct(scale)."
+        )
+    scoring.check(grid)
+    return scoring
+
+
 def require_sinks(sinks: object, heads: int, device: torch.device) -> None:
     """One logit per query head."""
     tensor = require_tensor("sinks", sinks, FLOATS, "a floating-point tensor [heads]", "Give one logit per query head.")
@@ -130,25 +150,35 @@ class Modifiers:
     score_mods: tuple[ScoreMod, ...] = ()
     sinks: Tensor | None = None
     dropout: Dropout | None = None
+    scoring: Scoring | None = None
+
+    def as_product(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Modifiers]:
+        """q, k and modifiers of the same call with a scoring that lowers turned into a dot product."""
+        if self.scoring is None or not self.scoring.lowers:
+            return q, k, self
+        product = as_product(self.scoring, q, k)
+        return product.q, product.k, replace(self, scale=product.scale, score_mods=(*product.mods, *self.score_mods), scoring=None)
 
     def lower(self, problem: AttentionProblem | SoftmaxProblem) -> Terms:
         """The normal form on the problem's grid."""
-        if self.mask is None and not self.score_mods and self.dropout is None:
+        if self.mask is None and not self.score_mods and self.dropout is None and self.scoring is None:
             return Terms(_EVERYTHING, self.scale, self.q_offset, (), self.sinks)
         grid = problem.grid
         mask = _EVERYTHING if self.mask is None else self.mask.lower(grid)
         mods: tuple[KernelScore, ...] = tuple(score for mod in self.score_mods for score in mod.lower(grid))
         dropout = self.dropout.lower(grid.device) if self.dropout is not None else None
-        return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout)
+        return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout, None if self.scoring is None else self.scoring.to_kernel())
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """Tensors that may want a gradient: the sinks, then those of the modifications."""
-        return (*(() if self.sinks is None else (self.sinks,)), *(t for m in self.score_mods for t in m.tensors))
+        """Tensors that may want a gradient: the sinks, then those of the scoring and of the modifications."""
+        scoring = () if self.scoring is None else self.scoring.tensors
+        return (*(() if self.sinks is None else (self.sinks,)), *scoring, *(t for m in self.score_mods for t in m.tensors))
 
     def with_parameters(self, tensors: tuple[Tensor, ...]) -> Modifiers:
         """A copy on other tensors, in the order of ``parameters``."""
         left = list(tensors)
         sinks = None if self.sinks is None else left.pop(0)
+        scoring = None if self.scoring is None else self.scoring.with_tensors(tuple([left.pop(0) for _ in self.scoring.tensors]))
         mods = tuple([m.with_tensors(tuple([left.pop(0) for _ in m.tensors])) for m in self.score_mods])
-        return replace(self, sinks=sinks, score_mods=mods)
+        return replace(self, sinks=sinks, score_mods=mods, scoring=scoring)

@@ -13,9 +13,19 @@ from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.checks import FLOATS, as_integer, described, require_device, require_tensor
+from fused_attn.layout import with_laid_out_gradients
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax
 from fused_attn.masks import Mask
-from fused_attn.modifiers import Modifiers, as_scale, checked_mask, checked_mods, require_dropout, require_sinks, resolve_offset
+from fused_attn.modifiers import (
+    Modifiers,
+    as_scale,
+    checked_mask,
+    checked_mods,
+    checked_scoring,
+    require_dropout,
+    require_sinks,
+    resolve_offset,
+)
 from fused_attn.score_mods import Bias
 
 DTYPES = FLOATS
@@ -49,7 +59,7 @@ class AttentionProblem:
         q: [batch, heads, q_len, head_dim].
         k: [batch, kv_heads, kv_len, head_dim].
         v: [batch, kv_heads, kv_len, value_dim].
-        modifiers: mask, scale, alignment, score modifications, sinks, dropout.
+        modifiers: mask, scale or scoring, alignment, score modifications, sinks, dropout.
         aux: what to return besides the output, or None.
         transform: the torch transform it runs under, or None.
     """
@@ -95,7 +105,11 @@ class AttentionProblem:
         return replace(self, q=q, k=k, v=v, modifiers=self.modifiers.with_parameters(tuple(rest)))
 
     def lower(self) -> LoweredAttention:
-        return LoweredAttention(self.q, self.k, self.v, self.modifiers.lower(self))
+        if self.modifiers.scoring is None:
+            return LoweredAttention(self.q, self.k, self.v, self.modifiers.lower(self))
+        q, k = with_laid_out_gradients((self.q, self.k)) if self.requires_grad else (self.q, self.k)
+        q, k, modifiers = self.modifiers.as_product(q, k)
+        return LoweredAttention(q, k, self.v, modifiers.lower(self))
 
     @classmethod
     def check(cls, q: Any, k: Any, v: Any, options: dict[str, Any]) -> AttentionProblem:
@@ -118,6 +132,12 @@ class AttentionProblem:
             offset = resolve_offset(offset, positional, shape, q.device)
             grid = Grid(shape, q.device, offset)
             mask, mods = checked_mask(mask, grid), checked_mods(mods, grid)
+        scoring = options.get("scoring")
+        if scoring is not None:
+            scoring = checked_scoring(
+                scoring, options["scale"], Grid(shape, q.device, offset or 0 if not isinstance(offset, Tensor) else offset)
+            )
+            scale = 1.0
         sinks = options["sinks"]
         if sinks is not None:
             require_sinks(sinks, heads, q.device)
@@ -125,7 +145,13 @@ class AttentionProblem:
         if aux is not None and not isinstance(aux, AuxRequest):
             raise TypeError(f"return_aux must be a fused_attn.AuxRequest; got {described(aux)}. Write AuxRequest(probs=True).")
         modifiers = Modifiers(
-            mask, scale, offset or 0 if not isinstance(offset, Tensor) else offset, tuple(mods), sinks, require_dropout(options["dropout"])
+            mask,
+            scale,
+            offset or 0 if not isinstance(offset, Tensor) else offset,
+            tuple(mods),
+            sinks,
+            require_dropout(options["dropout"]),
+            scoring,
         )
         return cls(q, k, v, modifiers, aux, active_transform())
 

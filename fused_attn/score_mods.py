@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_tensor
-from fused_attn.lowering import Grid, KernelScore
+from fused_attn.kernel_score import KernelScore
+from fused_attn.lowering import Grid
 from fused_attn.pytrees import HoldsTensors, register
 
 

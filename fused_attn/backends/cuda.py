@@ -171,7 +171,10 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 
 def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-    mods, count, reasons = problem.modifiers.score_mods, 0, []
+    mods, scoring, reasons = problem.modifiers.score_mods, problem.modifiers.scoring, []
+    count = 0 if scoring is None else len(scoring.kernels)
+    if scoring is not None and not scoring.lowers:
+        reasons.append(f"{type(scoring).__name__} is no dot product (give it a lower), and the CUDA kernels compute nothing else")
     for mod in mods:
         kernels = mod.kernels or (mod.name,)
         count += len(kernels)

@@ -19,6 +19,7 @@ from fused_attn.lowering import Grid, KernelDropout, stat_dtype
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 from fused_attn.score_mods import modified
+from fused_attn.scoring import scored
 
 
 def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tuple[Tensor, AuxOutput]:
@@ -36,7 +37,7 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     q, k, v = (t.to(dtype) for t in (problem.q, problem.k, problem.v))
     k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
     allowed = _allowed(modifiers.mask, grid)
-    scores = _products(q, k, allowed).to(stat_dtype(dtype)) * modifiers.scale
+    scores = _scores(problem, q, k, allowed).to(stat_dtype(dtype))
     if allowed is not None and modifiers.score_mods:  # a modification may give NaN where nobody attends: nothing must flow back from there
         scores = scores.masked_fill(~allowed, 0.0)
     for mod in modifiers.score_mods:
@@ -91,6 +92,17 @@ def _is_finite(tensor: Tensor) -> bool:
     if captured(tensor) or torch._C._are_functorch_transforms_active():
         return False
     return bool(tensor.detach().isfinite().all())
+
+
+def _scores(problem: AttentionProblem, q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+    """Scores before the modifications, where a NaN or infinity in a key reaches only the rows that may attend to it."""
+    scoring = problem.modifiers.scoring
+    if scoring is None:
+        return _products(q, k, allowed).to(stat_dtype(q.dtype)) * problem.modifiers.scale
+    if allowed is None or _is_finite(k):
+        return scored(scoring, q, k)
+    clean = scored(scoring, q, k.masked_fill(~k.isfinite(), 0.0))
+    return clean.masked_fill(~k.isfinite().all(-1)[..., None, :], torch.nan)
 
 
 def _products(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:

@@ -18,6 +18,8 @@ from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_
 TILE = 1 << 19
 # Query rows of a tile; same case: 32 rows 215/458 ms, 64 rows 181/415, 128 rows 167/394, 256 rows 160/370.
 MAX_ROWS, MIN_ROWS = 256, 16
+# Elements of a tile of a scoring's own code, which may hold head_dim values for each of them.
+SCORED = TILE >> 3
 
 Limits = tuple[tuple[slice, Tensor], ...]
 _NOTHING: Limits = ()
@@ -196,13 +198,18 @@ class Plan:
     def of(cls, call: LoweredAttention) -> Plan:
         mask, batch = call.terms.mask, call.shape[0]
         masks = None if mask.is_trivial or 0 in call.shape else MaskTiles(mask, call.grid, stat_dtype(call.q.dtype))
-        authored = [m for m in call.terms.mods if m.layout is not None]
+        authored = [m for m in call.terms.entries if m.layout is not None]
         return cls(call, masks, bool(authored), batch > 1 and any(batch in t.shape for m in authored for t in m.tensors))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tile."""
+        return TILE if self.call.terms.scoring is None else SCORED
 
     @property
     def is_small(self) -> bool:
         batch, heads, q_len, kv_len = self.call.shape
-        return (batch if self.all_batches else 1) * heads * q_len * kv_len <= TILE
+        return (batch if self.all_batches else 1) * heads * q_len * kv_len <= self.largest
 
     def __iter__(self) -> Iterator[Tile]:
         if 0 in self.call.shape:
@@ -213,7 +220,7 @@ class Plan:
         """Whole batches, all keys: for problems where one batch fits into a tile."""
         batch, heads, q_len, kv_len = self.call.shape
         kv_heads = self.call.k.shape[1]
-        step = max(1, TILE // (heads * q_len * kv_len))
+        step = max(1, self.largest // (heads * q_len * kv_len))
         for b0 in range(0, batch, step):
             b1 = min(b0 + step, batch)
             region = ((b0, b1), (0, heads), (0, q_len), (0, kv_len))
@@ -257,7 +264,7 @@ class Plan:
         if self.all_heads:  # memory must not grow with heads * kv_len * MIN_ROWS
             fewest, together = 1, groups * kv_heads * (self.call.shape[0] if self.all_batches else 1)
         # A narrow reach wastes about rows / widest of the work on keys that only some rows see.
-        while rows > fewest and (together * rows * min(kv_len, widest + rows) > TILE or (rows > 64 and rows > widest // 2)):
+        while rows > fewest and (together * rows * min(kv_len, widest + rows) > self.largest or (rows > 64 and rows > widest // 2)):
             rows //= 2
         rows = min(rows, q_len)
         if self.all_heads:
