@@ -15,6 +15,7 @@ from fused_attn.functional import attention, explain, masked_softmax, scaled_dot
 from fused_attn.masks import Band, Causal, Dense, Documents, KeyPadding, PrefixLM, SlidingWindow, ValidLengths
 from fused_attn.problem import UnsupportedError
 from fused_attn.score_mods import ALiBi, Bias, DecayBias, SoftCap
+from fused_attn.scoring import DotProduct, NegativeL2
 
 __all__ = [
     "ALiBi",
@@ -26,8 +27,10 @@ __all__ = [
     "DecayBias",
     "Dense",
     "Documents",
+    "DotProduct",
     "Dropout",
     "KeyPadding",
+    "NegativeL2",
     "PrefixLM",
     "SlidingWindow",
     "SoftCap",

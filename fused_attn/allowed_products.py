@@ -113,7 +113,7 @@ def _sums(weights: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
 
 def _traced(product: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
     """A product for torch.jit.trace, which keeps operators and forgets Functions: the gradient is that of finite operands."""
-    clean = product(*(t.masked_fill(~t.isfinite(), 0.0) for t in (a, b)), allowed)
+    clean = product(a.masked_fill(~a.isfinite(), 0.0), b.masked_fill(~b.isfinite(), 0.0), allowed)
     return clean + (product(a.detach(), b.detach(), allowed) - clean.detach())
 
 

@@ -18,10 +18,13 @@ from fused_attn.backends import eager
 from fused_attn.backends.base import AuxTensors, Forward, Incoming
 from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
+from fused_attn.kernel_score import KernelScore
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.masks import Dense
-from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem, UnsupportedError
+from fused_attn.modifiers import Modifiers
+from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
 from fused_attn.score_mods import SCORE_MODS
+from fused_attn.scoring import SCORINGS
 
 _NO_OUTPUT = AuxOutput()
 
@@ -237,7 +240,8 @@ def _modifiers(terms: Terms, grid: Grid) -> Modifiers:
     keep = terms.mask.dense(grid)
     mods = tuple(SCORE_MODS[score.name].from_kernel(score) for score in terms.mods)
     dropout = None if terms.dropout is None else Dropout(*terms.dropout)
-    return Modifiers(None if keep is None else Dense(keep), terms.scale, terms.q_offset, mods, terms.sinks, dropout)
+    scoring = None if terms.scoring is None else SCORINGS[terms.scoring.name].from_kernel(terms.scoring)
+    return Modifiers(None if keep is None else Dense(keep), terms.scale, terms.q_offset, mods, terms.sinks, dropout, scoring)
 
 
 def _grad(
@@ -253,8 +257,13 @@ def _grad(
 
 def _aliased(terms: Terms) -> Terms:
     """The same terms on fresh views of their parameters: one tensor passed twice must get its gradient once per place."""
-    mods = tuple(replace(m, tensors=tuple(t.view_as(t) for t in m.tensors)) for m in terms.mods)
-    return replace(terms, mods=mods, sinks=None if terms.sinks is None else terms.sinks.view_as(terms.sinks))
+    scoring, mods = terms.scoring, tuple(_on_views(m) for m in terms.mods)
+    sinks = None if terms.sinks is None else terms.sinks.view_as(terms.sinks)
+    return replace(terms, mods=mods, sinks=sinks, scoring=None if scoring is None else _on_views(scoring))
+
+
+def _on_views(score: KernelScore) -> KernelScore:
+    return replace(score, tensors=tuple(t.view_as(t) for t in score.tensors))
 
 
 def _attention_through_eager(call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,8 @@
 """How the ops behave under vmap: the mapped dimension is folded into the batch, or the op runs once per slice where that is impossible.
 
 Folding fails where the mapped slices must not share what belongs to no batch element: one dropout mask (its counter holds the batch
-index), gradients that are sums over the batch (sinks, a modification's tensors), mapped sinks and modifications.
+index), gradients that are sums over the batch (sinks, a modification's tensors), mapped sinks and modifications, tensors of the user's
+modifications, whose batch may be anywhere.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def _size_at(value: Any, level: int) -> int:
 
 def _is_foldable(given: dict[str, tuple[Any, Any]]) -> bool:
     if given["seed"][0] is not None or any(_is_mapped(given[name][1]) for name in _OUTSIDE_THE_BATCH):
+        return False
+    if any(entry.count(":") > 2 for entry in given["mods"][0].split(",")):
         return False
     own_inputs = 3 if "q" in given else 1
     return not any(given["needs"][0][own_inputs:]) if "needs" in given else True

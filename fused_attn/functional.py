@@ -16,11 +16,12 @@ from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, active_transform, softmax_dim
 from fused_attn.score_mods import ScoreMod
+from fused_attn.scoring import Scoring
 
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None, scoring: Scoring | None = None,
     q_offset: int | Tensor | None = None, score_mods: Sequence[ScoreMod] = (), sinks: Tensor | None = None,
     dropout: Dropout | None = None, return_aux: None = None, backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
@@ -28,7 +29,7 @@ def attention(
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None, scoring: Scoring | None = None,
     q_offset: int | Tensor | None = None, score_mods: Sequence[ScoreMod] = (), sinks: Tensor | None = None,
     dropout: Dropout | None = None, return_aux: AuxRequest, backend: str = "auto",
 ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
@@ -41,6 +42,7 @@ def attention(
     *,
     mask: Mask | Tensor | None = None,
     scale: float | None = None,
+    scoring: Scoring | None = None,
     q_offset: int | Tensor | None = None,
     score_mods: Sequence[ScoreMod] = (),
     sinks: Tensor | None = None,
@@ -56,9 +58,10 @@ def attention(
         v: values [batch, kv_heads, kv_len, value_dim].
         mask: which keys a query may attend to: a mask, several combined with ``&``, or a bool tensor (True may attend).
         scale: factor of the scores; 1/sqrt(head_dim) by default.
+        scoring: how a score comes from a query and a key, instead of scale * q k^T; not together with ``scale``.
         q_offset: key position of query 0, an int or an int tensor [batch]. Needed when positions are compared and the lengths
             differ: 0 is top-left, kv_len - q_len bottom-right.
-        score_mods: modifications of the scaled scores, in order.
+        score_mods: modifications of the scores, in order.
         sinks: logits [heads] that join only the softmax's denominator (arXiv 2309.17453), differentiable.
         dropout: counter-based dropout of the probabilities.
         return_aux: what to return besides the output; asking for more never changes the output.
@@ -82,6 +85,7 @@ def attention(
     options = {
         "mask": mask,
         "scale": scale,
+        "scoring": scoring,
         "q_offset": q_offset,
         "score_mods": score_mods,
         "sinks": sinks,
@@ -109,6 +113,7 @@ def explain(
     *,
     mask: Mask | Tensor | None = None,
     scale: float | None = None,
+    scoring: Scoring | None = None,
     q_offset: int | Tensor | None = None,
     score_mods: Sequence[ScoreMod] = (),
     sinks: Tensor | None = None,
@@ -125,6 +130,7 @@ def explain(
     options = {
         "mask": mask,
         "scale": scale,
+        "scoring": scoring,
         "q_offset": q_offset,
         "score_mods": score_mods,
         "sinks": sinks,

@@ -1,18 +1,19 @@
 """The kernel normal form: what every mask and score modification becomes before a kernel sees it.
 
 A mask is one contiguous key interval per query row, optionally thinned out by a dense boolean ``keep``. A score modification is a
-name, scalars and tensors. This form is closed under ``&`` and does not change when the vocabulary grows, so op schemas, tile
+name, numbers and tensors. This form is closed under ``&`` and does not change when the vocabulary grows, so op schemas, tile
 skipping and the backends' signatures do not change either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_attn.kernel_score import KernelScore, parse
 
 Range = tuple[int, int]
 
@@ -195,15 +196,6 @@ class KernelMask:
         return allowed
 
 
-@dataclass(frozen=True, slots=True)
-class KernelScore:
-    """One score modification: the name a backend resolves, its scalars, and its tensors viewed as 4-D."""
-
-    name: str
-    scalars: tuple[float, ...] = ()
-    tensors: tuple[Tensor, ...] = ()
-
-
 class KernelDropout(NamedTuple):
     """Random removal of probabilities: the chance of removal and an int64 seed tensor [] on the inputs' device."""
 
@@ -221,17 +213,25 @@ class Terms:
     mods: tuple[KernelScore, ...] = ()
     sinks: Tensor | None = None
     dropout: KernelDropout | None = None
+    scoring: KernelScore | None = None
+
+    @property
+    def entries(self) -> tuple[KernelScore, ...]:
+        """Whatever has numbers and tensors of its own: the scoring, where it is no dot product, then the modifications in order."""
+        return self.mods if self.scoring is None else (self.scoring, *self.mods)
 
     def flatten(self) -> tuple[Any, ...]:
         """Tensors, lists of scalars and one string: exactly the arguments an op schema can carry (see ``SCHEMA``)."""
         mask, offset = self.mask, self.q_offset
         is_tensor = isinstance(offset, Tensor)
-        ints = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
-        floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for m in self.mods for x in m.scalars)]
+        numbers = [pair for m in self.entries for pair in zip(m.scalars, m.kinds, strict=True)]
+        ints: list[Any] = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
+        ints += [x for x, kind in numbers if kind == "i"]
+        floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for x, kind in numbers if kind == "f")]
         return (
             offset if is_tensor else None, mask.kv_start, mask.kv_end, mask.keep, self.dropout.seed if self.dropout else None,
-            self.sinks, [t for m in self.mods for t in m.tensors], ints, floats,
-            ",".join(f"{m.name}:{len(m.scalars)}:{len(m.tensors)}" for m in self.mods),
+            self.sinks, [t for m in self.entries for t in m.tensors], ints, floats,
+            ",".join(_SCORING * (m is self.scoring) + m.entry for m in self.entries),
         )  # fmt: skip
 
     # AOTInductor hands an empty list over as None, hence Tensor[]?.
@@ -244,32 +244,32 @@ class Terms:
     def unflatten(cls, flat: tuple[Any, ...]) -> Terms:
         """The inverse of ``flatten``."""
         offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = flat
-        scale, p, *scalars = floats
-        values, tensors = iter(scalars), iter(mod_tensors or ())
+        scale, p, *more = floats
+        numbers, tensors = {"f": iter(more), "i": iter(ints[3:])}, iter(mod_tensors or ())
         left, right = (None if x < 0 else x for x in ints[:2])
+        entries = list(parse(mods.removeprefix(_SCORING), numbers, tensors))
+        scoring = entries.pop(0) if mods.startswith(_SCORING) else None
         return cls(
             KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
-            tuple(_parse(mods, values, tensors)), sinks, None if seed is None else KernelDropout(p, seed),
+            tuple(entries), sinks, None if seed is None else KernelDropout(p, seed), scoring,
         )  # fmt: skip
 
     @property
     def holds_tensors(self) -> bool:
         """Whether anything but the inputs is a tensor."""
-        if self.mods or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
+        if self.entries or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
             return True
         mask = self.mask
         return mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """The tensors that may want a gradient: the sinks (or None), then those of the modifications in order."""
-        return (self.sinks, *(t for m in self.mods for t in m.tensors))
+        """The tensors that may want a gradient: the sinks (or None), then those of the scoring and of the modifications in order."""
+        return (self.sinks, *(t for m in self.entries for t in m.tensors))
 
 
-def _parse(mods: str, scalars: Iterator[float], tensors: Iterator[Tensor]) -> Iterator[KernelScore]:
-    for entry in filter(None, mods.split(",")):
-        name, n_scalars, n_tensors = entry.split(":")
-        yield KernelScore(name, tuple(next(scalars) for _ in range(int(n_scalars))), tuple(next(tensors) for _ in range(int(n_tensors))))
+# What marks the scoring among the entries of an op's string.
+_SCORING = "@"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,24 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import pytrees
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.checks import (
-    FLOATS,
-    INTS,
-    MAX_OFFSET,
-    as_integer,
-    as_number,
-    described,
-    is_traced,
-    require_device,
-    require_shape,
-    require_tensor,
+from fused_attn.checks import FLOATS, as_integer, described, require_device, require_tensor
+from fused_attn.layout import with_laid_out_gradients
+from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax
+from fused_attn.masks import Mask
+from fused_attn.modifiers import (
+    Modifiers,
+    as_scale,
+    checked_mask,
+    checked_mods,
+    checked_scoring,
+    require_dropout,
+    require_sinks,
+    resolve_offset,
 )
-from fused_attn.dropout import Dropout
-from fused_attn.lowering import Grid, KernelMask, KernelScore, LoweredAttention, LoweredSoftmax, Terms
-from fused_attn.masks import Mask, as_mask
-from fused_attn.score_mods import Bias, ScoreMod
+from fused_attn.score_mods import Bias
 
 DTYPES = FLOATS
 
@@ -44,79 +42,6 @@ def require_input(name: str, value: object) -> Tensor:
     )
 
 
-def _as_scale(value: object) -> float:
-    return as_number("scale", value, "Pass a float, or multiply the inputs by a tensor instead (that is differentiable).")
-
-
-def _require_offset(value: object, batch: int, device: torch.device) -> int | Tensor:
-    advice = "0 aligns top-left, kv_len - q_len bottom-right, an int tensor [batch] each sequence on its own."
-    if isinstance(value, Tensor):
-        require_tensor("q_offset", value, INTS, f"an int or an int tensor [batch] = [{batch}]", advice)
-        if value.dim() == 0 and is_traced():  # lengths are tensors to torch.jit.trace
-            return value.to(device).expand(batch)
-        require_shape("q_offset", value, ((batch,),), device)
-        return value
-    offset = as_integer("q_offset", value, advice)
-    if not -MAX_OFFSET <= offset <= MAX_OFFSET:
-        raise ValueError(f"q_offset must lie within 2**29 of 0; got {offset}. {advice}")
-    return offset
-
-
-def _resolve_offset(value: object, positional: bool, shape: tuple[int, int, int, int], device: torch.device) -> int | Tensor:
-    batch, _, q_len, kv_len = shape
-    if value is not None:
-        return _require_offset(value, batch, device)
-    if positional and q_len != kv_len:
-        raise ValueError(
-            f"q_offset must be given when positions are compared and q_len != kv_len; got q_len={q_len}, kv_len={kv_len}. "
-            f"Pass q_offset=0 (top-left) or q_offset={kv_len - q_len} (bottom-right, kv_len - q_len)."
-        )
-    return 0
-
-
-def _reject_grad(owner: object) -> None:
-    for value in pytrees.state(owner).values():
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Tensor) and item.requires_grad:
-                raise ValueError(
-                    f"a mask must not require grad; got {type(owner).__name__} holding a tensor that does. Pass a learned term as score_mods=(Bias(tensor),)."
-                )
-            if isinstance(item, Mask):
-                _reject_grad(item)
-
-
-def _checked_mask(mask: object, grid: Grid) -> Mask | None:
-    if mask is None:
-        return None
-    result = as_mask(mask)
-    _reject_grad(result)
-    result.check(grid)
-    return result
-
-
-def _require_dropout(value: object) -> Dropout | None:
-    if value is not None and not isinstance(value, Dropout):
-        raise TypeError(f"dropout must be a fused_attn.Dropout; got {described(value)}. Write Dropout(0.1) for a chance of removal of 0.1.")
-    # A chance of 0 is no dropout: nothing may be drawn from torch's generator for it.
-    return value if value is not None and value.p > 0 else None
-
-
-def _checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
-    if isinstance(mods, ScoreMod):
-        raise TypeError(
-            f"score_mods must be a tuple of modifications; got {type(mods).__name__} alone. Write score_mods=({type(mods).__name__}(...),)."
-        )
-    if not isinstance(mods, (tuple, list)):
-        raise TypeError(f"score_mods must be a tuple of modifications; got {described(mods)}. Write score_mods=(SoftCap(30.0), Bias(b)).")
-    for mod in mods:
-        if not isinstance(mod, ScoreMod):
-            raise TypeError(
-                f"score_mods must hold fused_attn score modifications; got {described(mod)}. A dense tensor is written Bias(tensor)."
-            )
-        mod.check(grid)
-    return tuple(mods)
-
-
 def active_transform() -> str | None:
     """The torch transform that a call runs under and that only plain torch operations can follow, in words."""
     if torch.autograd.forward_ad._current_level >= 0:
@@ -124,43 +49,6 @@ def active_transform() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
     return None
-
-
-_EVERYTHING = KernelMask()
-
-
-@dataclass(frozen=True, slots=True)
-class Modifiers:
-    """What a caller may add to the plain operation; shared by attention and softmax problems."""
-
-    mask: Mask | None
-    scale: float
-    q_offset: int | Tensor
-    score_mods: tuple[ScoreMod, ...] = ()
-    sinks: Tensor | None = None
-    dropout: Dropout | None = None
-
-    def lower(self, problem: AttentionProblem | SoftmaxProblem) -> Terms:
-        """The normal form on the problem's grid."""
-        if self.mask is None and not self.score_mods and self.dropout is None:
-            return Terms(_EVERYTHING, self.scale, self.q_offset, (), self.sinks)
-        grid = problem.grid
-        mask = _EVERYTHING if self.mask is None else self.mask.lower(grid)
-        mods: tuple[KernelScore, ...] = tuple(score for mod in self.score_mods for score in mod.lower(grid))
-        dropout = self.dropout.lower(grid.device) if self.dropout is not None else None
-        return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout)
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Tensors that may want a gradient: the sinks, then those of the modifications."""
-        return (*(() if self.sinks is None else (self.sinks,)), *(t for m in self.score_mods for t in m.tensors))
-
-    def with_parameters(self, tensors: tuple[Tensor, ...]) -> Modifiers:
-        """A copy on other tensors, in the order of ``parameters``."""
-        left = list(tensors)
-        sinks = None if self.sinks is None else left.pop(0)
-        mods = tuple([m.with_tensors(tuple([left.pop(0) for _ in m.tensors])) for m in self.score_mods])
-        return replace(self, sinks=sinks, score_mods=mods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +59,7 @@ class AttentionProblem:
         q: [batch, heads, q_len, head_dim].
         k: [batch, kv_heads, kv_len, head_dim].
         v: [batch, kv_heads, kv_len, value_dim].
-        modifiers: mask, scale, alignment, score modifications, sinks, dropout.
+        modifiers: mask, scale or scoring, alignment, score modifications, sinks, dropout.
         aux: what to return besides the output, or None.
         transform: the torch transform it runs under, or None.
     """
@@ -217,7 +105,11 @@ class AttentionProblem:
         return replace(self, q=q, k=k, v=v, modifiers=self.modifiers.with_parameters(tuple(rest)))
 
     def lower(self) -> LoweredAttention:
-        return LoweredAttention(self.q, self.k, self.v, self.modifiers.lower(self))
+        if self.modifiers.scoring is None:
+            return LoweredAttention(self.q, self.k, self.v, self.modifiers.lower(self))
+        q, k = with_laid_out_gradients((self.q, self.k)) if self.requires_grad else (self.q, self.k)
+        q, k, modifiers = self.modifiers.as_product(q, k)
+        return LoweredAttention(q, k, self.v, modifiers.lower(self))
 
     @classmethod
     def check(cls, q: Any, k: Any, v: Any, options: dict[str, Any]) -> AttentionProblem:
@@ -232,22 +124,34 @@ class AttentionProblem:
         batch, heads, q_len, head_dim = q.shape
         shape = (batch, heads, q_len, k.shape[2])
         scale = options["scale"]
-        scale = (head_dim**-0.5 if head_dim else 1.0) if scale is None else _as_scale(scale)
+        scale = (head_dim**-0.5 if head_dim else 1.0) if scale is None else as_scale(scale)
         mask, mods, offset = options["mask"], options["score_mods"], options["q_offset"]
         if mask is not None or offset is not None or not (isinstance(mods, tuple) and not mods):
             positional = isinstance(mask, Mask) and mask.positional
             positional = positional or (isinstance(mods, (tuple, list)) and any(getattr(m, "positional", False) for m in mods))
-            offset = _resolve_offset(offset, positional, shape, q.device)
+            offset = resolve_offset(offset, positional, shape, q.device)
             grid = Grid(shape, q.device, offset)
-            mask, mods = _checked_mask(mask, grid), _checked_mods(mods, grid)
+            mask, mods = checked_mask(mask, grid), checked_mods(mods, grid)
+        scoring = options.get("scoring")
+        if scoring is not None:
+            scoring = checked_scoring(
+                scoring, options["scale"], Grid(shape, q.device, offset or 0 if not isinstance(offset, Tensor) else offset)
+            )
+            scale = 1.0
         sinks = options["sinks"]
         if sinks is not None:
-            _check_sinks(sinks, heads, q.device)
+            require_sinks(sinks, heads, q.device)
         aux = options["return_aux"]
         if aux is not None and not isinstance(aux, AuxRequest):
             raise TypeError(f"return_aux must be a fused_attn.AuxRequest; got {described(aux)}. Write AuxRequest(probs=True).")
         modifiers = Modifiers(
-            mask, scale, offset or 0 if not isinstance(offset, Tensor) else offset, tuple(mods), sinks, _require_dropout(options["dropout"])
+            mask,
+            scale,
+            offset or 0 if not isinstance(offset, Tensor) else offset,
+            tuple(mods),
+            sinks,
+            require_dropout(options["dropout"]),
+            scoring,
         )
         return cls(q, k, v, modifiers, aux, active_transform())
 
@@ -273,11 +177,6 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"kv_heads must divide heads; got {heads} query heads and {kv_heads} key/value heads. Query head n uses key head n // (heads // kv_heads)."
         )
-
-
-def _check_sinks(sinks: object, heads: int, device: torch.device) -> None:
-    tensor = require_tensor("sinks", sinks, DTYPES, "a floating-point tensor [heads]", "Give one logit per query head.")
-    require_shape("sinks", tensor, ((heads,),), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +235,7 @@ class SoftmaxProblem:
         shape = (rows.shape[0], rows.shape[1], rows.shape[2], rows.shape[3])
         mask, offset = options["mask"], options["q_offset"]
         positional = isinstance(mask, Mask) and mask.positional
-        offset = _resolve_offset(offset, positional, shape, scores.device)
+        offset = resolve_offset(offset, positional, shape, scores.device)
         grid = Grid(shape, scores.device, offset)
         if isinstance(mask, Tensor):
             mask = _aligned("mask", mask, scores, dim, (torch.bool,))
@@ -349,13 +248,13 @@ class SoftmaxProblem:
             )
         if not isinstance(options["log"], bool):
             raise TypeError(f"log must be a bool; got {described(options['log'])}. Pass True or False.")
-        dropout = _require_dropout(options["dropout"])
+        dropout = require_dropout(options["dropout"])
         if options["log"] and dropout is not None:
             raise ValueError(
                 "log and dropout must not be combined; got both. The logarithm of a removed probability is -inf; apply dropout to exp(result)."
             )
         mods = (Bias(bias),) if bias is not None else ()
-        modifiers = Modifiers(_checked_mask(mask, grid), _as_scale(options["scale"]), offset, _checked_mods(mods, grid), None, dropout)
+        modifiers = Modifiers(checked_mask(mask, grid), as_scale(options["scale"]), offset, checked_mods(mods, grid), None, dropout)
         return cls(rows, modifiers, options["log"], options["empty_rows"] == "uniform", active_transform())
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree
 
 _STATIC = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
@@ -59,6 +60,33 @@ def state(value: Any) -> dict[str, Any]:
     if is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in fields(value)}
     return {name: item for name, item in vars(value).items() if name != _CHILDREN}
+
+
+class HoldsTensors:
+    """A dataclass some of whose fields are tensors, all of them known by their own names and shapes.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Pair(HoldsTensors):
+        ...     tensor: Tensor
+        ...     width: int
+        >>> Pair(torch.zeros(2), 5).with_tensors((torch.ones(2),))
+        Pair(tensor=tensor([1., 1.]), width=5)
+    """
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that may want a gradient."""
+        return tuple([v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)])  # type: ignore[arg-type]
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Any:
+        """A copy that holds other tensors in the same places; its constructor is not run again, for it may convert what it is given."""
+        left, copy = list(tensors), object.__new__(type(self))
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            object.__setattr__(copy, f.name, left.pop(0) if isinstance(value, Tensor) else value)
+        return copy
 
 
 def _flatten(value: Any) -> tuple[list[Any], _Structure]:

@@ -7,25 +7,30 @@ discover. The cpu and eager backends run ``apply`` itself; Triton and CUDA resol
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fused_attn.checks import FLOATS, as_number, require_broadcast, require_tensor
-from fused_attn.lowering import Grid, KernelScore
-from fused_attn.pytrees import register
+from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_tensor
+from fused_attn.kernel_score import KernelScore
+from fused_attn.lowering import Grid
+from fused_attn.pytrees import HoldsTensors, register
 
 
-class ScoreMod:
-    """Base of all score modifications; subclasses are dataclasses with a unique ``name``.
+class ScoreMod(HoldsTensors):
+    """Base of all score modifications; subclasses are dataclasses with a unique ``name``, whose fields are tensors, numbers, bools or None.
+
+    ``apply`` finds the fields as the author filled them: tensors in their own shapes, whatever the backend and the size.
 
     Attributes:
         name: what backends resolve; registered when the class is defined.
         positional: True where positions are compared, so that calls with q_len != kv_len must say ``q_offset``.
         kernels: names its normal form uses, where they differ from ``name``.
         is_tame: True where finite scores and finite tensors give finite scores with finite derivatives, in pairs that may not attend too.
+        by_parts: whether ``apply`` answers for any part of the batches and heads. It then takes every tensor as ``view`` shapes it,
+            through ``grid.crop``, and its numbers are floats; the cpu backend has smaller tiles for it.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class ScoreMod:
     positional: ClassVar[bool] = False
     kernels: ClassVar[tuple[str, ...]] = ()
     is_tame: ClassVar[bool] = False
+    by_parts: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         register(cls)
@@ -49,39 +55,42 @@ class ScoreMod:
             SCORE_MODS[cls.name] = cls
 
     def apply(self, scores: Tensor, grid: Grid) -> Tensor:
-        """The meaning: scores [batch, heads, q, kv] of the grid's region to modified scores."""
+        """The meaning: scores [batch, heads, q, kv] of the grid's region to modified scores of the same shape.
+
+        The region is some queries and keys of all heads, and of all batches where a tensor has a dimension of the batch's size. Positions
+        are ``grid.q_pos``, indices ``grid.q_idx`` and ``grid.kv_idx``; ``grid.crop`` cuts a 4-D tensor that has a query or key dimension.
+        """
         raise TypeError(
             f"{type(self).__name__} must define apply(scores, grid); got a modification without it. Return a tensor shaped like scores."
         )
 
     def lower(self, grid: Grid) -> tuple[KernelScore, ...]:
-        """The normal form; by default one entry with the dataclass fields in order, numbers as scalars and tensors viewed as 4-D."""
+        """The normal form; by default one entry with the dataclass fields in order."""
+        if SCORE_MODS.get(self.name) is not type(self):
+            raise TypeError(
+                f"{type(self).__name__} must have a name of its own for a kernel backend; got {self.name!r}, "
+                f"which {'no class has' if self.name not in SCORE_MODS else f'{SCORE_MODS[self.name].__name__} has'}. Set name in its class."
+            )
+        if not self.by_parts:
+            return (KernelScore.of(self, self.name),)
         values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
         scalars = tuple(float(v) for v in values if not isinstance(v, Tensor))
         return (KernelScore(self.name, scalars, tuple(self.view(v, grid) for v in values if isinstance(v, Tensor))),)
 
     @classmethod
-    def from_kernel(cls, score: KernelScore) -> ScoreMod:
-        """The inverse of ``lower``, on the 4-D views."""
+    def from_kernel(cls, score: KernelScore) -> Any:
+        """The inverse of ``lower``; on the 4-D views where ``apply`` answers for parts."""
+        if score.layout is not None:
+            return score.rebuilt(cls)
         scalars, tensors = iter(score.scalars), iter(score.tensors)
         return cls(*(next(tensors) if "Tensor" in str(f.type) else next(scalars) for f in fields(cls)))  # type: ignore[arg-type]
 
     def view(self, tensor: Tensor, grid: Grid) -> Tensor:
-        """A tensor of the modification as [batch|1, heads|1, q_len|1, kv_len|1]."""
+        """A tensor of the modification as device functions read it: 4-D, by default with dimensions of size 1 in front."""
         return tensor[(None,) * (4 - tensor.dim())]
 
     def check(self, grid: Grid) -> None:
         """Raises ValueError or TypeError when the modification does not fit a grid of this shape."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that may want a gradient."""
-        return tuple(v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))  # type: ignore[arg-type]
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Any:
-        """A copy that holds other tensors in the same places."""
-        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]  # type: ignore[arg-type]
-        return replace(self, **dict(zip(names, tensors, strict=True)))  # type: ignore[type-var]
 
     @classmethod
     def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
@@ -90,6 +99,45 @@ class ScoreMod:
 
 
 SCORE_MODS: dict[str, type[ScoreMod]] = {}
+
+
+def modified(mod: ScoreMod, scores: Tensor, grid: Grid) -> Tensor:
+    """The scores after ``mod.apply``, in their own dtype.
+
+    Raises:
+        TypeError: it returned something of another shape.
+    """
+    result = mod.apply(scores, grid)
+    if not isinstance(result, Tensor) or result.shape != scores.shape:
+        raise TypeError(
+            f"{type(mod).__name__}.apply must return scores shaped like those it was given, {list(scores.shape)}; got {described(result)}. "
+            "Give its tensors dimensions that broadcast to [batch, heads, q, kv], and cut those with queries or keys by grid.crop."
+        )
+    return result.to(scores.dtype)
+
+
+def on_device(score: KernelScore, grid: Grid) -> KernelScore:
+    """The normal form as device functions take it: numbers and bools as floats, None left out, tensors as ``view`` shapes them."""
+    if score.layout is None:
+        return score
+    mod = SCORE_MODS[score.name].from_kernel(score)
+    values = [getattr(mod, f.name) for f in fields(mod)]
+    numbers = tuple(float(v) for v in values if v is not None and not isinstance(v, Tensor))
+    return KernelScore(score.name, numbers, tuple(mod.view(t, grid) for t in score.tensors))
+
+
+def in_own_shape(grads: tuple[Tensor | None, ...], score: KernelScore, grid: Grid) -> tuple[Tensor | None, ...]:
+    """Gradients of the tensors of ``on_device`` as gradients of the modification's own."""
+    if score.layout is None:
+        return grads
+    mod = SCORE_MODS[score.name].from_kernel(score)
+    result: list[Tensor | None] = []
+    for grad, tensor in zip(grads, score.tensors, strict=True):
+        with torch.enable_grad():
+            leaf = tensor.detach().requires_grad_(grad is not None)
+            view = mod.view(leaf, grid)
+        result.append(None if grad is None else torch.autograd.grad(view, leaf, grad.to(view.dtype))[0])
+    return tuple(result)
 
 
 def _require_float_tensor(name: str, value: object) -> Tensor:
@@ -113,6 +161,7 @@ class SoftCap(ScoreMod):
     cap: float
     name: ClassVar[str] = "softcap"
     is_tame: ClassVar[bool] = True
+    by_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if as_number("SoftCap cap", self.cap, "Pass a Python float; leave SoftCap out for no cap.") <= 0:
@@ -143,6 +192,7 @@ class ALiBi(ScoreMod):
     slopes: Tensor
     name: ClassVar[str] = "alibi"
     is_tame: ClassVar[bool] = True
+    by_parts: ClassVar[bool] = True
     positional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -153,7 +203,7 @@ class ALiBi(ScoreMod):
             )
 
     def view(self, tensor: Tensor, grid: Grid) -> Tensor:
-        return tensor if tensor.dim() == 4 else tensor.reshape(-1, tensor.shape[-1])[..., None, None]
+        return tensor if tensor.dim() == 4 else tensor[(None,) * (2 - tensor.dim())][..., None, None]
 
     def apply(self, scores: Tensor, grid: Grid) -> Tensor:
         distance = (grid.q_pos - grid.kv_idx).abs()
@@ -184,6 +234,7 @@ class Bias(ScoreMod):
     bias: Tensor
     name: ClassVar[str] = "bias"
     is_tame: ClassVar[bool] = True
+    by_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_float_tensor("Bias", self.bias)
@@ -233,7 +284,7 @@ class DecayBias(ScoreMod):
 
     def _of_queries(self, keys: Tensor, grid: Grid) -> Tensor:
         """c at the queries' positions, [batch|1, heads|1, q_len, 1]; NaN where a query lies beyond the keys, so that it shows."""
-        position = grid.q_pos.reshape(-1, 1, grid.q_idx.shape[0])
+        position = grid.q_pos[(None,) * (4 - grid.q_pos.dim())][:, :, :, 0]
         heads, length = keys.shape[1], keys.shape[3]
         per_batch = keys[:, :, 0].expand(max(position.shape[0], keys.shape[0]), -1, -1)
         position = position.expand(per_batch.shape[0], heads, -1)

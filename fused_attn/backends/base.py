@@ -98,6 +98,16 @@ def sink_gradient(call: LoweredAttention, stats: Tensor, delta: Tensor) -> Tenso
     return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
+def gradients_without_scores(call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients of a call whose score array is empty: zeros, and where only the keys are missing each sink is its rows' lse."""
+    inputs = (call.q, call.k, call.v, *call.terms.parameters)
+    zeros = [torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
+    dsinks = zeros[3]
+    if dsinks is not None and call.shape[3] == 0 and incoming.dlse is not None:
+        dsinks.copy_(incoming.dlse.sum((0, 2)))
+    return tuple(zeros)
+
+
 def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     """The reason shared by every kernel backend: kernels cannot be traced through by torch's functional transforms."""
     if problem.transform is None:

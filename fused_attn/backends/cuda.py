@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from fused_attn.backends.base import (
     Yields,
     allows_tf32,
     capability_refusal,
+    gradients_without_scores,
     has_wgmma,
     sink_gradient,
     transform_refusal,
 )
 from fused_attn.layout import empty_out
-from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.score_mods import in_own_shape, on_device
 
 MAX_HEAD_DIM = 256
 MAX_MODS = 8
@@ -113,41 +116,41 @@ class CudaBackend:
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
         out = empty_out(call.q, call.v.shape[-1])
-        return Forward(out, *self.call("attention_fwd", call.q, call.k, call.v, *_flat(call.terms), out))
+        return Forward(out, *self.call("attention_fwd", call.q, call.k, call.v, *_flat(call), out))
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
         probs, scores, _, *per_row = request.flags
         wanted = (probs, scores, *per_row)
-        tensors = self.call("attention_aux", call.q, call.k, call.v, *_flat(call.terms), forward.stats, [int(w) for w in wanted])
+        tensors = self.call("attention_aux", call.q, call.k, call.v, *_flat(call), forward.stats, [int(w) for w in wanted])
         return AuxTensors(*(t if want else None for t, want in zip(tensors, wanted, strict=True)))
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
-        inputs = (call.q, call.k, call.v, *call.terms.parameters)
         if 0 in call.shape:
-            return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
+            return gradients_without_scores(call, incoming, needs)
         arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
         keys = needs[1] or needs[2]  # one launch writes both
         dq, dk, dv = _room(call.q, needs[0]), _room(call.k, keys), _room(call.v, keys)
-        flat = _flat(call.terms)
+        flat = _flat(call)
         dmods = [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(flat[_MOD_TENSORS], needs[4:], strict=True)]
         delta, *sums = self.call("attention_bwd", call.q, call.k, call.v, *flat, forward.out, forward.stats, *arriving, dq, dk, dv, dmods)
-        for room, left in zip(dmods, sums, strict=True):
-            if left.numel() > 0:
-                room.copy_(left.sum_to_size(room.shape))
+        for room, partial in zip(dmods, sums, strict=True):
+            if partial.numel() > 0:
+                room.copy_(partial.sum_to_size(room.shape))
         dsinks = sink_gradient(call, forward.stats, delta) if needs[3] else None
-        tensors = (t for m in call.terms.mods for t in m.tensors)
-        shaped = (g.to(t.dtype) if need else None for g, t, need in zip(dmods, tensors, needs[4:], strict=True))
-        return dq, dk if needs[1] else None, dv if needs[2] else None, dsinks, *shaped
+        left = iter([g if need else None for g, need in zip(dmods, needs[4:], strict=True)])
+        shaped = [g for m in call.terms.mods for g in in_own_shape(tuple([next(left) for _ in m.tensors]), m, call.grid)]
+        narrowed = (None if g is None or t is None else g.to(t.dtype) for g, t in zip(shaped, call.terms.parameters[1:], strict=True))
+        return dq, dk if needs[1] else None, dv if needs[2] else None, dsinks, *narrowed
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
         out = torch.empty_like(call.scores)
-        probs = self.call("softmax_fwd", call.scores, *_flat(call.terms), call.log, call.uniform_empty, out)
+        probs = self.call("softmax_fwd", call.scores, *_flat(call), call.log, call.uniform_empty, out)
         return out, probs if call.terms.dropout else None
 
     def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
         dscores = _room(call.scores, needs[0])
         biases, wanted = call.terms.parameters[1:], any(needs[1:])
-        sums = self.call("softmax_bwd", call.scores, *_flat(call.terms), result, dout, call.log, call.uniform_empty, dscores, wanted)
+        sums = self.call("softmax_bwd", call.scores, *_flat(call), result, dout, call.log, call.uniform_empty, dscores, wanted)
         return dscores, *(torch.empty_like(t).copy_(sums.sum(0)) if wanted and t is not None else None for t in biases)
 
 
@@ -155,8 +158,9 @@ def _room(tensor: Tensor, wanted: bool) -> Tensor | None:
     return torch.empty_like(tensor) if wanted else None
 
 
-def _flat(terms: Terms) -> tuple[Any, ...]:
-    """The flattened terms with every tensor in a dtype that the kernels read."""
+def _flat(call: LoweredAttention | LoweredSoftmax) -> tuple[Any, ...]:
+    """The flattened terms with every tensor in a shape and a dtype that the kernels read."""
+    terms = replace(call.terms, mods=tuple(on_device(m, call.grid) for m in call.terms.mods)) if call.terms.mods else call.terms
     q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *scalars = terms.flatten()
     offset = None if q_offset is None else q_offset.to(torch.int64).contiguous()
     return offset, kv_start, kv_end, keep, seed, None if sinks is None else _narrow(sinks), [_narrow(t) for t in mod_tensors], *scalars
@@ -167,7 +171,10 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 
 def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-    mods, count, reasons = problem.modifiers.score_mods, 0, []
+    mods, scoring, reasons = problem.modifiers.score_mods, problem.modifiers.scoring, []
+    count = 0 if scoring is None else len(scoring.kernels)
+    if scoring is not None and not scoring.lowers:
+        reasons.append(f"{type(scoring).__name__} is no dot product (give it a lower), and the CUDA kernels compute nothing else")
     for mod in mods:
         kernels = mod.kernels or (mod.name,)
         count += len(kernels)

@@ -18,7 +18,10 @@ from fused_attn.dropout import keep_factor
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.lowering import Grid, KernelDropout, stat_dtype
 from fused_attn.masks import Mask
-from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem
+from fused_attn.modifiers import Modifiers
+from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.score_mods import modified
+from fused_attn.scoring import Scoring, scored
 
 
 def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tuple[Tensor, AuxOutput]:
@@ -39,7 +42,7 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     careful = _may_break(q, k, modifiers)
     scores = _scores(problem, (q, k), allowed, careful)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
-    is_plain = allowed is None and not modifiers.score_mods
+    is_plain = allowed is None and not modifiers.score_mods and modifiers.scoring is None
     if scores.shape[-1] and not (is_plain and captured(scores)) and _any(empty):
         # A row whose scores are all -inf counts as one without keys: nothing it holds may show.
         allowed = ~empty if allowed is None else allowed & ~empty
@@ -59,12 +62,23 @@ def _scores(problem: AttentionProblem, pair: tuple[Tensor, Tensor], allowed: Ten
     """
     q, k = pair
     hidden = None if allowed is None else ~allowed
-    product = differentiable_products(q, k, allowed) if careful else q @ k.mT
-    scores = product.to(stat_dtype(q.dtype)) * problem.modifiers.scale
+    if problem.modifiers.scoring is not None:
+        scores = _own_scores(problem.modifiers.scoring, q, k) if careful else scored(problem.modifiers.scoring, q, k)
+        scores = scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    else:
+        scores = differentiable_products(q, k, allowed) if careful else q @ k.mT
+    scores = scores.to(stat_dtype(q.dtype)) * problem.modifiers.scale
     for mod in problem.modifiers.score_mods:
-        scores = mod.apply(scores, problem.grid)
+        scores = modified(mod, scores, problem.grid)
         scores = scores.masked_fill(hidden, 0.0) if careful and hidden is not None else scores
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+
+def _own_scores(scoring: Scoring, q: Tensor, k: Tensor) -> Tensor:
+    """Scores of a scoring's own code, NaN for queries and keys that are not finite, which it does not get to see."""
+    clean = scored(scoring, *(t.masked_fill(~t.isfinite(), 0.0) for t in (q, k)))
+    broken = ~q.isfinite().all(-1)[..., :, None] | ~k.isfinite().all(-1)[..., None, :]
+    return clean + torch.zeros_like(clean).masked_fill(broken, torch.nan)  # added, so that what arrives flows on
 
 
 def softmax(problem: SoftmaxProblem) -> Tensor:
@@ -73,7 +87,7 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
     grid, modifiers = problem.grid, problem.modifiers
     scores = problem.scores.to(stat_dtype(problem.scores.dtype)) * modifiers.scale
     for mod in modifiers.score_mods:
-        scores = mod.apply(scores, grid)
+        scores = modified(mod, scores, grid)
     allowed = _allowed(modifiers.mask, grid)
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
@@ -118,7 +132,7 @@ def _may_break(q: Tensor, k: Tensor, modifiers: Modifiers) -> bool:
 
     No product exceeds the norms' product (Cauchy and Schwarz), so huge numbers count as well: a sum of them may be inf - inf.
     """
-    if captured(q) or captured(k) or any(not mod.is_tame for mod in modifiers.score_mods):
+    if captured(q) or captured(k) or modifiers.scoring is not None or any(not mod.is_tame for mod in modifiers.score_mods):
         return True
     bound = torch.linalg.vector_norm(q) * torch.linalg.vector_norm(k) * abs(modifiers.scale)
     tensors = (t for mod in modifiers.score_mods for t in mod.tensors)

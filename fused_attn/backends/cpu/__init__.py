@@ -38,7 +38,8 @@ class CpuBackend:
         terms = problem.modifiers
         if isinstance(problem, SoftmaxProblem) or torch.compiler.is_compiling() or is_traced():
             return None
-        if terms.score_mods or terms.sinks is not None or terms.dropout is not None:
+        scored = terms.scoring is not None and (not terms.scoring.lowers or bool(terms.scoring.kernels))
+        if terms.score_mods or scored or terms.sinks is not None or terms.dropout is not None:
             limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED
         elif terms.mask is not None and not terms.mask.positional and problem.requires_grad:
             limit = EAGER_MASKED_GRAD

@@ -6,7 +6,7 @@ huge logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from torch import Tensor
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
 from fused_attn.backends.cpu import flash
+from fused_attn.backends.cpu.leaves import Leaves, own_scores, vectors
 from fused_attn.backends.cpu.tiles import Operands, Tile
 from fused_attn.dropout import keep_factor
 from fused_attn.layout import empty_out, laid_out_like
-from fused_attn.lowering import Grid, LoweredAttention, stat_dtype
-from fused_attn.score_mods import SCORE_MODS
+from fused_attn.lowering import LoweredAttention, stat_dtype
+from fused_attn.score_mods import SCORE_MODS, modified
 
 
 def attention_fwd(call: LoweredAttention) -> Forward:
@@ -79,8 +80,11 @@ def _sinks(work: Operands, tile: Tile) -> Tensor | None:
 
 
 def _raw_scores(work: Operands, tile: Tile) -> Tensor:
-    """scale * q k^T, [batch, heads, rows, keys]."""
+    """Scores before the modifications, [batch, heads, rows, keys]."""
     scores = work.buffer("scores", tile)
+    scoring = work.call.terms.scoring
+    if scoring is not None:
+        return scores.view(tile.shape).copy_(own_scores(work, tile, vectors(work, tile), scoring.tensors))
     keys = work.k_clean[tile.keys]
     torch.baddbmm(scores, work.rows(work.q, tile), keys.mT, beta=0, alpha=work.call.terms.scale, out=scores)
     if work.is_careful:
@@ -93,14 +97,14 @@ def _scores(work: Operands, tile: Tile) -> Tensor:
     raw = scores = _raw_scores(work, tile)
     grid = work.call.grid.at(*tile.region)
     for score in work.call.terms.mods:
-        scores = SCORE_MODS[score.name].from_kernel(score).apply(scores, grid)
+        scores = modified(SCORE_MODS[score.name].from_kernel(score), scores, grid)
     return _mask(work, tile, raw if scores is raw else raw.copy_(scores))
 
 
 def _mask(work: Operands, tile: Tile, scores: Tensor) -> Tensor:
     for columns, limit in tile.limits:
         part = scores[..., columns]
-        if work.is_careful:
+        if work.is_careful or work.plan.all_heads:  # a modification of the user's may give NaN where it is not asked
             part.masked_fill_(limit < 0, -torch.inf)
         else:  # a tenth of masked_fill's time, and inf in a masked score is harmless; only NaN needs the other way
             torch.minimum(part, limit, out=part)
@@ -188,24 +192,6 @@ def _write_row_block(full: Tensor, tile: Tile, values: Tensor, outside: float) -
     rows[..., k1:] = outside
 
 
-class _CroppedGrid(Grid):
-    """A region whose parameters were cropped beforehand, so that autograd's gradients are no larger than the tile."""
-
-    __slots__ = ()
-
-    def crop(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaves:
-    """Modified scores of a tile with their graph: the raw scores and the parameters' parts as leaves."""
-
-    raw: Tensor
-    parts: tuple[Tensor, ...]
-    result: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class _Backward:
     """Gradients under construction; ``dq``, ``dk``, ``dv`` are None where not wanted, ``dmods`` likewise."""
@@ -228,11 +214,12 @@ class _Backward:
         dsinks = torch.zeros_like(sinks, dtype=work.dtype) if needs[3] and sinks is not None else None
         if dsinks is not None and call.shape[3] == 0 and incoming.dlse is not None:
             dsinks.add_(incoming.dlse.sum((0, 2)))
-        tensors = [t for m in call.terms.mods for t in m.tensors]
+        tensors = [t for m in call.terms.entries for t in m.tensors]
         # A parameter without broadcasting gets every element once: its own dtype loses nothing and needs no second copy.
+        single = [m.layout is None and t.shape == call.shape for m in call.terms.entries for t in m.tensors]
         dmods = tuple(
-            torch.zeros_like(t, dtype=t.dtype if t.shape == call.shape else work.dtype) if need else None
-            for t, need in zip(tensors, needs[4:], strict=True)
+            torch.zeros_like(t, dtype=t.dtype if once else work.dtype) if need else None
+            for t, once, need in zip(tensors, single, needs[4:], strict=True)
         )
         return cls(work, incoming, None if incoming.dout is None else work.grouped(incoming.dout), dq, dk, dv, dsinks, dmods)
 
@@ -249,8 +236,8 @@ class _Backward:
     def add(self, tile: Tile) -> None:
         """Adds one tile's contribution to every gradient."""
         work, leaves = self.work, None
-        if work.call.terms.mods:
-            leaves = self._modified(tile)
+        if work.call.terms.entries:
+            leaves = self._leaves(tile)
             probs = _mask(work, tile, work.buffer("probs", tile).view(tile.shape).copy_(leaves.result.detach()))
         else:
             probs = _scores(work, tile)
@@ -261,9 +248,11 @@ class _Backward:
         if self.dsinks is not None and share is not None:
             self._add_dsinks(tile, (probs, dprobs), share)
         dscores = self._dscores(tile, probs, dprobs)
-        if leaves is not None:
-            dscores = self._through_mods(tile, leaves, dscores)
-        self._add_products(tile, dscores)
+        sources = (dscores,) if leaves is None else self._through_entries(tile, leaves, dscores)
+        if work.call.terms.scoring is None:
+            self._add_products(tile, sources[0])
+        else:
+            self._add_vectors(tile, sources)
 
     def _dprobs(self, tile: Tile, probs: Tensor) -> Tensor:
         """Gradient of the probabilities; adds to dv on the way."""
@@ -307,34 +296,29 @@ class _Backward:
             dscores.add_(direct)
         return dscores
 
-    def _modified(self, tile: Tile) -> _Leaves:
+    def _leaves(self, tile: Tile) -> Leaves:
         """The modified scores with a graph of this tile alone."""
-        call = self.work.call
-        parts: list[Tensor] = []
-        grid, wants = call.grid.at(*tile.region), iter(self.dmods)
-        raw = scores = _raw_scores(self.work, tile).requires_grad_()
-        with torch.enable_grad():
-            for score in call.terms.mods:
-                is_cut = _broadcasts(score.tensors, call.shape)
-                tensors = tuple((grid.crop(t) if is_cut else t).detach().to(self.work.dtype) for t in score.tensors)
-                tensors = tuple(t.requires_grad_() if next(wants) is not None else t for t in (t.view_as(t) for t in tensors))
-                parts += tensors
-                here = _CroppedGrid(grid.shape, grid.device, grid.q_offset, grid.region) if is_cut else grid
-                scores = SCORE_MODS[score.name].from_kernel(replace(score, tensors=tensors)).apply(scores, here)
-        return _Leaves(raw, tuple(parts), scores)
+        work, hidden = self.work, None
+        if work.plan.all_heads and tile.limits:
+            hidden = _mask(work, tile, torch.zeros(tile.shape, dtype=work.dtype, device=work.q.device)) < 0
+        raw = _raw_scores(work, tile) if work.call.terms.scoring is None else None
+        return Leaves.of(work, tile, raw, hidden, tuple(g is not None for g in self.dmods))
 
-    def _through_mods(self, tile: Tile, leaves: _Leaves, dscores: Tensor) -> Tensor:
-        """Gradient of the raw scores; adds to the parameters' gradients on the way."""
-        if not leaves.result.requires_grad:
-            return torch.zeros_like(dscores)
-        wanted = [t for t in leaves.parts if t.requires_grad]
-        targets = [g for g in self.dmods if g is not None]
-        draw, *grads = torch.autograd.grad(leaves.result, [leaves.raw, *wanted], dscores, allow_unused=True)
-        for target, grad in zip(targets, grads, strict=True):
+    def _through_entries(self, tile: Tile, leaves: Leaves, dscores: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the leaves' sources; adds to the parameters' gradients on the way."""
+        sources, grads = leaves.pull_back(dscores)
+        for target, grad in zip([g for g in self.dmods if g is not None], grads, strict=True):
             if grad is not None:
                 part = self.work.call.grid.at(*tile.region).crop(target) if target.shape != grad.shape else target
                 part.add_(grad)
-        return torch.zeros_like(dscores) if draw is None else draw
+        return sources
+
+    def _add_vectors(self, tile: Tile, grads: tuple[Tensor, ...]) -> None:
+        """Adds the gradients of ``leaves.vectors``."""
+        if self.dq is not None:
+            self.dq[tile.rows] = grads[0]
+        if self.dk is not None:
+            self.dk[tile.keys] += grads[1].reshape(self.dk[tile.keys].shape)
 
     def _add_products(self, tile: Tile, dscores: Tensor) -> None:
         work, scale = self.work, self.work.call.terms.scale
@@ -344,8 +328,3 @@ class _Backward:
         if self.dq is not None:
             product = torch.baddbmm(matrices.new_empty(1, 1, 1), matrices, work.k_clean[tile.keys], beta=0, alpha=scale)
             self.dq[tile.rows] = product.view(*tile.shape[:3], -1)
-
-
-def _broadcasts(tensors: tuple[Tensor, ...], shape: tuple[int, int, int, int]) -> bool:
-    """Whether every tensor is [batch|1, heads|1, q_len|1, kv_len|1], so that its part in a tile is known."""
-    return all(t.dim() == 4 and all(n in (1, full) for n, full in zip(t.shape, shape, strict=True)) for t in tensors)

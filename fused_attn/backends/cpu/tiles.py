@@ -18,6 +18,8 @@ from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_
 TILE = 1 << 19
 # Query rows of a tile; same case: 32 rows 215/458 ms, 64 rows 181/415, 128 rows 167/394, 256 rows 160/370.
 MAX_ROWS, MIN_ROWS = 256, 16
+# Elements of a tile of a scoring's own code, which may hold head_dim values for each of them.
+SCORED = TILE >> 3
 
 Limits = tuple[tuple[slice, Tensor], ...]
 _NOTHING: Limits = ()
@@ -176,20 +178,38 @@ class MaskTiles:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The tiles of one call in the order they are computed; it never depends on the number of batches, so neither do the results' bits."""
+    """The tiles of one call in the order they are computed.
+
+    It never depends on the number of batches, so neither do the results' bits, but where a modification needs all batches at once.
+
+    Args:
+        call: the call.
+        masks: the limits of its tiles, or None where nothing is masked.
+        all_heads: whether a tile holds every head, because a modification's own code works on its tensors as the author shaped them.
+        all_batches: whether it holds every batch, because one of those tensors may have a dimension of batches.
+    """
 
     call: LoweredAttention
     masks: MaskTiles | None
+    all_heads: bool = False
+    all_batches: bool = False
 
     @classmethod
     def of(cls, call: LoweredAttention) -> Plan:
-        mask = call.terms.mask
-        return cls(call, None if mask.is_trivial or 0 in call.shape else MaskTiles(mask, call.grid, stat_dtype(call.q.dtype)))
+        mask, batch = call.terms.mask, call.shape[0]
+        masks = None if mask.is_trivial or 0 in call.shape else MaskTiles(mask, call.grid, stat_dtype(call.q.dtype))
+        authored = [m for m in call.terms.entries if m.layout is not None]
+        return cls(call, masks, bool(authored), batch > 1 and any(batch in t.shape for m in authored for t in m.tensors))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tile."""
+        return TILE if self.call.terms.scoring is None else SCORED
 
     @property
     def is_small(self) -> bool:
-        _, heads, q_len, kv_len = self.call.shape
-        return heads * q_len * kv_len <= TILE
+        batch, heads, q_len, kv_len = self.call.shape
+        return (batch if self.all_batches else 1) * heads * q_len * kv_len <= self.largest
 
     def __iter__(self) -> Iterator[Tile]:
         if 0 in self.call.shape:
@@ -200,7 +220,7 @@ class Plan:
         """Whole batches, all keys: for problems where one batch fits into a tile."""
         batch, heads, q_len, kv_len = self.call.shape
         kv_heads = self.call.k.shape[1]
-        step = max(1, TILE // (heads * q_len * kv_len))
+        step = max(1, self.largest // (heads * q_len * kv_len))
         for b0 in range(0, batch, step):
             b1 = min(b0 + step, batch)
             region = ((b0, b1), (0, heads), (0, q_len), (0, kv_len))
@@ -208,40 +228,47 @@ class Plan:
             yield Tile(region, slice(b0 * kv_heads, b1 * kv_heads), slice(0, heads // kv_heads), limits)
 
     def _of_rows(self) -> Iterator[Tile]:
-        """Blocks of query rows against their reach, within one batch and a few heads."""
+        """Blocks of query rows against their reach, within one batch and a few heads, or all of them."""
         batch, _, q_len, kv_len = self.call.shape
         rows, step, group_step = self._steps()
         bounds = self.masks.bounds(rows) if self.masks else [[[0, kv_len, 0, kv_len]] * -(-q_len // rows)]
-        for block, b in product(range(-(-q_len // rows)), range(batch)):
-            first, last, *full = bounds[b if len(bounds) > 1 else 0][block]
+        batches = [(0, batch)] if self.all_batches else [(b, b + 1) for b in range(batch)]
+        for block, (b0, b1) in product(range(-(-q_len // rows)), batches):
+            reaches = [of_batch[block] for of_batch in (bounds[b0:b1] if len(bounds) > 1 else bounds)]
+            first, last = min(r[0] for r in reaches), max(r[1] for r in reaches)
+            full = max(r[2] for r in reaches), min(r[3] for r in reaches)
             keys = (first, last) if first < last else (0, 1)
             queries = (block * rows, min((block + 1) * rows, q_len))
-            yield from self._of_heads((b, queries, keys, (full[0], full[1])), (step, group_step))
+            yield from self._of_heads(((b0, b1), queries, keys, full), (step, group_step))
 
-    def _of_heads(self, where: tuple[int, Range, Range, Range], steps: tuple[int, int]) -> Iterator[Tile]:
-        (b, queries, keys, full), (step, group_step) = where, steps
+    def _of_heads(self, where: tuple[Range, Range, Range, Range], steps: tuple[int, int]) -> Iterator[Tile]:
+        ((b0, b1), queries, keys, full), (step, group_step) = where, steps
         kv_heads = self.call.k.shape[1]
         groups = self.call.q.shape[1] // kv_heads
         for n, g in product(range(0, kv_heads, step), range(0, groups, group_step)):
             n1, g1 = min(n + step, kv_heads), min(g + group_step, groups)
             heads = (n * groups + g, (n1 - 1) * groups + g1)
-            region, limits = ((b, b + 1), heads, queries, keys), _NOTHING
+            region, limits = ((b0, b1), heads, queries, keys), _NOTHING
             if self.masks:
                 columns, open_to_all = self.masks.trimmed(region, full)
                 region = (*region[:3], columns)
                 limits = self.masks.limits(region, open_to_all)
-            yield Tile(region, slice(b * kv_heads + n, b * kv_heads + n1), slice(g, g1), limits)
+            yield Tile(region, slice(b0 * kv_heads + n, (b1 - 1) * kv_heads + n1), slice(g, g1), limits)
 
     def _steps(self) -> tuple[int, int, int]:
         """Query rows, key heads and query heads per key head of a tile."""
         q_len, kv_len, kv_heads = self.call.q.shape[2], self.call.k.shape[2], self.call.k.shape[1]
         groups = self.call.q.shape[1] // kv_heads
         widest = self.masks.widest if self.masks else kv_len
-        rows = MAX_ROWS
+        rows, fewest, together = MAX_ROWS, MIN_ROWS, groups
+        if self.all_heads:  # memory must not grow with heads * kv_len * MIN_ROWS
+            fewest, together = 1, groups * kv_heads * (self.call.shape[0] if self.all_batches else 1)
         # A narrow reach wastes about rows / widest of the work on keys that only some rows see.
-        while rows > MIN_ROWS and (groups * rows * min(kv_len, widest + rows) > TILE or (rows > 64 and rows > widest // 2)):
+        while rows > fewest and (together * rows * min(kv_len, widest + rows) > self.largest or (rows > 64 and rows > widest // 2)):
             rows //= 2
         rows = min(rows, q_len)
+        if self.all_heads:
+            return rows, kv_heads, groups
         size = rows * min(kv_len, widest + rows)
         fits = max(1, TILE // size)
         return rows, max(1, min(kv_heads, fits // groups)), min(groups, fits)

@@ -43,7 +43,7 @@ class TritonBackend:
             reasons.append("float64 is computed by cpu and eager only")
         if isinstance(problem, AttentionProblem):
             reasons += _head_size_refusals(problem)
-        return reasons + _mod_refusals(problem)
+        return reasons + _scoring_refusals(problem) + _mod_refusals(problem)
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
         """The interpreter is for debugging."""
@@ -85,6 +85,19 @@ def _head_size_refusals(problem: AttentionProblem) -> list[str]:
     if all(1 <= size <= MAX_HEAD_DIM for size in sizes):
         return []
     return [f"head_dim and value_dim must be in [1, {MAX_HEAD_DIM}]; got {sizes[0]} and {sizes[1]}"]
+
+
+def _scoring_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    scoring = problem.modifiers.scoring
+    if scoring is None or scoring.lowers:
+        return []
+    from fused_attn.backends.triton import scorings
+
+    if scoring.name not in scorings.FUNCTIONS:
+        return [f"{type(scoring).__name__} has no Triton functions (fused_attn.backends.triton.scorings.register)"]
+    if any(t.requires_grad for t in scoring.tensors):
+        return [f"{type(scoring).__name__} has no gradient for its tensor in Triton"]
+    return []
 
 
 def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:

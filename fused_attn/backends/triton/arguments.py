@@ -13,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_attn.backends.base import allows_tf32
-from fused_attn.backends.triton import score_mods
+from fused_attn.backends.triton import score_mods, scorings
 from fused_attn.backends.triton.config import TileConfig
 from fused_attn.dropout import threshold
-from fused_attn.lowering import LoweredAttention, Terms
+from fused_attn.kernel_score import KernelScore
+from fused_attn.lowering import Grid, LoweredAttention, Terms
+from fused_attn.score_mods import on_device
+from fused_attn.scoring import SCORINGS
 
 # 1 / ln 2: exp(x) = exp2(x * LOG2E), and the hardware has exp2.
 LOG2E = 1.4426950408889634
@@ -163,22 +166,28 @@ def unit_is_raw(terms: Terms) -> bool:
     return not terms.mods and terms.sinks is None and terms.scale > 0
 
 
-def scores(terms: Terms, dtype: torch.dtype) -> ScoreArgs:
+def scores(terms: Terms, grid: Grid, dtype: torch.dtype) -> ScoreArgs:
     """Scale, modifications with their device functions, and how products are computed."""
-    raw = unit_is_raw(terms)
-    functions = [score_mods.FUNCTIONS[m.name] for m in terms.mods]
+    raw, mods = unit_is_raw(terms), [on_device(m, grid) for m in terms.mods]
+    functions = [score_mods.FUNCTIONS[m.name] for m in mods]
     return ScoreArgs(
         terms.scale,
         terms.scale * LOG2E if raw else LOG2E,
         # None is the constant that has to come last, as in MaskArgs.
-        tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in terms.mods),
+        tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in mods),
         tuple(value for value, _ in functions),
         tuple(gradient for _, gradient in functions),
-        None,
-        None,
+        None if terms.scoring is None else tuple(scorings.FUNCTIONS[terms.scoring.name]),
+        None if terms.scoring is None else _scoring_args(terms.scoring, grid),
         tl.constexpr(raw),
         tl.constexpr(_precision(dtype)),
     )
+
+
+def _scoring_args(score: KernelScore, grid: Grid) -> tuple[Any, ...]:
+    """The numbers of a scoring as floats, its tensors as matrices, and None as in MaskArgs."""
+    scoring = SCORINGS[score.name].from_kernel(score)
+    return (*map(float, score.scalars), *(matrix(scoring.view(t, grid)) for t in score.tensors), None)
 
 
 def dropout(terms: Terms) -> DropoutArgs | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fused_attn.backends.base import Forward, Gradients, Incoming, sink_gradient
+from fused_attn.backends.base import Forward, Gradients, Incoming, gradients_without_scores, sink_gradient
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
 from fused_attn.lowering import LoweredAttention
+from fused_attn.score_mods import in_own_shape, on_device
 
 from .attention_bwd_bias import bias_gradient
 from .attention_fwd import wide_output
@@ -131,9 +133,8 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
     """Gradients of (q, k, v, sinks, *modification tensors), None where not needed."""
-    inputs = (call.q, call.k, call.v, *call.terms.parameters)
     if 0 in call.shape:
-        return tuple(torch.zeros_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
+        return gradients_without_scores(call, incoming, needs)
     arriving = _Arriving(call, forward, incoming)
     keys = needs[1] or needs[2]
     dq, dk, dv = (torch.empty_like(t) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
@@ -148,9 +149,11 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         plan.launch(kernel, programs, (*arriving.operands, arguments.matrix(dk), arguments.matrix(dv), *arriving.scores, small))
         dv = dv if incoming.dout is not None else torch.zeros_like(dv)
     dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
-    places = [i for i, mod in enumerate(call.terms.mods) for _ in mod.tensors]
-    tensors = tuple(t for mod in call.terms.mods for t in mod.tensors)
-    dmods = (bias_gradient(call, arriving, place, t) if need else None for place, t, need in zip(places, tensors, needs[4:], strict=True))
+    dmods: list[Tensor | None] = []
+    for place, mod in enumerate(call.terms.mods):
+        wanted = zip(on_device(mod, call.grid).tensors, needs[4 + len(dmods) :], strict=False)
+        grads = tuple([bias_gradient(call, arriving, place, t) if need else None for t, need in wanted])
+        dmods += in_own_shape(grads, mod, call.grid)
     return dq, dk if needs[1] else None, dv if needs[2] else None, dsinks, *dmods
 
 

@@ -222,7 +222,7 @@ class _Plan:
         self.one_pass = kv_len <= chosen.block_kv
         terms = call.terms
         tile = arguments.Tile(*(tl.constexpr(v) for v in (chosen.block_q, chosen.block_kv, 0, 0, 0, 0, 0, False)))
-        shared = (arguments.mask(terms, None), arguments.scores(terms, call.scores.dtype), arguments.dropout(terms))
+        shared = (arguments.mask(terms, None), arguments.scores(terms, call.grid, call.scores.dtype), arguments.dropout(terms))
         self.shared = (*shared, arguments.Sizes(middle, 1, q_len, kv_len), tile, call.log, call.uniform_empty)
 
     def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *constants: Any) -> None:

@@ -1,0 +1,253 @@
+"""The scoring vocabulary: how a score comes from a query and a key, before any score modification.
+
+Every class holds its whole concept: its meaning in plain torch (``score``) and, where there is one, its form as a dot product (``lower``),
+which every kernel backend runs. Without ``lower`` the eager and cpu backends run ``score`` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_tensor
+from fused_attn.kernel_score import KernelScore
+from fused_attn.lowering import Grid, stat_dtype
+from fused_attn.pytrees import HoldsTensors, register
+from fused_attn.score_mods import Bias, ScoreMod
+
+
+class Product(NamedTuple):
+    """A scoring as scale * q k^T followed by modifications: q and k in the shapes and dtype they came in, made by differentiable torch."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    mods: tuple[ScoreMod, ...] = ()
+
+
+class Scoring(HoldsTensors):
+    """Base of all scorings; subclasses are dataclasses with a unique ``name``, whose fields are tensors, numbers, bools or None.
+
+    Attributes:
+        name: what backends resolve; registered when the class is defined.
+        kernels: names of the score modifications that ``lower`` adds.
+        lowers: whether the class has a ``lower``; set when it is defined.
+
+    Example:
+        >>> @dataclass(frozen=True, eq=False)
+        ... class Additive(Scoring):
+        ...     weight: Tensor  # [head_dim]
+        ...     name = "additive"
+        ...
+        ...     def score(self, q, k):
+        ...         return (q[..., :, None, :] + k[..., None, :, :]).tanh() @ self.weight
+        >>> Additive(torch.ones(8)).score(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)).shape
+        torch.Size([1, 2, 3, 5])
+        >>> Additive.lowers, DotProduct.lowers
+        (False, True)
+    """
+
+    name: ClassVar[str] = ""
+    kernels: ClassVar[tuple[str, ...]] = ()
+    lowers: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        register(cls)
+        cls.lowers = cls.lower is not Scoring.lower
+        if cls.name:
+            SCORINGS[cls.name] = cls
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        """The meaning: q [batch, heads, q, head_dim] and k [batch, heads, kv, head_dim] to scores [batch, heads, q, kv].
+
+        Lengths are those of a block; heads are all of them, keys repeated where query heads share one. Batches are all of them where a
+        tensor of the scoring has a dimension of the batch's size. Blocks of one call may differ in size.
+        """
+        raise TypeError(
+            f"{type(self).__name__} must define score(q, k); got a scoring without it. Return a tensor [batch, heads, q_len, kv_len]."
+        )
+
+    def lower(self, q: Tensor, k: Tensor) -> Product:
+        """The same scores as a dot product, by differentiable torch; q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim]."""
+        raise TypeError(f"{type(self).__name__} must define lower(q, k) to be a dot product; got a scoring without it. Call score(q, k).")
+
+    def to_kernel(self) -> KernelScore:
+        """The normal form of a scoring that does not lower: its fields in order."""
+        if SCORINGS.get(self.name) is not type(self):
+            raise TypeError(
+                f"{type(self).__name__} must have a name of its own for a kernel backend; got {self.name!r}, "
+                f"which {'no class has' if self.name not in SCORINGS else f'{SCORINGS[self.name].__name__} has'}. Set name in its class."
+            )
+        return KernelScore.of(self, self.name)
+
+    @classmethod
+    def from_kernel(cls, score: KernelScore) -> Any:
+        """The inverse of ``to_kernel``."""
+        return score.rebuilt(cls)
+
+    def view(self, tensor: Tensor, grid: Grid) -> Tensor:
+        """A tensor of the scoring as device functions read it: 4-D, by default with dimensions of size 1 in front."""
+        return tensor[(None,) * (4 - tensor.dim())]
+
+    def check(self, grid: Grid) -> None:
+        """Raises ValueError or TypeError when the scoring does not fit a grid of this shape."""
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[Scoring]:
+        """Instances for a grid of this shape."""
+        yield from ()
+
+
+SCORINGS: dict[str, type[Scoring]] = {}
+
+
+def scored(scoring: Scoring, q: Tensor, k: Tensor) -> Tensor:
+    """``scoring.score``, held to its contract: scores [batch, heads, q, kv], taken in q's dtype.
+
+    Raises:
+        TypeError: it returned something of another shape.
+    """
+    result, wanted = scoring.score(q, k), (*q.shape[:3], k.shape[2])
+    if not isinstance(result, Tensor) or tuple(result.shape) != wanted:
+        raise TypeError(
+            f"{type(scoring).__name__}.score must return scores {list(wanted)} for q {list(q.shape)} and k {list(k.shape)}; got {described(result)}. "
+            "Sum over head_dim and keep [batch, heads, q, kv]."
+        )
+    return result.to(q.dtype)
+
+
+def as_product(scoring: Scoring, q: Tensor, k: Tensor) -> Product:
+    """``scoring.lower``, held to its contract.
+
+    Raises:
+        TypeError: the new q or k has another shape or dtype.
+    """
+    product = scoring.lower(q, k)
+    for name, before, after in (("q", q, product.q), ("k", k, product.k)):
+        if after.shape != before.shape or after.dtype != before.dtype:
+            raise TypeError(
+                f"{type(scoring).__name__}.lower must keep the shape and dtype of {name}, {described(before)}; got {described(after)}. "
+                "Fold factors into q, and write terms of one query or key as Bias."
+            )
+    return product
+
+
+def _require_scale(owner: str, scale: object) -> None:
+    if isinstance(scale, Tensor):
+        require_tensor(f"{owner} scale", scale, FLOATS, "a number or a floating-point tensor", "Give one factor, or one per head.")
+    else:
+        as_number(f"{owner} scale", scale, "Pass a float, or a float tensor such as [heads, 1, 1].")
+
+
+def _check_scale(owner: str, scale: Any, grid: Grid) -> None:
+    if isinstance(scale, Tensor):
+        require_broadcast(f"{owner} scale", scale, (*grid.shape[:2], 1, 1), "[batch, heads, 1, 1]", grid.device)
+
+
+def _in_four_dimensions(scale: Tensor) -> Tensor:
+    return scale[(None,) * (4 - scale.dim())]
+
+
+@dataclass(frozen=True, eq=False)
+class DotProduct(Scoring):
+    """scale * q k^T, with a scale that may be learned.
+
+    Args:
+        scale: a float, 1/sqrt(head_dim) for None, or a float tensor with gradient that broadcasts to [batch, heads, 1, 1]: 0-d, or
+            [heads, 1, 1]. On kernel backends a tensor is multiplied into q, in q's dtype.
+
+    Example:
+        >>> q = torch.tensor([[[[3.0, 4.0]]]])
+        >>> DotProduct(torch.tensor(0.5)).score(q, q)
+        tensor([[[[12.5000]]]])
+    """
+
+    scale: float | Tensor | None = None
+    name: ClassVar[str] = "dot_product"
+
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            _require_scale("DotProduct", self.scale)
+
+    def check(self, grid: Grid) -> None:
+        _check_scale("DotProduct", self.scale, grid)
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT * (_in_four_dimensions(self.scale) if isinstance(self.scale, Tensor) else self._number(q))
+
+    def lower(self, q: Tensor, k: Tensor) -> Product:
+        if isinstance(self.scale, Tensor):
+            return Product((q * _in_four_dimensions(self.scale)).to(q.dtype), k, 1.0)
+        return Product(q, k, self._number(q))
+
+    def _number(self, q: Tensor) -> float:
+        if self.scale is not None:
+            return float(self.scale)
+        return float(q.shape[-1] ** -0.5) if q.shape[-1] else 1.0
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[Scoring]:
+        yield cls()
+        yield cls(0.25)
+        yield cls(torch.linspace(0.25, 0.75, grid.shape[1], device=grid.device)[:, None, None])
+
+
+@dataclass(frozen=True, eq=False)
+class NegativeL2(Scoring):
+    """-scale * ||q - k||^2, so that a query attends to its nearest keys.
+
+    Computed as 2 q k - ||q||^2 - ||k||^2, whose rounding is that of the largest square: take a large offset that queries and keys share off
+    both of them first. (No mean is taken off here: it would hold keys that nobody attends to.)
+
+    Args:
+        scale: a float, or a float tensor with gradient that broadcasts to [batch, heads, 1, 1]: 0-d, or [heads, 1, 1].
+
+    Example:
+        >>> q, k = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[3.0, 2.0]]]])
+        >>> NegativeL2(0.5).score(q, k)
+        tensor([[[[-2.]]]])
+    """
+
+    scale: float | Tensor = 1.0
+    name: ClassVar[str] = "negative_l2"
+    kernels: ClassVar[tuple[str, ...]] = ("bias", "bias")
+
+    def __post_init__(self) -> None:
+        _require_scale("NegativeL2", self.scale)
+
+    def check(self, grid: Grid) -> None:
+        _check_scale("NegativeL2", self.scale, grid)
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        distances = _squares(q)[..., None] - 2 * (q @ k.mT) + _squares(k)[..., None, :]
+        return -distances * (_in_four_dimensions(self.scale) if isinstance(self.scale, Tensor) else self.scale)
+
+    def lower(self, q: Tensor, k: Tensor) -> Product:
+        groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
+        keys = _squares(k).repeat_interleave(groups, 1)[:, :, None, :]
+        if not isinstance(self.scale, Tensor):
+            factor = float(self.scale)
+            return Product(q, k, 2 * factor, (Bias(-factor * _squares(q)[..., None]), Bias(-factor * keys)))
+        scale = _in_four_dimensions(self.scale).to(keys.dtype)
+        scaled = (q * scale).to(q.dtype)
+        # Of the rounded product, so that what 16 bits round away moves the query a little instead of tearing the square apart.
+        queries = _squares(scaled)[..., None] / scale.masked_fill(scale == 0, 1.0)
+        return Product(scaled, k, 2.0, (Bias(-queries), Bias(-scale * keys)))
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[Scoring]:
+        yield cls(0.125)
+        yield cls(torch.linspace(0.05, 0.15, grid.shape[1], device=grid.device)[:, None, None])
+
+
+def _squares(vectors: Tensor) -> Tensor:
+    """||x||^2 of every vector in the dtype of arithmetic; elements that are not finite count as 0 and get no gradient.
+
+    The product carries them to the rows that attend to them, and here they would reach every row of the key.
+    """
+    wide = vectors.to(stat_dtype(vectors.dtype))
+    return torch.where(wide.isfinite(), wide, torch.zeros_like(wide)).square().sum(-1)
