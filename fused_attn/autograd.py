@@ -19,6 +19,7 @@ from fused_attn.backends.base import AuxTensors, Forward, Incoming
 from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.mask_rules import Rule
 from fused_attn.masks import Dense
 from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem, UnsupportedError
 from fused_attn.score_mods import SCORE_MODS
@@ -28,7 +29,7 @@ _NO_OUTPUT = AuxOutput()
 
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     """Runs a problem on a kernel backend, differentiably."""
-    call, request = problem.lower(), problem.aux or NOTHING
+    call, request = ops.fitted(problem.lower(), backend), problem.aux or NOTHING
     if problem.requires_grad and not _outlives_functions():
         out, *aux = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
@@ -41,7 +42,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
 
 def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
     """Runs a problem on a kernel backend, differentiably."""
-    call = problem.lower()
+    call = ops.fitted(problem.lower(), backend)
     if problem.requires_grad and not _outlives_functions():
         result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, *_distinct(call.scores, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return result
@@ -54,20 +55,23 @@ def _outlives_functions() -> bool:
     return torch.compiler._is_exporting_flag or is_traced()
 
 
-# Terms without tensors as they are, or the scalars of others.
-Static = Terms | tuple[tuple[int, ...], tuple[float, ...], str]
+# Terms without tensors as they are, or the scalars and the mask's rules of others.
+Static = Terms | tuple[tuple[int, ...], tuple[float, ...], str, tuple[Rule, ...]]
 
 
 def _split(terms: Terms) -> tuple[Any, ...]:
     """Terms as (static, sinks, q_offset, kv_start, kv_end, keep, seed, *mod tensors), static being what autograd need not see.
 
     Terms that hold no tensor stay whole, (static, None): taking them apart and putting them together again is a third of the host's time
-    on the smallest problems (14 of 43 us at [1, 4, 32, 32]). A compiler wants scalars.
+    on the smallest problems (14 of 43 us at [1, 4, 32, 32]). A compiler wants scalars. The mask's rules are static: they hold tensors, but
+    none that gets a gradient.
     """
     if not terms.holds_tensors and not torch.compiler.is_compiling():
         return terms, None
-    q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = terms.flatten()
-    return (tuple(ints), tuple(floats), mods), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+    rules = terms.mask.rules
+    stored = replace(terms, mask=replace(terms.mask, rules=())) if rules else terms
+    q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = stored.flatten()
+    return (tuple(ints), tuple(floats), mods, rules), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
 
 
 def _distinct(*arguments: Any) -> tuple[Any, ...]:
@@ -81,7 +85,9 @@ def _join(static: Static, tensors: tuple[Tensor | None, ...]) -> Terms:
     if isinstance(static, Terms):
         return static
     sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors = tensors
-    return Terms.unflatten((q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *static))
+    *scalars, rules = static
+    terms = Terms.unflatten((q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *scalars))
+    return replace(terms, mask=replace(terms.mask, rules=rules)) if rules else terms
 
 
 def _place(static: Static, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -55,7 +55,8 @@ def _require_offset(value: object, batch: int, device: torch.device) -> int | Te
         if value.dim() == 0 and is_traced():  # lengths are tensors to torch.jit.trace
             return value.to(device).expand(batch)
         require_shape("q_offset", value, ((batch,),), device)
-        return value
+        # Kernels add 32-bit numbers; so far away every further step means the same to a mask.
+        return value.clamp(-MAX_OFFSET, MAX_OFFSET) if value.dtype.itemsize >= 4 else value
     offset = as_integer("q_offset", value, advice)
     if not -MAX_OFFSET <= offset <= MAX_OFFSET:
         raise ValueError(f"q_offset must lie within 2**29 of 0; got {offset}. {advice}")
@@ -145,7 +146,7 @@ class Modifiers:
         if self.mask is None and not self.score_mods and self.dropout is None:
             return Terms(_EVERYTHING, self.scale, self.q_offset, (), self.sinks)
         grid = problem.grid
-        mask = _EVERYTHING if self.mask is None else self.mask.lower(grid)
+        mask = _EVERYTHING if self.mask is None else self.mask.lower(grid).settled(grid)
         mods: tuple[KernelScore, ...] = tuple(score for mod in self.score_mods for score in mod.lower(grid))
         dropout = self.dropout.lower(grid.device) if self.dropout is not None else None
         return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout)

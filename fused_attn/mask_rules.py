@@ -1,0 +1,125 @@
+"""Masks that no interval and no stored tensor describes: rules, which answer for one region of the score array at a time.
+
+Whoever holds rules chooses what they cost: evaluated region by region they cost the region, written out they cost one byte per pair.
+Every function takes the grid of the whole array and goes through it in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fused_attn.lowering import Grid
+
+# Elements of a block, 1 MB of bool: few enough to stay in cache, enough that the cost per operation does not show.
+BLOCK = 1 << 20
+
+
+class Rule(Protocol):
+    """Whatever says of any region which of its pairs are allowed; every mask does."""
+
+    def allowed(self, grid: Grid) -> Tensor:
+        """Bool, 4-D, broadcastable to the grid's [batch, heads, q, kv]; size 1 where it does not depend on the dimension."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """A stored tensor as a rule: one that is not multiplied out with another of a different broadcast shape.
+
+    Args:
+        keep: bool [batch|1, heads|1, q_len|1, kv_len|1].
+    """
+
+    keep: Tensor
+
+    def allowed(self, grid: Grid) -> Tensor:
+        return grid.crop(self.keep)
+
+
+def evaluated(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
+    """What all rules allow of the grid's region, [batch|1, heads|1, q|1, kv|1]."""
+    first, *rest = (rule.allowed(grid) for rule in rules)
+    for other in rest:
+        first = first & other
+    return first
+
+
+def corner(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
+    """What all rules allow of every batch and head's first two rows and columns, which show along what dimensions they differ."""
+    batch, heads, q_len, kv_len = grid.shape
+    return evaluated(rules, grid.at((0, batch), (0, heads), (0, min(2, q_len)), (0, min(2, kv_len))))
+
+
+def extent(rules: tuple[Rule, ...], grid: Grid) -> tuple[int, ...]:
+    """The shape that all rules together need: the grid's, with size 1 along dimensions that they do not depend on.
+
+    Example:
+        >>> from fused_attn import KeyPadding
+        >>> from fused_attn.lowering import Grid
+        >>> extent((KeyPadding(torch.ones(2, 6, dtype=torch.bool)),), Grid((2, 3, 4, 6), torch.device("cpu")))
+        (2, 1, 1, 6)
+    """
+    if 0 in grid.shape:
+        return grid.shape
+    return tuple(full if here > 1 else 1 for here, full in zip(corner(rules, grid).shape, grid.shape, strict=True))
+
+
+def _row_blocks(shape: tuple[int, ...], grid: Grid) -> Iterator[Grid]:
+    """The grid in blocks of rows of which each needs at most ``BLOCK`` elements, or one row."""
+    batch, heads, q_len, kv_len = grid.shape
+    step = max(1, BLOCK // (shape[0] * shape[1] * kv_len))
+    for start in range(0, q_len, step):
+        yield grid.at((0, batch), (0, heads), (start, min(start + step, q_len)), (0, kv_len))
+
+
+def filled(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
+    """What all rules allow, as one tensor of the shape ``extent``."""
+    if 0 in grid.shape:
+        return torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
+    shape = extent(rules, grid)
+    if shape[2] == 1:
+        return evaluated(rules, grid)
+    result = torch.empty(shape, dtype=torch.bool, device=grid.device)
+    for block in _row_blocks(shape, grid):
+        result[:, :, slice(*block.ranges[2])] = evaluated(rules, block)
+    return result
+
+
+def intervals(rules: tuple[Rule, ...], grid: Grid) -> tuple[Tensor, Tensor] | None:
+    """First and one-past-last key of every row, int32 [batch|1, q_len], or None where a row has gaps or heads differ.
+
+    It looks at values and stops at the first block of rows that says no.
+    """
+    if 0 in grid.shape:
+        nothing = torch.zeros((1, grid.shape[2]), dtype=torch.int32, device=grid.device)
+        return nothing, nothing
+    shape, starts, ends = extent(rules, grid), [], []
+    for block in _row_blocks(shape, grid):
+        allowed = evaluated(rules, block)
+        rows, kv_len = block.ranges[2][1] - block.ranges[2][0], grid.shape[3]
+        found = _run_of(allowed.expand(*allowed.shape[:2], rows, kv_len))
+        if found is None:
+            return None
+        starts.append(found[0])
+        ends.append(found[1])
+    return torch.cat(starts, 1), torch.cat(ends, 1)
+
+
+def _run_of(allowed: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The run of True in every row of [batch, heads, rows, keys], the same for all heads, int32 [batch, rows]; (0, 0) where there is none."""
+    head = allowed[:, 0]
+    if allowed.shape[1] > 1 and not bool((allowed == head[:, None]).all()):
+        return None
+    keys, numbers = head.shape[-1], head.view(torch.uint8)  # argmax takes no bool
+    some = head.any(-1)
+    start = numbers.argmax(-1).where(some, 0)
+    end = (keys - numbers.flip(-1).argmax(-1)).where(some, 0)
+    index = torch.arange(keys, device=allowed.device)
+    if not bool((((index >= start[..., None]) & (index < end[..., None])) == head).all()):
+        return None
+    return start.to(torch.int32), end.to(torch.int32)
