@@ -49,6 +49,11 @@ class Grid:
         return (0, batch), (0, heads), (0, q_len), (0, kv_len)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many elements the region has along each dimension."""
+        return tuple(end - start for start, end in self.ranges)
+
+    @property
     def q_idx(self) -> Tensor:
         """Query indices, [q, 1]."""
         return torch.arange(*self.ranges[2], device=self.device)[:, None]

@@ -52,7 +52,7 @@ class Mask:
         keep, name = self.keep(grid), f"{type(self).__name__}.keep(grid)"
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
             raise TypeError(f"{name} must return a bool tensor; got {described(keep)}. Compare, or convert with .to(torch.bool).")
-        require_broadcast(name, keep, tuple(end - start for start, end in grid.ranges), "the grid's [batch, heads, q, kv]", grid.device)
+        require_broadcast(name, keep, grid.sizes, "the grid's [batch, heads, q, kv]", grid.device)
         return keep[(None,) * (4 - keep.dim())]
 
     def lower(self, grid: Grid) -> KernelMask:
@@ -300,6 +300,9 @@ class Dense(Mask):
 
     def keep(self, grid: Grid) -> Tensor:
         return grid.crop(self.keep_pairs[(None,) * (4 - self.keep_pairs.dim())])
+
+    def lower(self, grid: Grid) -> KernelMask:
+        return KernelMask(keep=self.keep(grid))
 
     def check(self, grid: Grid) -> None:
         batch, _, q_len, kv_len = grid.shape

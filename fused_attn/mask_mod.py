@@ -26,9 +26,8 @@ class MaskMod(Mask):
             )
 
     def keep(self, grid: Grid) -> Tensor:
-        sizes = tuple(end - start for start, end in grid.ranges)
-        if 0 in sizes:
-            return torch.ones(sizes, dtype=torch.bool, device=grid.device)
+        if 0 in grid.sizes:
+            return torch.ones(grid.sizes, dtype=torch.bool, device=grid.device)
         function: Callable[..., Tensor] = self._answer
         for dim in reversed(range(4)):
             function = torch.vmap(function, in_dims=tuple(0 if i == dim else None for i in range(4)))

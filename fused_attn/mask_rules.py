@@ -1,7 +1,7 @@
 """Masks that no interval and no stored tensor describes: rules, which answer for one region of the score array at a time.
 
 Whoever holds rules chooses what they cost: evaluated region by region they cost the region, written out they cost one byte per pair.
-Every function takes the grid of the whole array and goes through it in blocks of rows.
+Every function goes through its grid in blocks of rows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fused_attn.lowering import Grid
 
-# Elements of a block, 1 MB of bool: few enough to stay in cache, enough that the cost per operation does not show.
-BLOCK = 1 << 20
+# Elements of a block: masks compare int64 indices, of which two temporaries of 2 MB are alive at once.
+BLOCK = 1 << 18
 
 
 class Rule(Protocol):
@@ -51,8 +51,9 @@ def evaluated(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
 
 def corner(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
     """What all rules allow of every batch and head's first two rows and columns, which show along what dimensions they differ."""
-    batch, heads, q_len, kv_len = grid.shape
-    return evaluated(rules, grid.at((0, batch), (0, heads), (0, min(2, q_len)), (0, min(2, kv_len))))
+    batches, heads, rows, columns = grid.ranges
+    first_rows, first_columns = ((start, min(start + 2, end)) for start, end in (rows, columns))
+    return evaluated(rules, grid.at(batches, heads, first_rows, first_columns))
 
 
 def extent(rules: tuple[Rule, ...], grid: Grid) -> tuple[int, ...]:
@@ -64,29 +65,29 @@ def extent(rules: tuple[Rule, ...], grid: Grid) -> tuple[int, ...]:
         >>> extent((KeyPadding(torch.ones(2, 6, dtype=torch.bool)),), Grid((2, 3, 4, 6), torch.device("cpu")))
         (2, 1, 1, 6)
     """
-    if 0 in grid.shape:
-        return grid.shape
-    return tuple(full if here > 1 else 1 for here, full in zip(corner(rules, grid).shape, grid.shape, strict=True))
+    sizes = grid.sizes
+    return sizes if 0 in sizes else tuple(full if here > 1 else 1 for here, full in zip(corner(rules, grid).shape, sizes, strict=True))
 
 
 def _row_blocks(shape: tuple[int, ...], grid: Grid) -> Iterator[Grid]:
     """The grid in blocks of rows of which each needs at most ``BLOCK`` elements, or one row."""
-    batch, heads, q_len, kv_len = grid.shape
-    step = max(1, BLOCK // (shape[0] * shape[1] * kv_len))
-    for start in range(0, q_len, step):
-        yield grid.at((0, batch), (0, heads), (start, min(start + step, q_len)), (0, kv_len))
+    batches, heads, (first, end), columns = grid.ranges
+    step = max(1, BLOCK // (shape[0] * shape[1] * grid.sizes[3]))
+    for start in range(first, end, step):
+        yield grid.at(batches, heads, (start, min(start + step, end)), columns)
 
 
-def filled(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
-    """What all rules allow, as one tensor of the shape ``extent``."""
-    if 0 in grid.shape:
-        return torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
-    shape = extent(rules, grid)
-    if shape[2] == 1:
+def filled(rules: tuple[Rule, ...], grid: Grid, shape: tuple[int, ...] | None = None) -> Tensor:
+    """What all rules allow of the grid's region, as one tensor of the shape ``extent``, which need not be given."""
+    shape = extent(rules, grid) if shape is None else shape
+    if 0 in grid.sizes:
+        return torch.ones(shape, dtype=torch.bool, device=grid.device)
+    if shape[2] == 1 or grid.sizes[2] * shape[0] * shape[1] * grid.sizes[3] <= BLOCK:
         return evaluated(rules, grid)
-    result = torch.empty(shape, dtype=torch.bool, device=grid.device)
+    result, first = torch.empty(shape, dtype=torch.bool, device=grid.device), grid.ranges[2][0]
     for block in _row_blocks(shape, grid):
-        result[:, :, slice(*block.ranges[2])] = evaluated(rules, block)
+        start, end = block.ranges[2]
+        result[:, :, start - first : end - first] = evaluated(rules, block)
     return result
 
 

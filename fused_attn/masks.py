@@ -296,6 +296,9 @@ class KeyPadding(Mask):
     def keep(self, grid: Grid) -> Tensor:
         return grid.crop(self.keep_keys[:, None, None, :])
 
+    def lower(self, grid: Grid) -> KernelMask:
+        return KernelMask(keep=self.keep(grid))
+
     def check(self, grid: Grid) -> None:
         require_shape("KeyPadding keep", self.keep_keys, ((grid.shape[0], grid.shape[3]),), grid.device)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_dtype
-from fused_attn.mask_rules import Pairs, corner, evaluated
+from fused_attn.mask_rules import Pairs, evaluated, extent, filled
 
 # Elements of one temporary, 2 MB of float32. Forward/backward of float32 B1 H8 L2048 D64 on one core: 2^18 186/435 ms, 2^19 160/370,
 # 2^20 165/395.
@@ -103,28 +103,30 @@ class MaskTiles:
         self._intervals: tuple[Tensor, Tensor] | None = None
         self.is_window = mask.kv_start is None and mask.kv_end is None and not mask.has_pairs and isinstance(grid.q_offset, int)
         self.last: tuple[object, Limits] | None = None
-        tensors = tuple(t.shape for t in (mask.kv_start, mask.kv_end, mask.keep) if t is not None)
-        ruled = corner(mask.rules, grid).shape if mask.rules else (1, 1)
-        self._per_batch = isinstance(grid.q_offset, Tensor) or ruled[0] != 1 or any(shape[0] != 1 for shape in tensors)
-        self._per_head = ruled[1] != 1 or (mask.keep is not None and mask.keep.shape[1] != 1)
+        self._rules = mask.rules if mask.keep is None else (Pairs(mask.keep), *mask.rules)
+        self._extent = extent(self._rules, grid) if self._rules else (1, 1, 1, 1)
+        rows = any(t is not None and t.shape[0] != 1 for t in (mask.kv_start, mask.kv_end))
+        self._per_batch = isinstance(grid.q_offset, Tensor) or rows or self._extent[0] != 1
         self._last_pairs: tuple[tuple[object, Range], Tensor] | None = None
 
     def _place(self, region: tuple[Range, Range, Range, Range]) -> tuple[Range, Range]:
         """The batches and heads of a region as far as the mask tells them apart."""
-        return region[0] if self._per_batch else (0, 0), region[1] if self._per_head else (0, 0)
+        return region[0] if self._per_batch else (0, 0), region[1] if self._extent[1] != 1 else (0, 0)
 
     def _pairs(self, region: tuple[Range, Range, Range, Range]) -> Tensor:
         """What ``keep`` and the rules allow of the region, bool [b|1, h|1, q|1, keys|1]; the last region's answer serves its parts too."""
-        rules = self.mask.rules if self.mask.keep is None else (Pairs(self.mask.keep), *self.mask.rules)
+        grid = self.grid.at(*region)
         if not self.mask.rules:
-            return evaluated(rules, self.grid.at(*region))
+            return evaluated(self._rules, grid)
         key, (k0, k1) = (*self._place(region), region[2]), region[3]
         if self._last_pairs is not None:
             (known, (start, end)), pairs = self._last_pairs
             if known == key and start <= k0 and k1 <= end:
                 return pairs[..., k0 - start : k1 - start] if pairs.shape[3] != 1 else pairs
-        self._last_pairs = (key, (k0, k1)), evaluated(rules, self.grid.at(*region))
-        return self._last_pairs[1]
+        shape = tuple(1 if full == 1 else size for full, size in zip(self._extent, grid.sizes, strict=True))
+        pairs = filled(self._rules, grid, shape)
+        self._last_pairs = (key, (k0, k1)), pairs
+        return pairs
 
     @property
     def intervals(self) -> tuple[Tensor, Tensor]:
