@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fused_attn import ops
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
@@ -19,7 +20,7 @@ from fused_attn.backends.base import AuxTensors, Forward, Incoming
 from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
-from fused_attn.mask_rules import Rule
+from fused_attn.mask_rules import Pairs, Rule
 from fused_attn.masks import Dense
 from fused_attn.problem import AttentionProblem, Modifiers, SoftmaxProblem, UnsupportedError
 from fused_attn.score_mods import SCORE_MODS
@@ -55,8 +56,8 @@ def _outlives_functions() -> bool:
     return torch.compiler._is_exporting_flag or is_traced()
 
 
-# Terms without tensors as they are, or the scalars and the mask's rules of others.
-Static = Terms | tuple[tuple[int, ...], tuple[float, ...], str, tuple[Rule, ...]]
+# Terms without tensors as they are, or the scalars of others and their mask's rules with the versions of the rules' tensors.
+Static = Terms | tuple[tuple[int, ...], tuple[float, ...], str, tuple[Rule, ...], tuple[int, ...]]
 
 
 def _split(terms: Terms) -> tuple[Any, ...]:
@@ -71,7 +72,15 @@ def _split(terms: Terms) -> tuple[Any, ...]:
     rules = terms.mask.rules
     stored = replace(terms, mask=replace(terms.mask, rules=())) if rules else terms
     q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = stored.flatten()
-    return (tuple(ints), tuple(floats), mods, rules), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+    return (tuple(ints), tuple(floats), mods, rules, _versions(rules)), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+
+
+def _versions(rules: tuple[Rule, ...]) -> tuple[int, ...]:
+    """How often each tensor that the rules hold was modified: autograd looks after those that it saves, and these it does not."""
+    if not rules:
+        return ()
+    tensors = tree_leaves([rule.keep if isinstance(rule, Pairs) else rule for rule in rules])
+    return tuple(t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference())
 
 
 def _distinct(*arguments: Any) -> tuple[Any, ...]:
@@ -85,7 +94,11 @@ def _join(static: Static, tensors: tuple[Tensor | None, ...]) -> Terms:
     if isinstance(static, Terms):
         return static
     sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors = tensors
-    *scalars, rules = static
+    *scalars, rules, versions = static
+    if _versions(rules) != versions:
+        raise RuntimeError(
+            "a mask's tensors must be the same in forward and backward; got one that was modified in place in between. Pass a clone to the mask."
+        )
     terms = Terms.unflatten((q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *scalars))
     return replace(terms, mask=replace(terms.mask, rules=rules)) if rules else terms
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fused_attn import mask_rules
-from fused_attn.checks import captured
 from fused_attn.mask_rules import Pairs, Rule
 
 Range = tuple[int, int]
@@ -126,10 +125,12 @@ class KernelMask:
         def both(a: Tensor | None, b: Tensor | None, op: Any) -> Tensor | None:
             return b if a is None else a if b is None else op(a, b)
 
-        keep, rules = both(self.keep, other.keep, torch.logical_and), (*self.rules, *other.rules)
-        if self.keep is not None and other.keep is not None and multiplies_out(self.keep, other.keep):
+        rules, keep = (*self.rules, *other.rules), self.keep
+        if self.keep is not None and other.keep is not None and mask_rules.multiplies_out(self.keep, other.keep):
             keep, aside = sorted((self.keep, other.keep), key=Tensor.numel, reverse=True)
             rules = (*rules, Pairs(aside))
+        else:
+            keep = both(self.keep, other.keep, torch.logical_and)
         return KernelMask(
             _minimum(self.left, other.left),
             _minimum(self.right, other.right),
@@ -231,7 +232,7 @@ class KernelMask:
         """The same mask with its rules as intervals, where that is what they are; as ``keep``, where values cannot be looked at."""
         if not self.rules:
             return self
-        if _are_captured(self.rules, grid):
+        if mask_rules.are_captured(self.rules, grid):
             return self.as_tensors(grid)
         found = mask_rules.intervals((replace(self, keep=None),), grid)
         return self if found is None else KernelMask(kv_start=found[0], kv_end=found[1], keep=self.keep)
@@ -241,22 +242,8 @@ class KernelMask:
         if not self.rules:
             return self
         rules = self.rules if self.keep is None else (Pairs(self.keep), *self.rules)
-        write = mask_rules.evaluated if _are_captured(rules, grid) else mask_rules.filled
+        write = mask_rules.evaluated if mask_rules.are_captured(rules, grid) else mask_rules.filled
         return replace(self, keep=write(rules, grid), rules=())
-
-
-def _are_captured(rules: tuple[Rule, ...], grid: Grid) -> bool:
-    return captured(grid.kv_idx) or captured(mask_rules.corner(rules, grid))
-
-
-def multiplies_out(a: Tensor, b: Tensor) -> bool:
-    """Whether two broadcast together have more elements than either; where values cannot be looked at, sizes cannot either."""
-    if captured(a) or captured(b):
-        return False
-    size = 1
-    for n, m in zip(a.shape, b.shape, strict=True):
-        size *= n if m == 1 else m
-    return size > max(a.numel(), b.numel())
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +310,7 @@ class Terms:
         if self.mods or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
             return True
         mask = self.mask
-        return mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None
+        return mask.kv_start is not None or mask.kv_end is not None or mask.has_pairs
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:

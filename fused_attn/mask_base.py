@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_attn import pytrees
 from fused_attn.checks import captured, described, require_broadcast, require_tensor
-from fused_attn.lowering import Grid, KernelMask, multiplies_out
+from fused_attn.lowering import Grid, KernelMask
+from fused_attn.mask_rules import multiplies_out
 
 
 class Mask:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from fused_attn.checks import captured
+
 if TYPE_CHECKING:
     from fused_attn.lowering import Grid
 
@@ -54,6 +56,11 @@ def corner(rules: tuple[Rule, ...], grid: Grid) -> Tensor:
     batches, heads, rows, columns = grid.ranges
     first_rows, first_columns = ((start, min(start + 2, end)) for start, end in (rows, columns))
     return evaluated(rules, grid.at(batches, heads, first_rows, first_columns))
+
+
+def are_captured(rules: tuple[Rule, ...], grid: Grid) -> bool:
+    """Whether values of what the rules allow cannot be looked at."""
+    return captured(grid.kv_idx) or captured(corner(rules, grid))
 
 
 def extent(rules: tuple[Rule, ...], grid: Grid) -> tuple[int, ...]:
@@ -124,3 +131,13 @@ def _run_of(allowed: Tensor) -> tuple[Tensor, Tensor] | None:
     if not bool((((index >= start[..., None]) & (index < end[..., None])) == head).all()):
         return None
     return start.to(torch.int32), end.to(torch.int32)
+
+
+def multiplies_out(a: Tensor, b: Tensor) -> bool:
+    """Whether two broadcast together have more elements than either; where values cannot be looked at, sizes cannot either."""
+    if captured(a) or captured(b):
+        return False
+    size = 1
+    for n, m in zip(a.shape, b.shape, strict=True):
+        size *= n if m == 1 else m
+    return size > max(a.numel(), b.numel())

@@ -43,7 +43,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Lower may not import higher; one number is one layer.
 LAYERS = {
-    "build": 0, "checks": 0, "mask_rules": 0, "pytrees": 0.5, "lowering": 1, "layout": 1, "batching": 1, "flops": 1, "mask_base": 2, "mask_documents": 2.5, "mask_mod": 2.5, "auxiliary": 2, "dropout": 2, "masks": 3, "score_mods": 3, "scoring": 3, "problem": 4, "backends.base": 5,
+    "build": 0, "checks": 0, "mask_rules": 0.5, "pytrees": 0.5, "lowering": 1, "layout": 1, "batching": 1, "flops": 1, "mask_base": 2, "mask_documents": 2.5, "mask_mod": 2.5, "auxiliary": 2, "dropout": 2, "masks": 3, "score_mods": 3, "scoring": 3, "problem": 4, "backends.base": 5,
     "backends.eager": 6, "backends.cpu": 6, "backends.triton": 6, "backends.cuda": 6, "backends": 7, "ops": 8, "torch_sdpa": 8, "autograd": 9, "functional": 10,
     "integrations": 11, "nn": 11, "distributed": 11, "viz": 11, "testing": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
