@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fused_attn.checks import described
 from fused_attn.lowering import Grid
 from fused_attn.mask_base import Mask
+
+
+class _IndexByTensors(TorchFunctionMode):
+    """``table[q_idx]`` as an operator: Python's own indexing asks an index without dimensions for its value, which a graph cannot tell."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if all(isinstance(i, Tensor) for i in index):
+                return torch.ops.aten.index(args[0], list(index))
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +45,10 @@ class MaskMod(Mask):
         function: Callable[..., Tensor] = self._answer
         for dim in reversed(range(4)):
             function = torch.vmap(function, in_dims=tuple(0 if i == dim else None for i in range(4)))
-        allowed = function(*(torch.arange(*ends, device=grid.device) for ends in grid.ranges))
+        indices = [torch.arange(*ends, device=grid.device) for ends in grid.ranges]
+        # Dynamo translates indexing by itself.
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else _IndexByTensors():
+            allowed = function(*indices)
         # vmap repeats, with stride 0, what does not depend on an index.
         for dim in range(4):
             if allowed.shape[dim] != 1 and allowed.stride(dim) == 0:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import fused_attn as fa
@@ -69,6 +70,23 @@ def test_functions_in_compiled_calls_and_pytrees() -> None:
     leaves, structure = pytree.tree_flatten(mask)
     assert leaves == [] and pytree.tree_unflatten(leaves, structure) == mask == from_mask_mod(MASK_MODS["table"])
     assert mask != from_mask_mod(MASK_MODS["constant"])
+
+
+@pytest.mark.parametrize("mask", [from_mask_mod(MASK_MODS["table"]), Checkers() | fa.Chunked(4), ~fa.Band(3)], ids=["mod", "or", "not"])
+def test_graphs_hold_masks_without_intervals(mask: Mask) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return fa.attention(q, q, q, mask=mask, backend="cpu")
+
+    q = qkv(9)[0]
+    want = Attend()(q)
+    for graph in (torch.export.export(Attend(), (q,)).module(), torch.jit.trace(Attend(), (q,)), make_fx(Attend())(q)):
+        torch.testing.assert_close(graph(q), want)
+    torch._dynamo.reset()
+    dynamic = torch.compile(Attend(), backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (9, 12):
+        q = qkv(length)[0]
+        torch.testing.assert_close(dynamic(q), Attend()(q))
 
 
 def test_wrong_functions_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import operator
 import pkgutil
 from dataclasses import replace
 
@@ -39,12 +40,13 @@ def grids(draw, q_len=None, kv_len=None):
 
 @st.composite
 def masks(draw, grid):
-    """One to three masks of the package combined."""
+    """One to three masks of the package combined, mostly with ``&``."""
     known = vocabulary(Mask, grid)
     names = draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=3))
     mask = known[names[0]]
     for name in names[1:]:
-        mask = mask & known[name]
+        join = draw(st.sampled_from([operator.and_, operator.and_, operator.or_]))
+        mask = join(mask, draw(st.sampled_from([known[name], known[name], ~known[name]])))
     return mask
 
 
