@@ -168,7 +168,7 @@ class Documents(Mask):
         yield cls(torch.arange(kv_len, device=grid.device) // max(1, kv_len // 3))
         shift = torch.arange(batch, device=grid.device)[:, None] * 5
         yield cls((torch.arange(kv_len, device=grid.device) + shift) // 17)
-        yield cls(torch.arange(kv_len, device=grid.device) // 5 % 11, torch.arange(q_len, device=grid.device) * 7 % 4)
+        yield cls(-(torch.arange(kv_len, device=grid.device) // 5), -(torch.arange(q_len, device=grid.device) * 7 % 4))
 
 
 def _ids_of(name: str, cu_seqlens: object, total: object) -> Tensor:
