@@ -12,7 +12,19 @@ from importlib.metadata import PackageNotFoundError, version
 from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention, explain, masked_softmax, scaled_dot_product_attention
-from fused_attn.masks import Band, Causal, Dense, Documents, KeyPadding, PrefixLM, SlidingWindow, ValidLengths
+from fused_attn.masks import (
+    Band,
+    BidirectionalBlocks,
+    BlockCausal,
+    Causal,
+    Chunked,
+    Dense,
+    Documents,
+    KeyPadding,
+    PrefixLM,
+    SlidingWindow,
+    ValidLengths,
+)
 from fused_attn.problem import UnsupportedError
 from fused_attn.score_mods import ALiBi, Bias, DecayBias, SoftCap
 from fused_attn.scoring import DotProduct, NegativeL2
@@ -23,7 +35,10 @@ __all__ = [
     "AuxRequest",
     "Band",
     "Bias",
+    "BidirectionalBlocks",
+    "BlockCausal",
     "Causal",
+    "Chunked",
     "DecayBias",
     "Dense",
     "Documents",

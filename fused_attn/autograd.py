@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fused_attn import ops
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
@@ -20,6 +21,7 @@ from fused_attn.checks import is_traced
 from fused_attn.dropout import Dropout
 from fused_attn.kernel_score import KernelScore
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.mask_rules import Pairs, Rule
 from fused_attn.masks import Dense
 from fused_attn.modifiers import Modifiers
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
@@ -31,7 +33,7 @@ _NO_OUTPUT = AuxOutput()
 
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     """Runs a problem on a kernel backend, differentiably."""
-    call, request = problem.lower(), problem.aux or NOTHING
+    call, request = ops.fitted(problem.lower(), backend), problem.aux or NOTHING
     if problem.requires_grad and not _outlives_functions():
         out, *aux = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
@@ -44,7 +46,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
 
 def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
     """Runs a problem on a kernel backend, differentiably."""
-    call = problem.lower()
+    call = ops.fitted(problem.lower(), backend)
     if problem.requires_grad and not _outlives_functions():
         result: Tensor = _Softmax.apply((call.log, call.uniform_empty), backend, *_distinct(call.scores, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return result
@@ -57,20 +59,31 @@ def _outlives_functions() -> bool:
     return torch.compiler._is_exporting_flag or is_traced()
 
 
-# Terms without tensors as they are, or the scalars of others.
-Static = Terms | tuple[tuple[int, ...], tuple[float, ...], str]
+# Terms without tensors as they are, or the scalars of others and their mask's rules with the versions of the rules' tensors.
+Static = Terms | tuple[tuple[int, ...], tuple[float, ...], str, tuple[Rule, ...], tuple[int, ...]]
 
 
 def _split(terms: Terms) -> tuple[Any, ...]:
     """Terms as (static, sinks, q_offset, kv_start, kv_end, keep, seed, *mod tensors), static being what autograd need not see.
 
     Terms that hold no tensor stay whole, (static, None): taking them apart and putting them together again is a third of the host's time
-    on the smallest problems (14 of 43 us at [1, 4, 32, 32]). A compiler wants scalars.
+    on the smallest problems (14 of 43 us at [1, 4, 32, 32]). A compiler wants scalars. The mask's rules are static: they hold tensors, but
+    none that gets a gradient.
     """
     if not terms.holds_tensors and not torch.compiler.is_compiling():
         return terms, None
-    q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = terms.flatten()
-    return (tuple(ints), tuple(floats), mods), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+    rules = terms.mask.rules
+    stored = replace(terms, mask=replace(terms.mask, rules=())) if rules else terms
+    q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = stored.flatten()
+    return (tuple(ints), tuple(floats), mods, rules, _versions(rules)), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+
+
+def _versions(rules: tuple[Rule, ...]) -> tuple[int, ...]:
+    """How often each tensor that the rules hold was modified: autograd looks after those that it saves, and these it does not."""
+    if not rules:
+        return ()
+    tensors = tree_leaves([rule.keep if isinstance(rule, Pairs) else rule for rule in rules])
+    return tuple(t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference())
 
 
 def _distinct(*arguments: Any) -> tuple[Any, ...]:
@@ -84,7 +97,13 @@ def _join(static: Static, tensors: tuple[Tensor | None, ...]) -> Terms:
     if isinstance(static, Terms):
         return static
     sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors = tensors
-    return Terms.unflatten((q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *static))
+    *scalars, rules, versions = static
+    if _versions(rules) != versions:
+        raise RuntimeError(
+            "a mask's tensors must be the same in forward and backward; got one that was modified in place in between. Pass a clone to the mask."
+        )
+    terms = Terms.unflatten((q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, *scalars))
+    return replace(terms, mask=replace(terms.mask, rules=rules)) if rules else terms
 
 
 def _place(static: Static, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -113,7 +113,9 @@ def _folded(op: Any, given: dict[str, tuple[Any, Any]], count: int) -> Any:
         if name in _BROADCAST and value.shape[1] == 1:
             value = value.expand(-1, batch, *value.shape[2:])
         sizes = (*value.shape[:place], count * batch, *value.shape[place + 2 :])
-        return value.reshape(sizes)  # not flatten, which the older vmap does not know
+        folded = value.reshape(sizes)  # not flatten, which the older vmap does not know
+        # A batch of 1 is folded into a view of one slice, and kernels read their statistics without strides.
+        return folded.contiguous() if name == "stats" else folded
 
     results = op(*(fold(name, value, dim) for name, (value, dim) in given.items()))
     # Only row statistics have four dimensions of which the first is not the batch; they come third.

@@ -88,14 +88,14 @@ def _require_own_data(name: str, value: object) -> None:
         )
 
 
-def require_integer(name: str, value: object, minimum: int) -> None:
-    """A Python int in [minimum, MAX_WIDTH]."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int; got {described(value)}. Pass a Python integer.")
+def require_integer(name: str, value: object, minimum: int) -> int:
+    """An int in [minimum, MAX_WIDTH], from an int or anything that is one."""
+    value = as_integer(name, value, "Pass a Python integer.")
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}; got {value}. Negative widths select nothing; use a smaller q_offset to shift.")
     if value > MAX_WIDTH:
         raise ValueError(f"{name} must be <= 2**30; got {value}. Pass the sequence length (or None, where allowed) for no limit.")
+    return value
 
 
 def as_integer(name: str, value: object, advice: str) -> int:

@@ -56,7 +56,9 @@ def attention(
         q: queries [batch, heads, q_len, head_dim]; float16, bfloat16, float32 or float64, any strides.
         k: keys [batch, kv_heads, kv_len, head_dim]; kv_heads divides heads, query head n uses key head n // (heads // kv_heads).
         v: values [batch, kv_heads, kv_len, value_dim].
-        mask: which keys a query may attend to: a mask, several combined with ``&``, or a bool tensor (True may attend).
+        mask: which keys a query may attend to: a mask, several combined with ``&``, ``|`` and ``~``, or a bool tensor (True may attend)
+            that broadcasts to [batch, heads, q_len, kv_len]. A 2-D one is [q_len, kv_len], also where batch equals q_len; write
+            ``KeyPadding`` for [batch, kv_len].
         scale: factor of the scores; 1/sqrt(head_dim) by default.
         scoring: how a score comes from a query and a key, instead of scale * q k^T; not together with ``scale``.
         q_offset: key position of query 0, an int or an int tensor [batch]. Needed when positions are compared and the lengths
@@ -174,7 +176,7 @@ def masked_softmax(
     Args:
         scores: any rank >= 1, any strides. With ``dim`` moved last, the last two dimensions are (query, key) and, from rank 3 on,
             the first is the batch, so that ``ValidLengths`` takes [batch] or [batch, q_len] for every rank.
-        mask: a mask, several combined with ``&``, or a bool tensor that broadcasts to the scores (True may attend).
+        mask: a mask, several combined with ``&``, ``|`` and ``~``, or a bool tensor that broadcasts to the scores (True may attend).
         scale: factor of the scores.
         bias: float tensor that broadcasts to the scores, with gradient in its own shape.
         dim: the dimension whose allowed elements sum to 1.

@@ -2,7 +2,8 @@
 
 A mask is one contiguous key interval per query row, optionally thinned out by a dense boolean ``keep``. A score modification is a
 name, numbers and tensors. This form is closed under ``&`` and does not change when the vocabulary grows, so op schemas, tile
-skipping and the backends' signatures do not change either.
+skipping and the backends' signatures do not change either. A mask that fits neither stays a rule (``mask_rules``) for whoever evaluates
+rules, and becomes ``keep`` for everyone else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_attn import mask_rules
 from fused_attn.kernel_score import KernelScore, parse
+from fused_attn.mask_rules import Pairs, Rule
 
 Range = tuple[int, int]
 
@@ -45,6 +48,11 @@ class Grid:
         return (0, batch), (0, heads), (0, q_len), (0, kv_len)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many elements the region has along each dimension."""
+        return tuple(end - start for start, end in self.ranges)
+
+    @property
     def q_idx(self) -> Tensor:
         """Query indices, [q, 1]."""
         return torch.arange(*self.ranges[2], device=self.device)[:, None]
@@ -52,10 +60,15 @@ class Grid:
     @property
     def q_pos(self) -> Tensor:
         """Query positions on the key axis, [q, 1] or [batch, 1, q, 1]."""
+        return self.positions[:, None, :, None] if isinstance(self.q_offset, Tensor) else self.q_idx + self.q_offset
+
+    @property
+    def positions(self) -> Tensor:
+        """Query positions on the key axis, int64 [batch|1, q], also where a size is 0."""
+        index = self.q_idx[:, 0]
         if isinstance(self.q_offset, Tensor):
-            start, end = self.ranges[0]
-            return self.q_idx + self.q_offset[start:end, None, None, None]
-        return self.q_idx + self.q_offset
+            return index + self.q_offset[slice(*self.ranges[0]), None].to(torch.int64)
+        return (index + self.q_offset)[None]
 
     @property
     def kv_idx(self) -> Tensor:
@@ -91,6 +104,7 @@ class KernelMask:
         kv_start: int32 [batch|1, q_len], first key of each row.
         kv_end: int32 [batch|1, q_len], one past the last key of each row.
         keep: bool [batch|1, heads|1, q_len|1, kv_len|1]; True may attend.
+        rules: what else must allow a pair, evaluated region by region; kernels that take tensors only see ``as_tensors``.
 
     Example:
         >>> both = KernelMask(right=0) & KernelMask(left=1)
@@ -105,22 +119,35 @@ class KernelMask:
     kv_start: Tensor | None = None
     kv_end: Tensor | None = None
     keep: Tensor | None = None
+    rules: tuple[Rule, ...] = ()
 
     def __and__(self, other: KernelMask) -> KernelMask:
         def both(a: Tensor | None, b: Tensor | None, op: Any) -> Tensor | None:
             return b if a is None else a if b is None else op(a, b)
 
+        rules, keep = (*self.rules, *other.rules), self.keep
+        if self.keep is not None and other.keep is not None and mask_rules.multiplies_out(self.keep, other.keep):
+            keep, aside = sorted((self.keep, other.keep), key=Tensor.numel, reverse=True)
+            rules = (*rules, Pairs(aside))
+        else:
+            keep = both(self.keep, other.keep, torch.logical_and)
         return KernelMask(
             _minimum(self.left, other.left),
             _minimum(self.right, other.right),
             both(self.kv_start, other.kv_start, torch.maximum),
             both(self.kv_end, other.kv_end, torch.minimum),
-            both(self.keep, other.keep, torch.logical_and),
+            keep,
+            rules,
         )
 
     @property
     def is_trivial(self) -> bool:
-        return not self.has_intervals and self.keep is None
+        return not self.has_intervals and not self.has_pairs
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether anything but intervals decides."""
+        return self.keep is not None or bool(self.rules)
 
     @property
     def has_intervals(self) -> bool:
@@ -128,8 +155,7 @@ class KernelMask:
 
     def row_intervals(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """First and one-past-last key of each row, int64 [batch|1, q_len], clipped to [0, kv_len]; empty rows have start >= end."""
-        kv_len = grid.shape[3]
-        position = grid.q_pos.reshape(grid.q_pos.shape[0] if grid.q_pos.dim() == 4 else 1, grid.shape[2])
+        kv_len, position = grid.shape[3], grid.positions
         start, end = torch.zeros_like(position), torch.full_like(position, kv_len)
         if self.left is not None:
             start = torch.maximum(start, position - self.left)
@@ -193,7 +219,31 @@ class KernelMask:
             start, end = (t if t.shape[0] == 1 else t[b0:b1] for t in self.row_intervals(whole))
             inside = (grid.kv_idx >= start[:, None, q0:q1, None]) & (grid.kv_idx < end[:, None, q0:q1, None])
             allowed = inside if allowed is None else allowed & inside
+        for rule in self.rules:
+            allowed = rule.allowed(grid) if allowed is None else allowed & rule.allowed(grid)
         return allowed
+
+    def allowed(self, grid: Grid) -> Tensor:
+        """``dense``, also where everything may attend."""
+        allowed = self.dense(grid)
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=grid.device) if allowed is None else allowed
+
+    def settled(self, grid: Grid) -> KernelMask:
+        """The same mask with its rules as intervals, where that is what they are; as ``keep``, where values cannot be looked at."""
+        if not self.rules:
+            return self
+        if mask_rules.are_captured(self.rules, grid):
+            return self.as_tensors(grid)
+        found = mask_rules.intervals((replace(self, keep=None),), grid)
+        return self if found is None else KernelMask(kv_start=found[0], kv_end=found[1], keep=self.keep)
+
+    def as_tensors(self, grid: Grid) -> KernelMask:
+        """The same mask without rules: one byte for every pair that they can tell apart."""
+        if not self.rules:
+            return self
+        rules = self.rules if self.keep is None else (Pairs(self.keep), *self.rules)
+        write = mask_rules.evaluated if mask_rules.are_captured(rules, grid) else mask_rules.filled
+        return replace(self, keep=write(rules, grid), rules=())
 
 
 class KernelDropout(NamedTuple):
@@ -223,6 +273,7 @@ class Terms:
     def flatten(self) -> tuple[Any, ...]:
         """Tensors, lists of scalars and one string: exactly the arguments an op schema can carry (see ``SCHEMA``)."""
         mask, offset = self.mask, self.q_offset
+        assert not mask.rules, "an op takes tensors"
         is_tensor = isinstance(offset, Tensor)
         numbers = [pair for m in self.entries for pair in zip(m.scalars, m.kinds, strict=True)]
         ints: list[Any] = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
@@ -260,7 +311,7 @@ class Terms:
         if self.entries or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
             return True
         mask = self.mask
-        return mask.kv_start is not None or mask.kv_end is not None or mask.keep is not None
+        return mask.kv_start is not None or mask.kv_end is not None or mask.has_pairs
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:

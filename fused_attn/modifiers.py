@@ -164,7 +164,7 @@ class Modifiers:
         if self.mask is None and not self.score_mods and self.dropout is None and self.scoring is None:
             return Terms(_EVERYTHING, self.scale, self.q_offset, (), self.sinks)
         grid = problem.grid
-        mask = _EVERYTHING if self.mask is None else self.mask.lower(grid)
+        mask = _EVERYTHING if self.mask is None else self.mask.lower(grid).settled(grid)
         mods: tuple[KernelScore, ...] = tuple(score for mod in self.score_mods for score in mod.lower(grid))
         dropout = self.dropout.lower(grid.device) if self.dropout is not None else None
         return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout, None if self.scoring is None else self.scoring.to_kernel())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -158,9 +159,24 @@ def _counted(name: str) -> Any:
     return getattr(torch.ops.fused_attn, name)
 
 
+_Call = TypeVar("_Call", LoweredAttention, LoweredSoftmax)
+
+
+def _storable(call: _Call) -> _Call:
+    """The call as an op's arguments can say it: the mask's rules written out."""
+    mask = call.terms.mask
+    return replace(call, terms=replace(call.terms, mask=mask.as_tensors(call.grid))) if mask.rules else call
+
+
+def fitted(call: _Call, backend: str) -> _Call:
+    """The call as the backend takes it: the mask's rules written out but for one that evaluates them."""
+    return call if not call.terms.mask.rules or getattr(backends.get(backend), "evaluates_rules", False) else _storable(call)
+
+
 def attention_fwd(call: LoweredAttention, backend: str) -> Forward:
     """Output, lse and row statistics."""
     if captured(call.q):
+        call = _storable(call)
         return Forward(*_counted("attention_fwd")(call.q, call.k, call.v, *call.terms.flatten(), backend))
     return backends.get(backend).attention_fwd(call)
 
@@ -169,7 +185,7 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     """What else was asked for."""
     if not captured(call.q):
         return backends.get(backend).attention_aux(call, forward, request)
-    flags = list(map(int, request.flags))
+    call, flags = _storable(call), list(map(int, request.flags))
     tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, flags, backend)
     return AuxTensors(*_optional(tensors, (*flags[:2], *flags[3:])))
 
@@ -179,6 +195,7 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
     if not captured(call.q) and not is_batched(*arriving):
         return backends.get(backend).attention_bwd(call, forward, incoming, needs)
+    call = _storable(call)
     tensors = _counted("attention_bwd")(call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), backend)
     return _optional(tensors, needs)
 
@@ -187,7 +204,7 @@ def softmax_fwd(call: LoweredSoftmax, backend: str) -> tuple[Tensor, Tensor | No
     """The result, and the probabilities before dropout where there is dropout."""
     if not captured(call.scores):
         return backends.get(backend).softmax_fwd(call)
-    switches = [int(call.log), int(call.uniform_empty)]
+    call, switches = _storable(call), [int(call.log), int(call.uniform_empty)]
     out, probs = torch.ops.fused_attn.softmax_fwd(call.scores, *call.terms.flatten(), switches, backend)
     return out, probs if call.terms.dropout else None
 
@@ -196,6 +213,6 @@ def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple
     """Gradients of the scores and the bias, None where not needed."""
     if not captured(call.scores) and not is_batched(dout):
         return backends.get(backend).softmax_bwd(call, result, dout, needs)
-    switches = [int(call.log), int(call.uniform_empty)]
+    call, switches = _storable(call), [int(call.log), int(call.uniform_empty)]
     tensors = torch.ops.fused_attn.softmax_bwd(call.scores, *call.terms.flatten(), result, dout, switches, list(map(int, needs)), backend)
     return _optional(tensors, needs)

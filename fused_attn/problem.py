@@ -286,9 +286,9 @@ def _aligned(name: str, tensor: object, scores: Tensor, dim: int, dtypes: tuple[
     require_device(name, tensor, scores.device)
     got = tuple(tensor.shape)
     if len(got) > scores.dim() or any(n not in (1, full) for n, full in zip(reversed(got), reversed(scores.shape), strict=False)):
-        raise ValueError(
-            f"{name} must broadcast to the scores {list(scores.shape)}; got {list(got)}. Insert size-1 dimensions where it should repeat."
-        )
+        padding = dtypes == (torch.bool,) and got == (scores.shape[0], scores.shape[dim])
+        advice = "Write KeyPadding(mask) for [batch, kv_len]." if padding else "Insert size-1 dimensions where it should repeat."
+        raise ValueError(f"{name} must broadcast to the scores {list(scores.shape)}; got {list(got)}. {advice}")
     moved = tensor[(None,) * (scores.dim() - tensor.dim())].movedim(dim, -1)
     full = scores.movedim(dim, -1).shape
     middle = range(1, scores.dim() - 2)

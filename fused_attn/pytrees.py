@@ -1,6 +1,6 @@
 """Masks, modifications, dropout and auxiliary outputs as pytrees, so that export, vmap and whatever else walks over arguments finds their tensors.
 
-Tensors (and whatever a ``tree_map`` puts in their place) are children; numbers, None and names belong to the structure.
+Tensors (and whatever a ``tree_map`` puts in their place) are children; numbers, None, names and functions belong to the structure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+from fused_attn.checks import captured
 
 _STATIC = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -89,10 +91,57 @@ class HoldsTensors:
         return copy
 
 
+def _is_static(item: Any) -> bool:
+    return isinstance(item, _STATIC) or callable(item)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two attributes hold the same values; tensors whose values cannot be looked at are the same only where they are one.
+
+    Example:
+        >>> is_same((torch.ones(2), 3), (torch.ones(2), 3)), is_same(torch.ones(2), torch.ones(2, dtype=torch.int64))
+        (True, False)
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape or captured(a) or captured(b):
+            return False
+        return torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    equal = a == b
+    return isinstance(equal, bool) and equal
+
+
+def fingerprint(value: Any) -> Any:
+    """Something hashable that is equal for values that are the same: a tensor gives its dtype and rank.
+
+    Example:
+        >>> fingerprint({"lens": torch.ones(2), "width": 3})
+        (('lens', (torch.float32, 1)), ('width', 3))
+    """
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(fingerprint, value))
+    if isinstance(value, dict):
+        return tuple((name, fingerprint(item)) for name, item in sorted(value.items()))
+    try:
+        hash(value)
+    except TypeError:
+        return type(value)
+    return value
+
+
 def _flatten(value: Any) -> tuple[list[Any], _Structure]:
     parts = state(value)
     known = getattr(value, _CHILDREN, None)
-    names = tuple(name for name, item in parts.items() if not isinstance(item, _STATIC)) if known is None else known
+    names = tuple(name for name, item in parts.items() if not _is_static(item)) if known is None else known
     return [parts[name] for name in names], _Structure(names, tuple((n, x) for n, x in parts.items() if n not in names))
 
 

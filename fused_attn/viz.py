@@ -1,14 +1,16 @@
-"""Heatmaps of attention probabilities. Needs matplotlib (``pip install "fused-attn[viz]"``)."""
+"""Heatmaps of attention probabilities and pictures of masks. Needs matplotlib (``pip install "fused-attn[viz]"``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fused_attn.masks import Mask
 
 
 def show_heatmaps(
@@ -59,6 +61,38 @@ def show_heatmaps(
             if titles is not None:
                 axes[i, j].set_title(titles[j])
     figure.colorbar(image, ax=axes, shrink=0.6)
+    return figure
+
+
+def show_masks(masks: Mapping[str, Mask], q_len: int = 16, kv_len: int = 16) -> Figure:
+    """One panel per mask, dark where a query (downwards) may attend to a key, of batch 0 and head 0; keys begin with query 0's position.
+
+    Args:
+        masks: by what to write above each.
+        q_len: queries.
+        kv_len: keys.
+
+    Example:
+        >>> from fused_attn import Causal, Chunked
+        >>> figure = show_masks({"causal": Causal(), "~causal | chunked": ~Causal() | Chunked(4)})
+        >>> [panel.get_title() for panel in figure.axes]
+        ['causal', '~causal | chunked']
+    """
+    from matplotlib import pyplot
+
+    if not masks:
+        raise ValueError("masks must hold at least one mask; got none. Pass {'causal': Causal()}.")
+    figure, axes = pyplot.subplots(1, len(masks), figsize=(2.6 * len(masks), 2.8), sharex=True, sharey=True, squeeze=False)
+    for panel, (title, mask) in zip(axes[0], masks.items(), strict=True):
+        rows = [[mark == "#" for mark in line] for line in mask.picture(q_len, kv_len).splitlines()]
+        panel.imshow(rows, cmap="Greys", vmin=-0.4, vmax=1.2)
+        panel.set_xticks([k - 0.5 for k in range(1, kv_len)], [""] * (kv_len - 1))
+        panel.set_yticks([q - 0.5 for q in range(1, q_len)], [""] * (q_len - 1))
+        panel.grid(color="white", linewidth=0.6)
+        panel.tick_params(length=0)
+        panel.set_title(title, fontsize=8)
+    axes[0, 0].set_ylabel("Queries")
+    axes[0, 0].set_xlabel("Keys")
     return figure
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import fused_attn as fa
 from fused_attn.backends import eager
 from fused_attn.lowering import Grid
-from fused_attn.masks import And, Mask
+from fused_attn.masks import And, Mask, MaskMod, Not, Or
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import ScoreMod
 from fused_attn.testing import DIFFERENTIABLE, EVERYTHING, Case, evaluate, make_inputs, violations, vocabulary
@@ -43,9 +43,19 @@ def length_of(mask: Any, b: int, i: int) -> int:
     return math.ceil(float(number))
 
 
-def document_of(mask: Any, b: int, position: int) -> int | None:
-    ids = (mask.ids if mask.ids.dim() == 1 else mask.ids[b]).tolist()
-    return ids[position] if 0 <= position < len(ids) else None
+def id_at(ids: Tensor, b: int, position: int) -> int | None:
+    row = (ids if ids.dim() == 1 else ids[b]).tolist()
+    return row[position] if 0 <= position < len(row) else None
+
+
+def same_document(mask: Any, b: int, i: int, position: int, j: int) -> bool:
+    mine = id_at(mask.ids, b, position) if mask.q_ids is None else id_at(mask.q_ids, b, i)
+    return mine is not None and mine == id_at(mask.ids, b, j)
+
+
+def same_block(mask: Any, b: int, position: int, j: int) -> bool:
+    mine = id_at(mask.ids, b, position)
+    return mine is not None and mine >= 0 and mine == id_at(mask.ids, b, j)
 
 
 # mask, batch, head, query, the query's position, key -> may attend
@@ -55,10 +65,16 @@ MEANINGS: dict[type, Callable[..., bool]] = {
     fa.Band: lambda m, b, h, i, p, j: j in range(p - m.width + 1, p + m.width),
     fa.ValidLengths: lambda m, b, h, i, p, j: j in range(length_of(m, b, i)),
     fa.KeyPadding: lambda m, b, h, i, p, j: m.keep_keys[b].tolist()[j],
-    fa.Documents: lambda m, b, h, i, p, j: document_of(m, b, p) is not None and document_of(m, b, p) == document_of(m, b, j),
+    fa.Chunked: lambda m, b, h, i, p, j: math.floor(p / m.size) == math.floor(j / m.size),
+    fa.BlockCausal: lambda m, b, h, i, p, j: math.floor(j / m.size) <= math.floor(p / m.size),
+    fa.Documents: lambda m, b, h, i, p, j: same_document(m, b, i, p, j),
+    fa.BidirectionalBlocks: lambda m, b, h, i, p, j: same_block(m, b, p, j),
     fa.PrefixLM: lambda m, b, h, i, p, j: j in range(prefix_of(m, b)) or not j > p,
     fa.Dense: lambda m, b, h, i, p, j: at(m.keep_pairs, b, h, i, j),
     And: lambda m, b, h, i, p, j: all(MEANINGS[type(part)](part, b, h, i, p, j) for part in m.masks),
+    Or: lambda m, b, h, i, p, j: any(MEANINGS[type(part)](part, b, h, i, p, j) for part in m.masks),
+    Not: lambda m, b, h, i, p, j: not MEANINGS[type(m.mask)](m.mask, b, h, i, p, j),
+    MaskMod: lambda m, b, h, i, p, j: bool(m.fn(*map(torch.tensor, (b, h, i, j)))),
 }
 # modification, score, batch, head, query, position, key -> score
 EFFECTS: dict[type, Callable[..., float]] = {

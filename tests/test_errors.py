@@ -181,7 +181,7 @@ MASKS = {
     "keep-float": (lambda: attend(mask=FloatKeep()), TypeError, "FloatKeep.keep"),
     "keep-wide": (lambda: attend(mask=WideKeep() & fa.Causal()), ValueError, "WideKeep.keep"),
     "keep-wide-lowered": (
-        lambda: WideKeep().lower(AttentionProblem.check(*(t(1, 1, 6, 8),) * 3, OPTIONS).grid),
+        lambda: WideKeep().lower(grid := AttentionProblem.check(*(t(1, 1, 6, 8),) * 3, OPTIONS).grid).settled(grid),
         ValueError,
         "WideKeep.keep",
     ),

@@ -42,8 +42,7 @@ class Recent(Mask):
         return (grid.kv_idx >= first) & (grid.kv_idx <= grid.q_pos)
 
     def lower(self, grid):
-        position = grid.q_pos.reshape(-1, grid.shape[2])
-        start = (position - self.counts[:, None] + 1).clamp(0, grid.shape[3]).to(torch.int32)
+        start = (grid.positions - self.counts[:, None] + 1).clamp(0, grid.shape[3]).to(torch.int32)
         return KernelMask(right=0, kv_start=start)
 
 

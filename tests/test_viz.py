@@ -58,6 +58,20 @@ def test_tokens_label_both_axes() -> None:
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["p", "q"]
 
 
+def test_masks_are_drawn_as_their_pictures() -> None:
+    import fused_attn as fa
+    from fused_attn.viz import show_masks
+
+    masks = {"images": fa.Causal() | fa.BidirectionalBlocks(torch.tensor([-1, 0, 0, 0, -1])), "block-causal": fa.BlockCausal(2)}
+    figure = show_masks(masks, 5, 5)
+    for panel, (title, mask) in zip(figure.axes, masks.items(), strict=True):
+        assert panel.get_title() == title
+        drawn = torch.as_tensor(panel.images[0].get_array().data)
+        assert "\n".join("".join("#" if x else "." for x in row) for row in drawn.tolist()) == mask.picture(5, 5)
+    with pytest.raises(ValueError, match="at least one mask"):
+        show_masks({})
+
+
 @pytest.mark.parametrize(
     ("shape", "titles", "message"),
     [((2, 3), None, "matrices must be 4-D"), ((1, 2, 3, 3), ["a"], "titles must have one entry per column")],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import operator
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,12 +40,13 @@ def grids(draw, q_len=None, kv_len=None):
 
 @st.composite
 def masks(draw, grid):
-    """One to three masks of the package combined."""
+    """One to three masks of the package combined, mostly with ``&``."""
     known = vocabulary(Mask, grid)
     names = draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=3))
     mask = known[names[0]]
     for name in names[1:]:
-        mask = mask & known[name]
+        join = draw(st.sampled_from([operator.and_, operator.and_, operator.or_]))
+        mask = join(mask, draw(st.sampled_from([known[name], known[name], ~known[name]])))
     return mask
 
 
@@ -182,6 +185,7 @@ def test_flatten_is_undone_by_unflatten(data):
     }  # fmt: skip
     shape = (batch, heads, kv_len, 4)
     terms = AttentionProblem.check(torch.zeros(batch, heads, q_len, 4), torch.zeros(shape), torch.zeros(shape), options).lower().terms
+    terms = replace(terms, mask=terms.mask.as_tensors(grid))
     again = Terms.unflatten(terms.flatten())
     assert all(same(getattr(terms.mask, n), getattr(again.mask, n)) for n in ("left", "right", "kv_start", "kv_end", "keep"))
     assert all(same(getattr(terms, n), getattr(again, n)) for n in FIELDS[1:3])

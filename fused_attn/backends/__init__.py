@@ -10,9 +10,11 @@ import functools
 import importlib
 import warnings
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from fused_attn.checks import described
+from fused_attn.mask_rules import Pairs, extent
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
 
 if TYPE_CHECKING:
@@ -138,6 +140,22 @@ class Explanation:
         return "\n".join([f"backend: {self.chosen}", *lines, *(f"  note: {note}" for note in self.notes)])
 
 
+def _mask_notes(problem: AttentionProblem | SoftmaxProblem, chosen: str) -> list[str]:
+    """What a mask costs that is no interval per row and no tensor of the caller's."""
+    mask, grid = problem.modifiers.mask, problem.grid
+    form = None if mask is None else mask.lower(grid)
+    if form is None or not form.rules:
+        return []
+    left = form.settled(grid)
+    if left.rules and getattr(get(chosen), "evaluates_rules", False):
+        return ["the mask is not one run of keys per query: it is evaluated in blocks, O(block x length) memory"]
+    if not left.rules and left.keep is form.keep:
+        return []
+    rules = form.rules if form.keep is None else (Pairs(form.keep), *form.rules)
+    size = prod(extent(rules, grid)) / 2**20
+    return [f"the mask is not one run of keys per query: it is stored with one byte per pair, {size:.3g} MiB"]
+
+
 def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     """Asks every backend, in order."""
     rows = []
@@ -151,4 +169,5 @@ def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     notes = ["the definition; needs O(q_len * kv_len) memory"] if chosen == EAGER else []
     if chosen != EAGER and problem.requires_grad:
         notes.append("double backward recomputes through eager and needs O(q_len * kv_len) memory")
+    notes += [] if chosen == EAGER else _mask_notes(problem, chosen)
     return Explanation(chosen, tuple(rows), tuple(notes))

@@ -128,6 +128,8 @@ def _mask_makers(grid: Grid) -> dict[str, Any]:
         "window": fa.SlidingWindow,
         "slidingwindow": fa.SlidingWindow,
         "band": fa.Band,
+        "chunked": fa.Chunked,
+        "blockcausal": fa.BlockCausal,
         "prefix": fa.PrefixLM,
         "prefixlm": fa.PrefixLM,
         "lengths": lambda n: fa.ValidLengths(torch.full((batch,), n, device=grid.device)),

@@ -27,6 +27,7 @@ class CpuBackend:
     """Every mask, score modification, sink, dropout and auxiliary output, on CPU tensors; see ``base.Backend``."""
 
     name = "cpu"
+    evaluates_rules = True
 
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         device = problem.device.type

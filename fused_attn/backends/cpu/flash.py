@@ -90,9 +90,9 @@ def backward(call: LoweredAttention, result: Forward, dout: Tensor, needs: tuple
 
 def _is_causal(call: LoweredAttention) -> bool:
     mask, offset = call.terms.mask, call.terms.q_offset
-    tensors = (mask.left, mask.kv_start, mask.kv_end, mask.keep)
+    others = (mask.left, mask.kv_start, mask.kv_end, mask.keep)
     aligned = isinstance(offset, int) and offset == 0 and call.q.shape[2] == call.k.shape[2]
-    return aligned and mask.right == 0 and all(t is None for t in tensors)
+    return aligned and mask.right == 0 and not mask.rules and all(t is None for t in others)
 
 
 def _additive(call: LoweredAttention) -> Tensor | None:

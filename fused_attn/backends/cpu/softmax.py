@@ -100,7 +100,7 @@ def _masked_chunk(masks: MaskTiles, region: Region, bounds: list[int] | None) ->
     # A narrow part costs two copies, which the rest must pay for.
     if 4 * (last - first) <= 3 * kv_len:
         region = (*region[:3], (first, last) if first < last else (0, 1))
-    open_to_all = (full[0], full[1]) if masks.mask.keep is None else (kv_len, 0)
+    open_to_all = (full[0], full[1]) if not masks.mask.has_pairs else (kv_len, 0)
     return Chunk(region, masks.limits(region, open_to_all))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_dtype
+from fused_attn.mask_rules import Pairs, evaluated, extent, filled
 
 # Elements of one temporary, 2 MB of float32. Forward/backward of float32 B1 H8 L2048 D64 on one core: 2^18 186/435 ms, 2^19 160/370,
 # 2^20 165/395.
@@ -94,13 +95,40 @@ def _window_limit(sides: tuple[int | None, int | None], rows: int, columns: Rang
 
 
 class MaskTiles:
-    """The limits of any tile; rows' intervals are computed once per call and the last tile's answer is kept for the next heads."""
+    """The limits of any tile; rows' intervals are computed once per call, the last tile's answer is kept for the next heads.
+
+    Rules are evaluated for one tile at a time, so that no mask costs more than a tile.
+    """
 
     def __init__(self, mask: KernelMask, grid: Grid, dtype: torch.dtype) -> None:
         self.mask, self.grid, self.dtype = mask, grid, dtype
         self._intervals: tuple[Tensor, Tensor] | None = None
-        self.is_window = mask.kv_start is None and mask.kv_end is None and mask.keep is None and isinstance(grid.q_offset, int)
+        self.is_window = mask.kv_start is None and mask.kv_end is None and not mask.has_pairs and isinstance(grid.q_offset, int)
         self.last: tuple[object, Limits] | None = None
+        self._rules = mask.rules if mask.keep is None else (Pairs(mask.keep), *mask.rules)
+        self._extent = extent(self._rules, grid) if self._rules else (1, 1, 1, 1)
+        rows = any(t is not None and t.shape[0] != 1 for t in (mask.kv_start, mask.kv_end))
+        self._per_batch = isinstance(grid.q_offset, Tensor) or rows or self._extent[0] != 1
+        self._last_pairs: tuple[tuple[object, Range], Tensor] | None = None
+
+    def _place(self, region: tuple[Range, Range, Range, Range]) -> tuple[Range, Range]:
+        """The batches and heads of a region as far as the mask tells them apart."""
+        return region[0] if self._per_batch else (0, 0), region[1] if self._extent[1] != 1 else (0, 0)
+
+    def _pairs(self, region: tuple[Range, Range, Range, Range]) -> Tensor:
+        """What ``keep`` and the rules allow of the region, bool [b|1, h|1, q|1, keys|1]; the last region's answer serves its parts too."""
+        grid = self.grid.at(*region)
+        if not self.mask.rules:
+            return evaluated(self._rules, grid)
+        key, (k0, k1) = (*self._place(region), region[2]), region[3]
+        if self._last_pairs is not None:
+            (known, (start, end)), pairs = self._last_pairs
+            if known == key and start <= k0 and k1 <= end:
+                return pairs[..., k0 - start : k1 - start] if pairs.shape[3] != 1 else pairs
+        shape = tuple(1 if full == 1 else size for full, size in zip(self._extent, grid.sizes, strict=True))
+        pairs = filled(self._rules, grid, shape)
+        self._last_pairs = (key, (k0, k1)), pairs
+        return pairs
 
     @property
     def intervals(self) -> tuple[Tensor, Tensor]:
@@ -126,10 +154,10 @@ class MaskTiles:
         return bounds
 
     def trimmed(self, region: tuple[Range, Range, Range, Range], full: Range) -> tuple[Range, Range]:
-        """The region's keys without leading and trailing ones that ``keep`` denies to all its rows, and its full part."""
-        if self.mask.keep is None:
+        """The region's keys without leading and trailing ones that ``keep`` or a rule denies to all its rows, and its full part."""
+        if not self.mask.has_pairs:
             return region[3], full
-        keep = self.grid.at(*region).crop(self.mask.keep).view(torch.uint8)
+        keep = self._pairs(region).view(torch.uint8)
         (k0, k1), columns = region[3], keep.amax((0, 1, 2)).expand(region[3][1] - region[3][0])
         found = columns.nonzero()
         if found.shape[0] == 0:
@@ -140,17 +168,14 @@ class MaskTiles:
 
     def limits(self, region: tuple[Range, Range, Range, Range], full: Range) -> Limits:
         """Where the region is partly masked: everywhere, or left and right of the full part."""
-        (b0, _), (h0, _), (q0, q1), (k0, k1) = region
+        (q0, q1), (k0, k1) = region[2:]
         f0, f1 = max(full[0], k0), min(full[1], k1)
         parts = [(k0, f0), (f1, k1)] if f0 < f1 else [(k0, k1)]
         parts = [(a, b) for a, b in parts if a < b]
         if self.is_window:
             shift, sides = q0 + self.grid.q_offset, (self.mask.left, self.mask.right)
             return tuple((slice(a - k0, b - k0), _window_limit(sides, q1 - q0, (a - shift, b - shift), self.dtype)) for a, b in parts)
-        keep, tensors = self.mask.keep, (self.mask.kv_start, self.mask.kv_end, self.mask.keep)
-        per_batch = isinstance(self.grid.q_offset, Tensor) or any(t is not None and t.shape[0] != 1 for t in tensors)
-        per_head = keep is not None and keep.shape[1] != 1
-        key = (b0 if per_batch else 0, h0 if per_head else 0, q0, tuple(parts))
+        key = (*self._place(region), q0, tuple(parts))
         if self.last is None or self.last[0] != key:
             self.last = key, tuple((slice(a - k0, b - k0), self._limit(region, (a, b))) for a, b in parts)
         return self.last[1]
@@ -158,9 +183,8 @@ class MaskTiles:
     def _limit(self, region: tuple[Range, Range, Range, Range], columns: Range) -> Tensor:
         """+inf where a key may be attended, -inf elsewhere, [b|1, h|1, q|1, columns|1]; arithmetic, because where() is 10 times slower."""
         limit = None
-        if self.mask.keep is not None:
-            keep = self.grid.at(*region[:3], columns).crop(self.mask.keep)
-            limit = keep.view(torch.uint8).to(self.dtype).sub_(0.5)
+        if self.mask.has_pairs:
+            limit = self._pairs((*region[:3], columns)).view(torch.uint8).to(self.dtype).sub_(0.5)
         if self.mask.has_intervals:
             inside = self._inside(region, columns)
             limit = inside if limit is None else torch.minimum(limit, inside)
