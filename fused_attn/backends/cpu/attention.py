@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_attn.allowed_products import sum_over_allowed
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
 from fused_attn.backends.cpu import flash
@@ -24,22 +25,23 @@ from fused_attn.score_mods import SCORE_MODS, modified
 
 def attention_fwd(call: LoweredAttention) -> Forward:
     """The output and lse [batch, heads, q_len]."""
-    if flash.suits(call):
-        return flash.forward(call)
+    forward = flash.forward(call) if flash.suits(call) else None
+    if forward is not None:
+        return forward
     work = Operands(call)
     out, lse = empty_out(call.q, call.v.shape[-1]), _no_keys(call)
     if call.shape[3] == 0:
         out.zero_()
     for tile in work.plan:
-        scores = _scores(work, tile)
+        scores, allowed = _scores(work, tile)
         top = _normalise(scores)
         sinks = _sinks(work, tile)
         sums = _row_sums(scores).log_().add_(top) if sinks is None else _add_sinks(scores, top, sinks)[0]
         lse[tile.rows] = sums[..., 0]
-        _clear_masked(work, tile, scores)
+        _clear_masked(scores, allowed)
         if call.terms.dropout is not None:
             scores.mul_(keep_factor(call.terms.dropout, call.grid.at(*tile.region), work.dtype))
-        out[tile.rows] = _weighted_values(work, tile, scores)
+        out[tile.rows] = _sums(work.matrices(scores, tile), work.v[tile.keys], work.matrices(allowed, tile)).view(*tile.shape[:3], -1)
     return Forward(out, lse, flash.no_stats(lse))
 
 
@@ -85,37 +87,53 @@ def _raw_scores(work: Operands, tile: Tile) -> Tensor:
     scoring = work.call.terms.scoring
     if scoring is not None:
         return scores.view(tile.shape).copy_(own_scores(work, tile, vectors(work, tile), scoring.tensors))
-    keys = work.k_clean[tile.keys]
-    torch.baddbmm(scores, work.rows(work.q, tile), keys.mT, beta=0, alpha=work.call.terms.scale, out=scores)
-    if work.is_careful:
-        scores.add_(torch.zeros_like(keys[..., 0]).masked_fill_(~work.k[tile.keys].isfinite().all(-1), torch.nan)[:, None])
+    torch.baddbmm(scores, work.rows(work.q, tile), work.k[tile.keys].mT, beta=0, alpha=work.call.terms.scale, out=scores)
     return scores.view(tile.shape)
 
 
-def _scores(work: Operands, tile: Tile) -> Tensor:
-    """Modified scores, -inf where masked, [batch, heads, rows, keys]."""
+def _scores(work: Operands, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """Modified scores, -inf where masked, [batch, heads, rows, keys]; where one has to be careful, which pairs may attend as well."""
+    if work.is_careful:
+        return _careful_scores(work, tile)
+    scores = _modified(work, tile, None)
+    for columns, limit in tile.limits:  # a tenth of masked_fill's time, and inf in a masked score is harmless; only NaN needs the other way
+        torch.minimum(scores[..., columns], limit, out=scores[..., columns])
+    return scores, None
+
+
+def _careful_scores(work: Operands, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Scores and pairs of ``_scores``; a row whose scores are all -inf has no allowed pair."""
+    allowed = tile.allowed()
+    scores = _modified(work, tile, ~allowed)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    if bool((empty & allowed).any()):
+        allowed &= ~empty
+        scores = _modified(work, tile, ~allowed)
+    return scores, allowed
+
+
+def _modified(work: Operands, tile: Tile, hidden: Tensor | None) -> Tensor:
+    """Scores after all modifications, which meet zeros in ``hidden`` pairs and leave -inf there."""
     raw = scores = _raw_scores(work, tile)
     grid = work.call.grid.at(*tile.region)
+    if hidden is not None:
+        raw.masked_fill_(hidden, 0.0)
     for score in work.call.terms.mods:
         scores = modified(SCORE_MODS[score.name].from_kernel(score), scores, grid)
-    return _mask(work, tile, raw if scores is raw else raw.copy_(scores))
+        scores = scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    raw = raw if scores is raw else raw.copy_(scores)
+    return raw if hidden is None else raw.masked_fill_(hidden, -torch.inf)
 
 
-def _mask(work: Operands, tile: Tile, scores: Tensor) -> Tensor:
-    for columns, limit in tile.limits:
-        part = scores[..., columns]
-        if work.is_careful or work.plan.all_heads:  # a modification of the user's may give NaN where it is not asked
-            part.masked_fill_(limit < 0, -torch.inf)
-        else:  # a tenth of masked_fill's time, and inf in a masked score is harmless; only NaN needs the other way
-            torch.minimum(part, limit, out=part)
-    return scores
-
-
-def _clear_masked(work: Operands, tile: Tile, values: Tensor) -> None:
+def _clear_masked(values: Tensor, allowed: Tensor | None) -> None:
     """Zeros where masked; they are there already unless a NaN spread along the row."""
-    if work.is_careful:
-        for columns, limit in tile.limits:
-            values[..., columns].masked_fill_(limit < 0, 0.0)
+    if allowed is not None:
+        values.masked_fill_(~allowed, 0.0)
+
+
+def _sums(weights: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    """weights values over the allowed pairs, all of them [pairs, ...] matrices."""
+    return torch.bmm(weights, values) if allowed is None else sum_over_allowed(weights, values, allowed)
 
 
 def _normalise(scores: Tensor) -> Tensor:
@@ -152,20 +170,8 @@ def _add_sinks(probs: Tensor, top: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
     return total.log_().add_(base), share.div_(divisor)
 
 
-def _weighted_values(work: Operands, tile: Tile, weights: Tensor) -> Tensor:
-    """weights v [batch, heads, rows, value_dim]; a NaN or infinity in a value reaches only the rows that may attend to it."""
-    matrices = weights.view(tile.pairs.stop - tile.pairs.start, -1, tile.shape[3])
-    values = work.v[tile.keys]
-    out = torch.bmm(matrices, work.v_clean[tile.keys])
-    if work.v_clean is not work.v:
-        allowed = _mask(work, tile, torch.ones_like(weights)).clamp_(min=0.0).view(matrices.shape)
-        reached = torch.bmm(allowed, (~values.isfinite()).to(work.dtype)) > 0
-        out = torch.where(reached, torch.bmm(matrices, values), out)
-    return out.view(*tile.shape[:3], -1)
-
-
 def _fill_aux(work: Operands, tile: Tile, aux: AuxTensors) -> None:
-    values = _scores(work, tile)
+    values, allowed = _scores(work, tile)
     if aux.max_scores is not None:
         aux.max_scores[tile.rows] = values.amax(-1)
     if aux.scores is not None:
@@ -175,7 +181,7 @@ def _fill_aux(work: Operands, tile: Tile, aux: AuxTensors) -> None:
     top, sinks = _normalise(values), _sinks(work, tile)
     if sinks is not None:
         _add_sinks(values, top, sinks)
-    _clear_masked(work, tile, values)
+    _clear_masked(values, allowed)
     if aux.probs is not None:
         _write_row_block(aux.probs, tile, values, 0.0)
     if aux.column_sums is not None:
@@ -225,8 +231,6 @@ class _Backward:
 
     def finish(self) -> Gradients:
         call = self.work.call
-        if self.dk is not None and self.work.is_careful:
-            self.dk.masked_fill_(~self.work.k.isfinite(), 0.0)
         shaped = (g if g is None else laid_out_like(g.view(t.shape).to(t.dtype), t) for g, t in ((self.dk, call.k), (self.dv, call.v)))
         parameters = [
             g if g is None or t is None else g.to(t.dtype) for g, t in zip((self.dsinks, *self.dmods), call.terms.parameters, strict=True)
@@ -236,25 +240,30 @@ class _Backward:
     def add(self, tile: Tile) -> None:
         """Adds one tile's contribution to every gradient."""
         work, leaves = self.work, None
-        if work.call.terms.entries:
-            leaves = self._leaves(tile)
-            probs = _mask(work, tile, work.buffer("probs", tile).view(tile.shape).copy_(leaves.result.detach()))
+        if work.call.terms.entries and not work.is_careful:
+            leaves, allowed = self._leaves(tile, None), None
+            probs = work.buffer("probs", tile).view(tile.shape).copy_(leaves.result.detach())
+            for columns, limit in tile.limits:
+                torch.minimum(probs[..., columns], limit, out=probs[..., columns])
         else:
-            probs = _scores(work, tile)
+            probs, allowed = _scores(work, tile)
+            if work.call.terms.entries:
+                probs = work.buffer("probs", tile).view(tile.shape).copy_(probs)
+                leaves = self._leaves(tile, None if allowed is None else ~allowed)
         top, sinks = _normalise(probs), _sinks(work, tile)
         share = None if sinks is None else _add_sinks(probs, top, sinks)[1]
-        _clear_masked(work, tile, probs)
-        dprobs = self._dprobs(tile, probs)
+        _clear_masked(probs, allowed)
+        dprobs = self._dprobs(tile, probs, allowed)
         if self.dsinks is not None and share is not None:
             self._add_dsinks(tile, (probs, dprobs), share)
-        dscores = self._dscores(tile, probs, dprobs)
+        dscores = self._dscores(tile, probs, dprobs, allowed)
         sources = (dscores,) if leaves is None else self._through_entries(tile, leaves, dscores)
         if work.call.terms.scoring is None:
-            self._add_products(tile, sources[0])
+            self._add_products(tile, sources[0], allowed)
         else:
             self._add_vectors(tile, sources)
 
-    def _dprobs(self, tile: Tile, probs: Tensor) -> Tensor:
+    def _dprobs(self, tile: Tile, probs: Tensor, allowed: Tensor | None) -> Tensor:
         """Gradient of the probabilities; adds to dv on the way."""
         work, dropout = self.work, self.work.call.terms.dropout
         dprobs = work.buffer("dprobs", tile)
@@ -268,11 +277,15 @@ class _Backward:
                 dprobs.mul_(factor)
             if self.dv is not None:
                 weights = probs.view(dprobs.shape)
-                self.dv[tile.keys].baddbmm_((weights if factor is None else weights * factor).mT, dout)
+                weights = weights if factor is None else weights * factor
+                if allowed is None:
+                    self.dv[tile.keys].baddbmm_(weights.mT, dout)
+                else:
+                    self.dv[tile.keys] += sum_over_allowed(weights.mT, dout, allowed.view(dprobs.shape).mT)
         dprobs = dprobs.view(tile.shape)
         if self.incoming.dprobs is not None:
             dprobs.add_(self.incoming.dprobs[tile.index])
-        _clear_masked(work, tile, dprobs)
+        _clear_masked(dprobs, allowed)
         return dprobs
 
     def _add_dsinks(self, tile: Tile, pair: tuple[Tensor, Tensor], share: Tensor) -> None:
@@ -283,26 +296,24 @@ class _Backward:
             arriving.add_(self.incoming.dlse[tile.rows][..., None])
         self.dsinks[tile.index[1]] += arriving.mul_(share).sum((0, 2, 3))
 
-    def _dscores(self, tile: Tile, probs: Tensor, dprobs: Tensor) -> Tensor:
+    def _dscores(self, tile: Tile, probs: Tensor, dprobs: Tensor, allowed: Tensor | None) -> Tensor:
         """Gradient of the modified scores: probs * (dprobs - sum(probs * dprobs)) and what arrives at lse and scores directly."""
         dscores: Tensor = torch._softmax_backward_data(dprobs, probs, -1, self.work.dtype, grad_input=dprobs)
         if self.incoming.dlse is not None:
             dscores.addcmul_(probs, self.incoming.dlse[tile.rows][..., None])
-        _clear_masked(self.work, tile, dscores)
+        _clear_masked(dscores, allowed)
         if self.incoming.dscores is not None:
             direct = self.incoming.dscores[tile.index].to(self.work.dtype, copy=True)
-            for columns, limit in tile.limits:
+            _clear_masked(direct, allowed)
+            for columns, limit in tile.limits if allowed is None else ():
                 direct[..., columns].masked_fill_(limit < 0, 0.0)
             dscores.add_(direct)
         return dscores
 
-    def _leaves(self, tile: Tile) -> Leaves:
+    def _leaves(self, tile: Tile, hidden: Tensor | None) -> Leaves:
         """The modified scores with a graph of this tile alone."""
-        work, hidden = self.work, None
-        if work.plan.all_heads and tile.limits:
-            hidden = _mask(work, tile, torch.zeros(tile.shape, dtype=work.dtype, device=work.q.device)) < 0
-        raw = _raw_scores(work, tile) if work.call.terms.scoring is None else None
-        return Leaves.of(work, tile, raw, hidden, tuple(g is not None for g in self.dmods))
+        raw = _raw_scores(self.work, tile) if self.work.call.terms.scoring is None else None
+        return Leaves.of(self.work, tile, raw, hidden, tuple(g is not None for g in self.dmods))
 
     def _through_entries(self, tile: Tile, leaves: Leaves, dscores: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the leaves' sources; adds to the parameters' gradients on the way."""
@@ -320,11 +331,17 @@ class _Backward:
         if self.dk is not None:
             self.dk[tile.keys] += grads[1].reshape(self.dk[tile.keys].shape)
 
-    def _add_products(self, tile: Tile, dscores: Tensor) -> None:
+    def _add_products(self, tile: Tile, dscores: Tensor, allowed: Tensor | None) -> None:
         work, scale = self.work, self.work.call.terms.scale
-        matrices = dscores.reshape(tile.pairs.stop - tile.pairs.start, -1, tile.shape[3])
-        if self.dk is not None:
+        matrices, pairs = work.matrices(dscores, tile), work.matrices(allowed, tile)
+        if self.dk is not None and pairs is None:
             self.dk[tile.keys].baddbmm_(matrices.mT, work.rows(work.q, tile), alpha=scale)
+        elif self.dk is not None and pairs is not None:
+            self.dk[tile.keys].add_(sum_over_allowed(matrices.mT, work.rows(work.q, tile), pairs.mT), alpha=scale)
         if self.dq is not None:
-            product = torch.baddbmm(matrices.new_empty(1, 1, 1), matrices, work.k_clean[tile.keys], beta=0, alpha=scale)
+            product = (
+                torch.baddbmm(matrices.new_empty(1, 1, 1), matrices, work.k[tile.keys], beta=0, alpha=scale) if pairs is None else None
+            )
+            product = sum_over_allowed(matrices, work.k[tile.keys], pairs) * scale if product is None and pairs is not None else product
+            assert product is not None
             self.dq[tile.rows] = product.view(*tile.shape[:3], -1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
-from fused_attn.backends.cpu.tiles import TILE, MaskTiles, is_finite
+from fused_attn.backends.cpu.tiles import TILE, MaskTiles, has_finite_products, is_finite
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 
@@ -49,13 +49,15 @@ def suits(call: LoweredAttention) -> bool:
         return False
     if terms.mask.is_trivial:
         return kv_len >= NAN_SAFE_KEYS or is_finite(q)
-    return (size <= TILE or _is_causal(call)) and is_finite(q, k, v)
+    return (size <= TILE or _is_causal(call)) and is_finite(v) and has_finite_products(q, k)
 
 
-def forward(call: LoweredAttention) -> Forward:
-    """The output and lse, -inf in rows without keys."""
+def forward(call: LoweredAttention) -> Forward | None:
+    """The output and lse, -inf in rows without keys; None where a row may hold scores of -inf alone, of which the kernel makes NaN."""
     if call.terms.mask.is_trivial:
         out, lse = _flash(call.q, call.k, call.v, scale=call.terms.scale)
+        if not is_finite(lse):
+            return None
         return Forward(out, lse.contiguous(), no_stats(lse))
     limit = _additive(call)
     out, lse = _flash(call.q, call.k, call.v, 0.0, limit is None, attn_mask=limit, scale=call.terms.scale)
@@ -71,7 +73,7 @@ def suits_backward(call: LoweredAttention, result: Forward, incoming: Incoming) 
         return False
     if call.terms.mask.is_trivial:
         return call.shape[3] >= NAN_SAFE_KEYS and float(result.lse.abs().amax()) <= LARGEST_LSE
-    if call.shape[3] < BACKWARD_KEYS or not is_finite(incoming.dout):
+    if call.shape[3] < BACKWARD_KEYS or not has_finite_products(incoming.dout, call.v):
         return False
     return float(result.lse.masked_fill(result.lse == -torch.inf, 0.0).abs().amax()) <= LARGEST_LSE
 

@@ -15,22 +15,25 @@ from fused_attn.scoring import SCORINGS, scored
 
 
 def vectors(work: Operands, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The tile's q [batch, heads, rows, head_dim] and finite k [batch, kv_heads, keys, head_dim]; the tile has all heads."""
+    """The tile's q [batch, heads, rows, head_dim] and k [batch, kv_heads, keys, head_dim], finite; the tile has all heads."""
     batch, heads, rows, keys = tile.shape
-    q, k = work.rows(work.q, tile), work.k_clean[tile.keys]
+    q, k = work.rows(work.q, tile), work.k[tile.keys]
+    if work.is_careful:
+        q, k = (t.masked_fill(~t.isfinite(), 0.0) for t in (q, k))
     return q.view(batch, heads, rows, q.shape[-1]), k.view(batch, heads // work.groups, keys, k.shape[-1])
 
 
 def own_scores(work: Operands, tile: Tile, pair: tuple[Tensor, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-    """What a scoring's own code makes of ``vectors`` and its tensors, NaN for keys that are not finite, [batch, heads, rows, keys]."""
+    """What a scoring's own code makes of ``vectors`` and its tensors, NaN for what is not finite of q and k, [batch, heads, rows, keys]."""
     score = work.call.terms.scoring
     assert score is not None
     q, k = pair
     scores = scored(SCORINGS[score.name].from_kernel(replace(score, tensors=tensors)), q, k.repeat_interleave(work.groups, 1))
     if not work.is_careful:
         return scores
-    broken = ~work.k[tile.keys].isfinite().all(-1).view(*k.shape[:2], 1, -1)
-    return scores.masked_fill(broken.repeat_interleave(work.groups, 1), torch.nan)
+    keys = ~work.k[tile.keys].isfinite().all(-1).view(*k.shape[:2], 1, -1).repeat_interleave(work.groups, 1)
+    broken = keys | ~work.rows(work.q, tile).isfinite().all(-1).view(*q.shape[:3], 1)
+    return scores + torch.zeros_like(scores).masked_fill(broken, torch.nan)  # added, so that what arrives flows on
 
 
 class _CroppedGrid(Grid):
@@ -79,6 +82,7 @@ class Leaves:
                 mod = SCORE_MODS[score.name].from_kernel(replace(score, tensors=leaves_of(score)))
                 here = _CroppedGrid(grid.shape, grid.device, grid.q_offset, grid.region) if score.layout is None else grid
                 scores = modified(mod, scores, here)
+                scores = scores if hidden is None else scores.masked_fill(hidden, 0.0)
         return cls(sources, tuple(parts), scores)
 
     def pull_back(self, dscores: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:

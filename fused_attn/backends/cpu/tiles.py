@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import isfinite, isnan
+from math import isfinite
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_dtype
 from fused_attn.mask_rules import Pairs, evaluated, extent, filled
+from fused_attn.score_mods import SCORE_MODS, Bias
 
 # Elements of one temporary, 2 MB of float32. Forward/backward of float32 B1 H8 L2048 D64 on one core: 2^18 186/435 ms, 2^19 160/370,
 # 2^20 165/395.
@@ -57,6 +59,13 @@ class Tile:
     def index(self) -> tuple[slice, slice, slice, slice]:
         """Index of the tile in [batch, heads, q_len, kv_len]."""
         return (*self.rows, slice(*self.region[3]))
+
+    def allowed(self) -> Tensor:
+        """Which pairs may attend, bool in the tile's shape."""
+        allowed = torch.ones(self.shape, dtype=torch.bool, device="cpu")
+        for columns, limit in self.limits:
+            allowed[..., columns] &= limit > 0
+        return allowed
 
     @property
     def keys(self) -> tuple[slice, slice]:
@@ -200,6 +209,23 @@ class MaskTiles:
         return torch.minimum(centre - start, end - centre)
 
 
+def has_finite_products(a: Tensor, b: Tensor) -> bool:
+    """Whether no product of rows of a and b is NaN or infinite: none exceeds the product of the norms (Cauchy and Schwarz)."""
+    dtype = stat_dtype(a.dtype)
+    return bool((torch.linalg.vector_norm(a, dtype=dtype) * torch.linalg.vector_norm(b, dtype=dtype)).isfinite())
+
+
+def _is_tame(call: LoweredAttention) -> bool:
+    """Whether finite inputs give finite scores and derivatives in masked pairs as well: no code of the user's is asked."""
+    return call.terms.scoring is None and all(SCORE_MODS[m.name].is_tame for m in call.terms.mods)
+
+
+def _is_finite_or_lowest(name: str, tensor: Tensor) -> bool:
+    """Whether a modification's tensor holds finite numbers, or -inf beside them in a bias, which every later step takes well."""
+    total = float(tensor.sum(dtype=stat_dtype(tensor.dtype)))
+    return isfinite(total) or (name == Bias.name and total == -torch.inf)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The tiles of one call in the order they are computed.
@@ -308,16 +334,16 @@ class Operands:
         self.groups = heads // max(1, call.k.shape[1])
         self.q = self.grouped(call.q)
         self.k, self.v = self._matrices(call.k), self._matrices(call.v)
-        self.is_careful = self.plan.masks is not None and not self._is_clean(arriving)
-        self.k_clean, self.v_clean = (
-            t.masked_fill(~t.isfinite(), 0.0) if self.is_careful and not is_finite(t) else t for t in (self.k, self.v)
-        )
+        self.is_careful = (self.plan.masks is not None and not _is_tame(call)) or self._may_break(arriving)
         self.buffers: dict[str, Tensor] = {}
 
-    def _is_clean(self, arriving: tuple[Tensor | None, ...]) -> bool:
-        """Whether no NaN is around that a mask must keep from spreading; infinities in a modification's tensors spread no further."""
-        parameters = (t.sum(dtype=self.dtype) for m in self.call.terms.mods for t in m.tensors)
-        return is_finite(self.call.q, self.k, self.v, *arriving) and not any(isnan(t.item()) for t in parameters)
+    def _may_break(self, arriving: tuple[Tensor | None, ...]) -> bool:
+        """Whether any score, gradient or product of values may be NaN or infinite: then products are taken over allowed pairs alone."""
+        dout, *others = arriving or (None,)
+        products = (self.q, self.k), (self.v, self.v if dout is None else dout)
+        if not (is_finite(*others) and all(has_finite_products(a, b) for a, b in products)):
+            return True
+        return not all(_is_finite_or_lowest(m.name, t) for m in self.call.terms.mods for t in m.tensors)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """[batch, heads, q_len, dim] as [pairs, groups, q_len, dim] in the dtype of arithmetic."""
@@ -337,6 +363,17 @@ class Operands:
         """The tile's rows of a grouped tensor as matrices [pairs, groups * rows, dim]."""
         part = grouped[tile.pairs, tile.groups, slice(*tile.region[2])]
         return part.reshape(part.shape[0], part.shape[1] * part.shape[2], part.shape[3])
+
+    @overload
+    def matrices(self, values: Tensor, tile: Tile) -> Tensor: ...
+    @overload
+    def matrices(self, values: None, tile: Tile) -> None: ...
+    @overload
+    def matrices(self, values: Tensor | None, tile: Tile) -> Tensor | None: ...
+
+    def matrices(self, values: Tensor | None, tile: Tile) -> Tensor | None:
+        """[batch, heads, rows, keys] of a tile as matrices [pairs, groups * rows, keys]."""
+        return None if values is None else values.reshape(tile.pairs.stop - tile.pairs.start, -1, tile.shape[3])
 
     def buffer(self, name: str, tile: Tile) -> Tensor:
         """A reused temporary as matrices [pairs, groups * rows, keys]."""

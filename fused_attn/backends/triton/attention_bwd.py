@@ -50,8 +50,8 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, sco
             inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
             p = tl.load(pointers(probs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
             inside = inside & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
-            g = tl.load(pointers(dprobs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(p * g, 1)
+            arriving = tl.load(pointers(dprobs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(p * arriving, 1)
     tl.store(pointers(delta, b, h, q_idx, q_idx * 0), total, mask=rows)
 
 
