@@ -5,32 +5,37 @@
 
 namespace fused_attn {
 
-// A chunk of probabilities and of the gradients that reach them, both 0 where the query may not attend; whether any allowed score is above
-// -inf. Nothing depends on a row that has none; a uniform one has 1 / kv_len everywhere, so only the scores themselves tell it from one
-// whose scores are equal.
+// A chunk of probabilities and of the gradients that reach them, both 0 where the query may not attend.
 template <class T>
-__device__ __forceinline__ bool load_incoming(float (&y)[kVector<T>], float (&g)[kVector<T>], const SoftmaxParams& p, const SoftmaxRow& row,
-                                              int kv) {
-  RowView<const T>(p.result, row).load(y, kv, p.sizes.kv_len);
-  RowView<const T>(p.dout, row).load(g, kv, p.sizes.kv_len);
-  if (p.dropout.seed != nullptr) drop(g, p.dropout, row.r, kv, p.sizes.kv_len);
-  const uint32_t allowed = row.allowed<kVector<T>>(p, kv);
-  bool alive = false;
-  if (p.uniform_empty) {
-    float scores[kVector<T>];
-    load_scores<T>(scores, p, Scorer<true>(p.score), RowView<const T>(p.x, row), row, kv);
+struct Incoming {
+  static constexpr int kV = kVector<T>;
+  float y[kV], g[kV];
+  uint32_t allowed;  // bit j: whether the query may attend to key kv + j
+
+  // Whether any allowed score is above -inf. Nothing depends on a row that has none; a uniform one has 1 / kv_len everywhere, so only the
+  // scores themselves tell it from one whose scores are equal.
+  __device__ __forceinline__ bool load(const SoftmaxParams& p, const SoftmaxRow& row, int kv) {
+    RowView<const T>(p.result, row).load(y, kv, p.sizes.kv_len);
+    RowView<const T>(p.dout, row).load(g, kv, p.sizes.kv_len);
+    if (p.dropout.seed != nullptr) drop(g, p.dropout, row.r, kv, p.sizes.kv_len);
+    allowed = row.allowed<kV>(p, kv);
+    bool alive = false;
+    if (p.uniform_empty) {
+      float scores[kV];
+      load_scores<T>(scores, p, Scorer<true>(p.score), RowView<const T>(p.x, row), row, kv);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) alive |= scores[j] != -INFINITY;
-  }
+      for (int j = 0; j < kV; ++j) alive |= scores[j] != -INFINITY;
+    }
 #pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) {
-    const bool depends = kv + j < p.sizes.kv_len && (allowed >> j & 1);
-    alive |= !p.uniform_empty && depends && y[j] != (p.log ? -INFINITY : 0.f);
-    y[j] = !depends ? 0.f : p.log ? ptx::ex2(y[j] * kLog2e) : y[j];
-    if (!depends) g[j] = 0.f;
+    for (int j = 0; j < kV; ++j) {
+      const bool depends = allowed >> j & 1;
+      alive |= !p.uniform_empty && depends && y[j] != (p.log ? -INFINITY : 0.f);
+      y[j] = !depends ? 0.f : p.log ? ptx::ex2(y[j] * kLog2e) : y[j];
+      if (!depends) g[j] = 0.f;
+    }
+    return alive;
   }
-  return alive;
-}
+};
 
 __device__ __forceinline__ float score_gradient(bool log, float y, float g, float total) { return log ? g - y * total : y * (g - total); }
 
@@ -40,22 +45,25 @@ __global__ void __launch_bounds__(S::kThreads, 1) softmax_bwd_kernel(const __gri
   __shared__ float scratch[32];
   const int lane = threadIdx.x % S::kLanes, kv_len = p.sizes.kv_len;
   const SoftmaxRow row(p, static_cast<int64_t>(blockIdx.x) * S::kRows + threadIdx.x / S::kLanes);
-  const auto write = [&](float (&y)[kV], float (&g)[kV], float total, bool alive, int kv) {
+  Incoming<T> chunks[kKept];
+  float total = 0.f, alive = 0.f;
+  const auto write = [&](const Incoming<T>& in, int kv) {
+    float dx[kV];
 #pragma unroll
-    for (int j = 0; j < kV; ++j) y[j] = alive ? score_gradient(p.log, y[j], g[j], total) * p.score.scale : 0.f;
-    if (row.live && p.dx.data != nullptr) RowView<T>(p.dx, row).store(y, kv, kv_len);
+    for (int j = 0; j < kV; ++j)
+      dx[j] = in.allowed >> j & 1 && alive > 0.f ? score_gradient(p.log, in.y[j], in.g[j], total) * p.score.scale : 0.f;
+    if (row.live && p.dx.data != nullptr) RowView<T>(p.dx, row).store(dx, kv, kv_len);
   };
-  float y[kKept][kV], g[kKept][kV], total = 0.f, alive = 0.f;
-  const auto add = [&](int i, int kv) {
-    if (load_incoming<T>(y[i], g[i], p, row, kv)) alive = 1.f;
+  const auto add = [&](Incoming<T>& in, int kv) {
+    if (in.load(p, row, kv)) alive = 1.f;
 #pragma unroll
-    for (int j = 0; j < kV; ++j) total += p.log ? g[i][j] : y[i][j] * g[i][j];
+    for (int j = 0; j < kV; ++j) total += p.log ? in.g[j] : in.y[j] * in.g[j];
   };
   if constexpr (S::kChunks > 0) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) add(i, i * kStep + lane * kV);
+    for (int i = 0; i < kKept; ++i) add(chunks[i], i * kStep + lane * kV);
   } else {
-    for (int kv = lane * kV; kv < kv_len; kv += kStep) add(0, kv);
+    for (int kv = lane * kV; kv < kv_len; kv += kStep) add(chunks[0], kv);
   }
   total = reduce<Sum, S::kLanes>(total, scratch), alive = reduce<Max, S::kLanes>(alive, scratch);
   if (p.totals != nullptr && row.live && lane == 0) {
@@ -64,11 +72,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) softmax_bwd_kernel(const __gri
   }
   if constexpr (S::kChunks > 0) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) write(y[i], g[i], total, alive > 0.f, i * kStep + lane * kV);
+    for (int i = 0; i < kKept; ++i) write(chunks[i], i * kStep + lane * kV);
   } else {
     for (int kv = lane * kV; kv < kv_len; kv += kStep) {
-      load_incoming<T>(y[0], g[0], p, row, kv);
-      write(y[0], g[0], total, alive > 0.f, kv);
+      chunks[0].load(p, row, kv);
+      write(chunks[0], kv);
     }
   }
 }

@@ -12,11 +12,14 @@ template <class T>
 __device__ __forceinline__ void finish(float (&x)[kVector<T>], const SoftmaxParams& p, const Scorer<true>& scorer, const SoftmaxRow& row,
                                        int kv, float base, float sum) {
   const bool empty = sum == 0.f;
+  // In a row that holds a NaN even what is masked would come out as one.
+  const uint32_t allowed = isnan(sum) ? row.allowed<kVector<T>>(p, kv) : ~0u;
   const float inverse = 1.f / (empty ? 1.f : sum), log_sum = empty ? 0.f : logf(sum), log_len = logf(static_cast<float>(p.sizes.kv_len));
 #pragma unroll
   for (int j = 0; j < kVector<T>; ++j) {
     if (p.log) x[j] = empty && p.uniform_empty ? -log_len : scorer.natural(x[j] - base) - log_sum;
     else x[j] = empty && p.uniform_empty ? 1.f / p.sizes.kv_len : scorer.exponential(x[j], base) * inverse;
+    if (!(allowed >> j & 1)) x[j] = p.log ? -INFINITY : 0.f;
   }
   if (!row.live) return;
   if (p.dropout.seed != nullptr) {

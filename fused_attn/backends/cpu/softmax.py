@@ -197,10 +197,15 @@ def _gradient(call: LoweredSoftmax, chunk: Chunk, pair: tuple[Tensor, Tensor], t
         torch._log_softmax_backward_data(_allowed_part(chunk, dout), result, -1, room.dtype, out=room)
     else:
         torch._softmax_backward_data(dout, result, -1, room.dtype, grad_input=room)
-    if chunk.limits and bool(room[..., 0].sum().isnan()):
+    is_broken = not bool(room[..., 0].sum().isfinite())
+    if chunk.limits and is_broken:
         _differentiate_carefully(call, chunk, (result, dout), room)
-    if call.uniform_empty and bool((pair[0][..., 0] == pair[0].new_full((), _of_empty_rows(call))).any()):
-        room.masked_fill_(_masked_scores(call, chunk, torch.empty_like(room)).amax(-1, keepdim=True) == -torch.inf, 0.0)
+    # Nothing flows through an empty row, scores of -inf alone among them. A uniform one looks like one whose scores are equal.
+    blank = pair[0][..., :1] == pair[0].new_full((), _of_empty_rows(call))
+    if bool(blank.any()) and (call.log or call.uniform_empty or is_broken):
+        scores = _masked_scores(call, chunk, torch.empty_like(room)) if call.uniform_empty else None
+        level = result if scores is None else scores
+        room.masked_fill_(level.amax(-1, keepdim=True) == (-torch.inf if call.log or scores is not None else 0.0), 0.0)
     return room
 
 

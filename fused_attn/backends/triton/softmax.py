@@ -44,27 +44,28 @@ def _ok(place, kv_idx, interval, mask, sizes, state):
 
 @triton.jit
 def _scores(x, place, kv_idx, interval, mask, score, sizes):
-    """Scores [tile.q, tile.kv] in the unit ``score.factor`` belongs to, -inf where masked."""
+    """Scores [tile.q, tile.kv] in the unit ``score.factor`` belongs to, -inf where masked, and where they are not masked."""
     b, h, q = place[0][:, None], place[1][:, None], place[2][:, None]
     ok = _ok(place, kv_idx, interval, mask, sizes, 1)
     values = tl.load(pointers(x, b, h, q, kv_idx[None, :]), mask=ok, other=0.0).to(tl.float32)
     if not score.raw:
         values = values * score.scale
     at = (b, h, q, q + query_shift(mask, b), kv_idx[None, :], ok)
-    return tl.where(ok, apply(values, score, at, len(score.functions)), float("-inf"))
+    return tl.where(ok, apply(values, score, at, len(score.functions)), float("-inf")), ok
 
 
 @triton.jit
-def _finish(scores, m, l, score, sizes, LOG: tl.constexpr, UNIFORM: tl.constexpr):
+def _finish(scores, ok, m, l, score, sizes, LOG: tl.constexpr, UNIFORM: tl.constexpr):
     """Probabilities or their logarithms from scores [tile.q, tile.kv] and row statistics [tile.q]."""
     empty = (l == 0.0)[:, None]
     total = tl.where(l == 0.0, 1.0, l)[:, None]
     if LOG:
-        result = (scores - m[:, None]) * (score.factor / LOG2E) - tl.log(total)
+        # Selected here and below: in a row that holds a NaN even what is masked would come out as one.
+        result = tl.where(ok, (scores - m[:, None]) * (score.factor / LOG2E) - tl.log(total), float("-inf"))
         if UNIFORM:
             result = tl.where(empty, -tl.log(sizes.kv_len.to(tl.float32)), result)
     else:
-        result = tl.exp2((scores - m[:, None]) * score.factor) / total
+        result = tl.where(ok, tl.exp2((scores - m[:, None]) * score.factor) / total, 0.0)
         if UNIFORM:
             result = tl.where(empty, 1.0 / sizes.kv_len, result)
     return result
@@ -90,29 +91,29 @@ def _softmax_fwd_kernel(
     interval = row_intervals(mask, place[0], place[2], sizes)
     kv_idx = tl.arange(0, tile.kv)
     if ONE_PASS:
-        scores = _scores(x, place, kv_idx, interval, mask, score, sizes)
+        scores, ok = _scores(x, place, kv_idx, interval, mask, score, sizes)
         top = tl.max(scores, 1)
         m = tl.where(top == float("-inf"), 0.0, top)
         l = tl.sum(tl.exp2((scores - m[:, None]) * score.factor), 1)
-        _write(_finish(scores, m, l, score, sizes, LOG, UNIFORM), out, probs, place, kv_idx, dropout, sizes, tile)
+        _write(_finish(scores, ok, m, l, score, sizes, LOG, UNIFORM), out, probs, place, kv_idx, dropout, sizes, tile)
     else:
         top = tl.full([tile.q], float("-inf"), tl.float32)
         l = tl.zeros([tile.q], tl.float32)
         for first in range(0, sizes.kv_len, tile.kv):
-            scores = _scores(x, place, first + kv_idx, interval, mask, score, sizes)
+            scores, _ = _scores(x, place, first + kv_idx, interval, mask, score, sizes)
             higher = tl.maximum(top, tl.max(scores, 1))
             m = tl.where(higher == float("-inf"), 0.0, higher)
             l = l * tl.exp2((top - m) * score.factor) + tl.sum(tl.exp2((scores - m[:, None]) * score.factor), 1)
             top = higher
         m = tl.where(top == float("-inf"), 0.0, top)
         for first in range(0, sizes.kv_len, tile.kv):
-            scores = _scores(x, place, first + kv_idx, interval, mask, score, sizes)
-            _write(_finish(scores, m, l, score, sizes, LOG, UNIFORM), out, probs, place, first + kv_idx, dropout, sizes, tile)
+            scores, ok = _scores(x, place, first + kv_idx, interval, mask, score, sizes)
+            _write(_finish(scores, ok, m, l, score, sizes, LOG, UNIFORM), out, probs, place, first + kv_idx, dropout, sizes, tile)
 
 
 @triton.jit
 def _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG: tl.constexpr, UNIFORM: tl.constexpr, tile):
-    """(probabilities, gradients that reach them, whether the row has an allowed score above -inf), [tile.q, tile.kv] and [tile.q].
+    """(probabilities, gradients that reach them, where the query may attend) [tile.q, tile.kv], whether a score is above -inf [tile.q].
 
     The first two are 0 where the query may not attend. In a row without scores nothing depends on anything; a uniform one has 1 / kv_len
     everywhere, so only the scores themselves (x) tell it from one whose scores are equal.
@@ -129,17 +130,18 @@ def _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, si
     if UNIFORM:
         ok = _ok(place, kv_idx, interval, mask, sizes, 1)
         if x is not None:
-            some = _scores(x, place, kv_idx, interval, mask, score, sizes) != float("-inf")
+            scores, _ = _scores(x, place, kv_idx, interval, mask, score, sizes)
+            some = scores != float("-inf")
     else:
         # Only where the result is that of a masked element need keep be read.
         ok = _ok(place, kv_idx, interval, mask, sizes, tl.where(some, 2, 1))
-    return tl.where(ok, p, 0.0), tl.where(ok, g, 0.0), tl.max((ok & some).to(tl.int32), 1) > 0
+    return tl.where(ok, p, 0.0), tl.where(ok, g, 0.0), ok, tl.max((ok & some).to(tl.int32), 1) > 0
 
 
 @triton.jit
-def _score_gradient(p, g, total, alive, LOG: tl.constexpr):
+def _score_gradient(p, g, total, ok, alive, LOG: tl.constexpr):
     """``total`` is sum(g) for logarithms and sum(p * g) otherwise, ``alive`` whether the row has scores, [tile.q] each."""
-    return tl.where(alive[:, None], g - p * total[:, None] if LOG else p * (g - total[:, None]), 0.0)
+    return tl.where(ok & alive[:, None], g - p * total[:, None] if LOG else p * (g - total[:, None]), 0.0)
 
 
 @triton.jit
@@ -154,19 +156,19 @@ def _softmax_bwd_kernel(
     interval = row_intervals(mask, place[0], place[2], sizes)
     kv_idx = tl.arange(0, tile.kv)
     if ONE_PASS:
-        p, g, alive = _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
+        p, g, ok, alive = _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
         total = tl.sum(g if LOG else p * g, 1)
-        _write_gradient(_score_gradient(p, g, total, alive, LOG), dscores, dbias, place, kv_idx, score, sizes)
+        _write_gradient(_score_gradient(p, g, total, ok, alive, LOG), dscores, dbias, place, kv_idx, score, sizes)
     else:
         total = tl.zeros([tile.q], tl.float32)
         alive = total != 0.0
         for first in range(0, sizes.kv_len, tile.kv):
-            p, g, some = _incoming(x, result, dout, place, first + kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
+            p, g, _, some = _incoming(x, result, dout, place, first + kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
             total += tl.sum(g if LOG else p * g, 1)
             alive = alive | some
         for first in range(0, sizes.kv_len, tile.kv):
-            p, g, _ = _incoming(x, result, dout, place, first + kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
-            _write_gradient(_score_gradient(p, g, total, alive, LOG), dscores, dbias, place, first + kv_idx, score, sizes)
+            p, g, ok, _ = _incoming(x, result, dout, place, first + kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
+            _write_gradient(_score_gradient(p, g, total, ok, alive, LOG), dscores, dbias, place, first + kv_idx, score, sizes)
     if totals is not None:
         tl.store(totals + place[4], total, mask=place[3])
         tl.store(totals + n_rows + place[4], tl.where(alive, 1.0, 0.0), mask=place[3])
@@ -206,9 +208,9 @@ def _softmax_bwd_bias_kernel(
         r = (b.to(tl.int64) * sizes.heads + h) * sizes.q_len + q
         place = (b, h, q, live, r)
         interval = row_intervals(mask, b, q, sizes)
-        p, g, _ = _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
+        p, g, ok, _ = _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, sizes, LOG, UNIFORM, tile)
         alive = tl.load(totals + n_rows + r, mask=live, other=0.0) != 0.0
-        total += _score_gradient(p, g, tl.load(totals + r, mask=live, other=0.0), alive, LOG)
+        total += _score_gradient(p, g, tl.load(totals + r, mask=live, other=0.0), ok, alive, LOG)
     target = partial + rest.to(tl.int64) * sizes.kv_len + kv_idx
     tl.store(target, tl.sum(total, 0), mask=kv_idx < sizes.kv_len)
 
