@@ -1,7 +1,8 @@
 """Results once more, exactly, where a NaN may have come from a pair that may not attend: 0 * NaN is NaN in a product of whole tiles.
 
-It is rare, and costs the passes that call it nothing otherwise: small tiles in functions of their own (noinline) leave them their
-registers. What is attended and broken (``count_broken``) explains a NaN; one that nothing explains gives way to the result from operands without NaN and infinities.
+It is rare, and costs the passes that call it nothing otherwise: small tiles, one sum after the other, leave them their registers. What is
+attended and broken (``count_broken``) explains a NaN; one that nothing explains gives way to the result from operands without NaN and
+infinities.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import triton.language as tl
 from .gradient_tile import dkdv_step, dq_step, load_query_rows
 from .masks import query_shift, reach, row_intervals
 from .primitives import any_true, cleaned, count_broken, dot, keep_tile, load_rows, store_rows
-from .score_tile import exponentials, pairs_allowed, tile_scores
+from .score_tile import exponentials, pairs_allowed, row_statistics, tile_scores
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, sizes, tile):
     """Rows [first, first + tile.q) of the output; ``stats`` points to the row maxima, ``total`` elements before the sums."""
     q_idx = first + tl.arange(0, tile.q)
@@ -57,7 +58,7 @@ def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, size
         store_rows(out, b, h, q_idx, rows, after, tile.value_dim, tile.dv)
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, tile):
     """Rows [first, first + tile.q) of dq."""
     q_idx = first + tl.arange(0, tile.q)
@@ -79,34 +80,60 @@ def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dr
         store_rows(dq, b, h, q_idx, rows, after, tile.head_dim, tile.d)
 
 
-@triton.jit(noinline=True)
+@triton.jit
+def _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, OF_K: tl.constexpr, tile):
+    """dk or dv [tile.kv, padded] once more from queries and gradients without NaN and infinities; what is not asked for costs nothing."""
+    kv_ok = kv_idx < sizes.kv_len
+    k_tile = load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d)
+    v_tile = load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
+    keys_of = (k_tile, v_tile, kv_idx, kv_ok, kv_h, (k, v))
+    place = (b, query_shift(mask, b))
+    dk, dv = tl.zeros([tile.kv, tile.d], tl.float32), tl.zeros([tile.kv, tile.dv], tl.float32)
+    for member in range(sizes.group):
+        h = kv_h * sizes.group + member
+        for first in range(span[0] // tile.q * tile.q, span[1], tile.q):
+            both = dkdv_step(
+                (dk, dv), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, True, True, tile
+            )
+            if OF_K:
+                dk = both[0]
+            else:
+                dv = both[1]
+    return dk if OF_K else dv
+
+
+@triton.jit
+def _broken_rows(t, stats, b, kv_h, kv_idx, span, mask, sizes, COLS: tl.constexpr, BLOCK: tl.constexpr, tile):
+    """How many broken elements of t (q, or what arrives at the output) each key is attended by, [tile.kv, BLOCK]."""
+    hits = tl.zeros([tile.kv, BLOCK], tl.float32)
+    for member in range(sizes.group):
+        h = kv_h * sizes.group + member
+        for first in range(span[0] // tile.q * tile.q, span[1], tile.q):
+            q_idx = first + tl.arange(0, tile.q)
+            rows = q_idx < sizes.q_len
+            _, inverse = row_statistics(stats, b, h, q_idx, rows)
+            row_ok = rows & (inverse != 0.0)
+            ok = pairs_allowed(q_idx, kv_idx, row_intervals(mask, b, q_idx, sizes), (b, h, q_idx, 0, 0), mask, tile)
+            ok = row_ok[:, None] & (kv_idx < sizes.kv_len)[None, :] & ok
+            hits = count_broken(tl.trans(tl.where(ok, 1.0, 0.0)), load_rows(t, b, h, q_idx, row_ok, COLS, BLOCK), hits)
+    return hits
+
+
+@triton.jit
 def mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, kv_first, span, mask, score, dropout, sizes, tile):
     """Rows [kv_first, kv_first + tile.kv) of dk and dv; ``span`` holds the queries that may attend to them."""
     kv_idx = kv_first + tl.arange(0, tile.kv)
     kv_ok = kv_idx < sizes.kv_len
-    dk_before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
-    dv_before = load_rows(dv, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv).to(tl.float32)
-    if any_true(dk_before != dk_before) | any_true(dv_before != dv_before):
-        k_tile = load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d)
-        v_tile = load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
-        keys_of = (k_tile, v_tile, kv_idx, kv_ok, kv_h, (k, v))
-        shift = query_shift(mask, b)
-        dk_hits, dk_clean = tl.zeros_like(dk_before), tl.zeros_like(dk_before)
-        dv_hits, dv_clean = tl.zeros_like(dv_before), tl.zeros_like(dv_before)
-        for member in range(sizes.group):
-            h = kv_h * sizes.group + member
-            for first in range(span[0] // tile.q * tile.q, span[1], tile.q):
-                dk_clean, dv_clean = dkdv_step(
-                    (dk_clean, dv_clean), first, h, keys_of, (b, shift), q, dout, stats, delta, grads, mask, score, dropout, sizes, True, True, tile
-                )  # fmt: skip
-                q_idx = first + tl.arange(0, tile.q)
-                q_rows, dout_rows, _, _, _, start, end, row_ok, _ = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
-                ok = pairs_allowed(q_idx, kv_idx, (start, end), (b, h, q_idx, shift, 0), mask, tile)
-                attended = tl.trans(tl.where(row_ok[:, None] & kv_ok[None, :] & ok, 1.0, 0.0))
-                dk_hits = count_broken(attended, q_rows, dk_hits)
-                if dout is not None:
-                    dv_hits = count_broken(attended, dout_rows, dv_hits)
-        dk_after = tl.where((dk_before != dk_before) & (dk_hits == 0.0), dk_clean * score.scale, dk_before)
-        dv_after = tl.where((dv_before != dv_before) & (dv_hits == 0.0), dv_clean, dv_before)
-        store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_after, tile.head_dim, tile.d)
-        store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_after, tile.value_dim, tile.dv)
+    before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
+    if any_true(before != before):
+        clean = _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, True, tile)
+        hits = _broken_rows(q, stats, b, kv_h, kv_idx, span, mask, sizes, tile.head_dim, tile.d, tile)
+        after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
+        store_rows(dk, b, kv_h, kv_idx, kv_ok, after, tile.head_dim, tile.d)
+    if dout is not None:
+        before_v = load_rows(dv, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv).to(tl.float32)
+        if any_true(before_v != before_v):
+            clean_v = _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, False, tile)
+            hits_v = _broken_rows(dout, stats, b, kv_h, kv_idx, span, mask, sizes, tile.value_dim, tile.dv, tile)
+            after_v = tl.where((before_v != before_v) & (hits_v == 0.0), clean_v, before_v)
+            store_rows(dv, b, kv_h, kv_idx, kv_ok, after_v, tile.value_dim, tile.dv)
