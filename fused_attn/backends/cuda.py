@@ -59,7 +59,13 @@ def _load(named: str) -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the native library {path} does not load: {error}"
-    entries = (entry.split(":") for entry in torch.ops.fused_attn_cuda.score_mods().split(","))
+    traced = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # a trace that the first call stands in has no room for an operator that returns text
+    try:
+        listed = torch.ops.fused_attn_cuda.score_mods()
+    finally:
+        torch._C._set_tracing_state(traced)
+    entries = (entry.split(":") for entry in listed.split(","))
     MODS.update((name, has_gradient == "1") for name, has_gradient in entries)
     return ""
 
