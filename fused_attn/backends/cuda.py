@@ -60,11 +60,12 @@ def _load(named: str) -> str:
     except OSError as error:
         return f"the native library {path} does not load: {error}"
     traced = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # a trace that the first call stands in has no room for an operator that returns text
+    # A trace that the first call stands in has no room for an operator that returns text.
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         listed = torch.ops.fused_attn_cuda.score_mods()
     finally:
-        torch._C._set_tracing_state(traced)
+        torch._C._set_tracing_state(traced)  # type: ignore[attr-defined]
     entries = (entry.split(":") for entry in listed.split(","))
     MODS.update((name, has_gradient == "1") for name, has_gradient in entries)
     return ""
