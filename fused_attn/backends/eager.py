@@ -1,7 +1,7 @@
 """The definition: masks' and modifications' own meaning, plain torch operations, torch's autograd.
 
-It shares no hand-written formula with what it checks, runs in any dtype including float64, and follows every torch transform.
-It costs O(q_len * kv_len) memory.
+It shares no hand-written formula with what it checks but the products over allowed pairs, whose derivatives are those of a product. It runs
+in any dtype including float64, follows every torch transform, and costs O(q_len * kv_len) memory.
 """
 
 from __future__ import annotations
