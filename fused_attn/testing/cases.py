@@ -233,13 +233,24 @@ def covering(factors: Mapping[str, Sequence[Any]], skip: frozenset[tuple[str, st
 
 _GRID = Grid((2, 2, 4, 4), CPU)
 _MASKS, _MODS = tuple(vocabulary(Mask, _GRID)), tuple(vocabulary(ScoreMod, _GRID))
+
+
+def _by_class(names: Sequence[str]) -> dict[str, list[str]]:
+    """Examples by the class they belong to."""
+    classes: dict[str, list[str]] = {}
+    for name in names:
+        classes.setdefault(name.rstrip("0123456789"), []).append(name)
+    return classes
+
+
 _LENGTHS = (*((n, n) for n in (1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 257)), (1, 129), (3, 64), (129, 65), (64, 1), (65, 257))
 _DIMS = (*((n, n) for n in (16, 32, 40, 64, 80, 96, 128, 160, 192, 256, 1, 3, 33)), (64, 24), (40, 72), (192, 128))
 _FACTORS: dict[str, Sequence[Any]] = {
     "lengths": _LENGTHS,
     "dims": _DIMS,
-    "masks": ((), *((m,) for m in _MASKS)),
-    "mods": ((), *((m,) for m in _MODS)),
+    # Classes, whose examples take turns.
+    "masks": ((), *((m,) for m in _by_class(_MASKS))),
+    "mods": ((), *((m,) for m in _by_class(_MODS))),
     "layout": ("contiguous", "permuted", "transposed", "sliced", "stride0"),
     "sizes": ((1, 1, 1), (2, 1, 1), (1, 4, 2), (1, 2, 1)),
     "content": ("normal", "outliers", "repeated"),
@@ -253,16 +264,15 @@ _FACTORS: dict[str, Sequence[Any]] = {
 
 def _class_pairs(names: Sequence[str], ordered: bool) -> list[tuple[str, str]]:
     """One pair of examples for every pair of classes, going round the examples of each."""
-    classes: dict[str, list[str]] = {}
-    for name in names:
-        classes.setdefault(name.rstrip("0123456789"), []).append(name)
-    chosen = (itertools.permutations if ordered else itertools.combinations)(classes.values(), 2)
+    chosen = (itertools.permutations if ordered else itertools.combinations)(_by_class(names).values(), 2)
     return [(a[i % len(a)], b[i % len(b)]) for i, (a, b) in enumerate(chosen)]
 
 
 def _all_cases() -> list[Case]:
     cases = []
+    turns = {name: itertools.cycle(examples) for names in (_MASKS, _MODS) for name, examples in _by_class(names).items()}
     for row in covering(_FACTORS, frozenset({("lengths", "dims")})):
+        row |= {factor: tuple(next(turns[name]) for name in row[factor]) for factor in ("masks", "mods")}
         if any(m.startswith("DecayBias") for m in row["mods"]):  # it needs every query on a key
             row["lengths"] = tuple(sorted(row["lengths"]))
         cases.append(Case(**row))
