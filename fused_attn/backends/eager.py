@@ -42,7 +42,7 @@ def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tu
     careful = _may_break(q, k, modifiers)
     scores = _scores(problem, (q, k), allowed, careful)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
-    is_plain = allowed is None and not modifiers.score_mods and modifiers.scoring is None
+    is_plain = allowed is None and len(modifiers.score_mods) == 0 and modifiers.scoring is None
     if scores.shape[-1] and not (is_plain and captured(scores)) and _any(empty):
         # A row whose scores are all -inf counts as one without keys: nothing it holds may show.
         allowed = ~empty if allowed is None else allowed & ~empty
