@@ -92,7 +92,7 @@ def require_integer(name: str, value: object, minimum: int) -> int:
     """An int in [minimum, MAX_WIDTH], from an int or anything that is one."""
     value = as_integer(name, value, "Pass a Python integer.")
     if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}; got {value}. Negative widths select nothing; use a smaller q_offset to shift.")
+        raise ValueError(f"{name} must be >= {minimum}; got {value}. Count keys or positions from {minimum} on.")
     if value > MAX_WIDTH:
         raise ValueError(f"{name} must be <= 2**30; got {value}. Pass the sequence length (or None, where allowed) for no limit.")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -52,7 +53,7 @@ class KernelScore:
                     "Write one field per tensor, or ask for backend='eager'."
                 )
         pairs = [(value, letter) for (_, value), letter in zip(values, letters, strict=True)]
-        scalars = tuple([value for value, letter in pairs if letter in ("f", "i")])
+        scalars = tuple([_plain(value, letter) for value, letter in pairs if letter in ("f", "i")])
         return cls(name, scalars, tuple([value for value, letter in pairs if letter == "t"]), "".join(map(str, letters)))
 
     def rebuilt(self, cls: type) -> Any:
@@ -87,7 +88,32 @@ def _letter(value: Any) -> str | None:
         return "n" if value is None else "y" if value else "x"
     if isinstance(value, (int, torch.SymInt)):
         return "i"
-    return "f" if isinstance(value, (float, torch.SymFloat)) else None
+    if isinstance(value, (float, torch.SymFloat)):
+        return "f"
+    if getattr(value, "shape", None) != ():
+        return None
+    kind = getattr(getattr(value, "dtype", None), "kind", None)  # numpy's scalars say what they are
+    return {"b": "y" if value else "x", "i": "i", "u": "i", "f": "f"}.get(str(kind))
+
+
+def _plain(value: Any, letter: str) -> Any:
+    """A number as Python's own; symbolic ones stay."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    return operator.index(value) if letter == "i" else float(value)
+
+
+def unlowerable(owner: Any, registry: dict[str, Any]) -> str:
+    """Why a modification or scoring with code of its own has no normal form, or an empty string."""
+    kind = type(owner).__name__
+    if registry.get(owner.name) is not type(owner):
+        whose = f"{registry[owner.name].__name__} has" if owner.name in registry else "no class has"
+        return f"{kind} must have a name of its own for a kernel backend; got {owner.name!r}, which {whose}. Set name in its class"
+    for f in fields(owner):
+        if _letter(getattr(owner, f.name)) is None:
+            got = type(getattr(owner, f.name)).__name__
+            return f"{kind}.{f.name} must be a tensor, a number, a bool or None for a kernel backend; got {got}. Write one field per tensor"
+    return ""
 
 
 def parse(mods: str, numbers: dict[str, Iterator[float]], tensors: Iterator[Tensor]) -> Iterator[KernelScore]:

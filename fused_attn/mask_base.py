@@ -37,6 +37,7 @@ class Mask:
     """
 
     positional: ClassVar[bool] = False
+    __array_ufunc__ = None  # numpy's & would go through an array's elements instead of saying what must hold
 
     def __init_subclass__(cls) -> None:
         pytrees.register(cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fused_attn.checks import described
+from fused_attn.checks import described, is_traced
 from fused_attn.lowering import Grid
 from fused_attn.mask_base import Mask
 
@@ -38,22 +39,42 @@ class MaskMod(Mask):
             raise TypeError(
                 f"mask_mod must be a function of (b, h, q_idx, kv_idx); got {described(self.fn)}. Pass what create_block_mask would take."
             )
+        if not torch.compiler.is_compiling():  # Dynamo does not look at signatures
+            _require_four_arguments(self.fn)
 
     def keep(self, grid: Grid) -> Tensor:
         if 0 in grid.sizes:
             return torch.ones(grid.sizes, dtype=torch.bool, device=grid.device)
+        if is_traced():
+            return self._traced(grid)
         function: Callable[..., Tensor] = self._answer
         for dim in reversed(range(4)):
             function = torch.vmap(function, in_dims=tuple(0 if i == dim else None for i in range(4)))
         indices = [torch.arange(*ends, device=grid.device) for ends in grid.ranges]
         # Dynamo translates indexing by itself.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else _IndexByTensors():
-            allowed = function(*indices)
+            try:
+                allowed = function(*indices)
+            except RuntimeError as error:
+                if "control flow" not in str(error):
+                    raise
+                raise TypeError(
+                    "mask_mod must not branch on its indices, which stand for all of them at once; got a Python if, and, or, not. "
+                    "Write &, |, ~ and torch.where."
+                ) from error
         # vmap repeats, with stride 0, what does not depend on an index.
         for dim in range(4):
             if allowed.shape[dim] != 1 and allowed.stride(dim) == 0:
                 allowed = allowed.narrow(dim, 0, 1)
         return allowed
+
+    def _traced(self, grid: Grid) -> Tensor:
+        """The function on whole index tensors: torch.vmap would leave this length in a trace."""
+        b, h, q_idx, kv_idx = (torch.arange(*ends, device=grid.device) for ends in grid.ranges)
+        result = self.fn(b[:, None, None, None], h[:, None, None], q_idx[:, None], kv_idx)
+        if not isinstance(result, Tensor) or result.dtype != torch.bool or result.dim() > 4:
+            raise TypeError(f"mask_mod must return a bool tensor; got {described(result)}. In a trace it is asked for all indices at once.")
+        return result[(None,) * (4 - result.dim())]
 
     def _answer(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         result = self.fn(b, h, q_idx, kv_idx)
@@ -63,6 +84,17 @@ class MaskMod(Mask):
                 "Compare the indices, or index a bool tensor with them."
             )
         return result
+
+
+def _require_four_arguments(function: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(function).bind(0, 0, 0, 0)
+    except ValueError:  # some functions written in C tell no signature
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"mask_mod must take (b, h, q_idx, kv_idx); got a function that does not: {error}. Pass what create_block_mask would take."
+        ) from None
 
 
 def from_mask_mod(mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> MaskMod:

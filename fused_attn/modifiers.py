@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def as_scale(value: object) -> float:
     """A finite factor of the scores."""
-    return as_number("scale", value, "Pass a float, or multiply the inputs by a tensor instead (that is differentiable).")
+    return as_number("scale", value, "Pass a float; a tensor, learned or not, is scoring=DotProduct(tensor).")
 
 
 def _require_offset(value: object, batch: int, device: torch.device) -> int | Tensor:
@@ -116,9 +116,8 @@ def checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
 def checked_scoring(scoring: object, scale: object, grid: Grid) -> Scoring:
     """A scoring that fits the grid, alone: it says the scale itself."""
     if not isinstance(scoring, Scoring):
-        raise TypeError(
-            f"scoring must be a fused_attn scoring; got {described(scoring)}. Write DotProduct(0.5) or NegativeL2(), or subclass Scoring."
-        )
+        got = f"the class {scoring.__name__} itself" if isinstance(scoring, type) else described(scoring)
+        raise TypeError(f"scoring must be a fused_attn scoring; got {got}. Write DotProduct(0.5) or NegativeL2(), or subclass Scoring.")
     if not is_dataclass(scoring):
         raise TypeError(
             f"{type(scoring).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_tensor
-from fused_attn.kernel_score import KernelScore
+from fused_attn.kernel_score import KernelScore, unlowerable
 from fused_attn.lowering import Grid
 from fused_attn.pytrees import HoldsTensors, register
 
@@ -66,11 +66,9 @@ class ScoreMod(HoldsTensors):
 
     def lower(self, grid: Grid) -> tuple[KernelScore, ...]:
         """The normal form; by default one entry with the dataclass fields in order."""
-        if SCORE_MODS.get(self.name) is not type(self):
-            raise TypeError(
-                f"{type(self).__name__} must have a name of its own for a kernel backend; got {self.name!r}, "
-                f"which {'no class has' if self.name not in SCORE_MODS else f'{SCORE_MODS[self.name].__name__} has'}. Set name in its class."
-            )
+        reason = "" if self.by_parts else unlowerable(self, SCORE_MODS)
+        if reason:
+            raise TypeError(f"{reason}.")
         if not self.by_parts:
             return (KernelScore.of(self, self.name),)
         values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_tensor
-from fused_attn.kernel_score import KernelScore
+from fused_attn.kernel_score import KernelScore, unlowerable
 from fused_attn.lowering import Grid, stat_dtype
 from fused_attn.pytrees import HoldsTensors, register
 from fused_attn.score_mods import Bias, ScoreMod
@@ -77,11 +77,9 @@ class Scoring(HoldsTensors):
 
     def to_kernel(self) -> KernelScore:
         """The normal form of a scoring that does not lower: its fields in order."""
-        if SCORINGS.get(self.name) is not type(self):
-            raise TypeError(
-                f"{type(self).__name__} must have a name of its own for a kernel backend; got {self.name!r}, "
-                f"which {'no class has' if self.name not in SCORINGS else f'{SCORINGS[self.name].__name__} has'}. Set name in its class."
-            )
+        reason = unlowerable(self, SCORINGS)
+        if reason:
+            raise TypeError(f"{reason}.")
         return KernelScore.of(self, self.name)
 
     @classmethod
@@ -181,7 +179,7 @@ class DotProduct(Scoring):
 
     def lower(self, q: Tensor, k: Tensor) -> Product:
         if isinstance(self.scale, Tensor):
-            return Product((q * _in_four_dimensions(self.scale)).to(q.dtype), k, 1.0)
+            return Product(_times(q, _in_four_dimensions(self.scale)), k, 1.0)
         return Product(q, k, self._number(q))
 
     def _number(self, q: Tensor) -> float:
@@ -233,7 +231,7 @@ class NegativeL2(Scoring):
             factor = float(self.scale)
             return Product(q, k, 2 * factor, (Bias(-factor * _squares(q)[..., None]), Bias(-factor * keys)))
         scale = _in_four_dimensions(self.scale).to(keys.dtype)
-        scaled = (q * scale).to(q.dtype)
+        scaled = _times(q, scale)
         # Of the rounded product, so that what 16 bits round away moves the query a little instead of tearing the square apart.
         queries = _squares(scaled)[..., None] / scale.masked_fill(scale == 0, 1.0)
         return Product(scaled, k, 2.0, (Bias(-queries), Bias(-scale * keys)))
@@ -242,6 +240,16 @@ class NegativeL2(Scoring):
     def examples(cls, grid: Grid) -> Iterator[Scoring]:
         yield cls(0.125)
         yield cls(torch.linspace(0.05, 0.15, grid.shape[1], device=grid.device)[:, None, None])
+
+
+def _times(q: Tensor, scale: Tensor) -> Tensor:
+    """q * scale in q's dtype, where elements of q that are not finite give the scale no gradient.
+
+    That would be NaN times what arrives at them, which is 0 in a row without keys; in every other row a NaN arrives at the finite ones too.
+    """
+    finite = q.isfinite()
+    zeros = torch.zeros_like(q)
+    return (torch.where(finite, q, zeros) * scale + torch.where(finite, zeros, q) * scale.detach()).to(q.dtype)
 
 
 def _squares(vectors: Tensor) -> Tensor:

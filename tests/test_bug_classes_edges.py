@@ -257,3 +257,20 @@ def test_81_a_users_multiplication_where_nobody_attends(times: type[ScoreMod], l
         results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sink", [NAN, INF, -INF])
+def test_79_a_broken_sink_reaches_allowed_pairs_alone(sink: float, backend: str) -> None:
+    q, k, v = vectors()
+    bias = torch.zeros(1, 2, 8, 8)
+    leaves = [t.requires_grad_() for t in (q, k, v, bias)]
+    mask = fa.Documents(torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]))
+    request = fa.AuxRequest(probs=True, column_sums=True)
+    sinks = torch.tensor([sink, 0.0])
+    out, aux = fa.attention(*leaves[:3], mask=mask, score_mods=(fa.Bias(leaves[3]),), sinks=sinks, return_aux=request, backend=backend)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    keep = mask.allowed(Grid((1, 2, 8, 8), torch.device("cpu"))).expand(1, 2, 8, 8)
+    assert bool((aux.probs[~keep] == 0).all())
+    assert bool((grads[3][~keep] == 0).all())
+    assert all(bool(t[:, 1].isfinite().all()) for t in (out, aux.probs, aux.column_sums, *grads))
+    assert bool(out[:, 0].isfinite().all()) == (sink == -INF)

@@ -369,14 +369,14 @@ class Nameless(ScoreMod):
 def test_errors():
     q = torch.randn(1, 2, 4, 4)
     assert fa.attention(q, q, q, score_mods=(Named("none"),), backend="eager").equal(fa.attention(q, q, q, backend="eager"))
-    with pytest.raises(TypeError, match=r"Named\.kind must be a tensor, a number, a bool or None.*got str"):
+    with pytest.raises(fa.UnsupportedError, match=r"Named\.kind must be a tensor, a number, a bool or None.*got str"):
         fa.attention(q, q, q, score_mods=(Named("none"),), backend="cpu")
     for backend in APPLYING:
         with pytest.raises(
             TypeError, match=r"Wrong\.apply must return scores shaped like.*\[1, 2, 4, 4\]; got torch.float32 \[3, 2, 4, 4\]"
         ):
             fa.attention(q, q, q, score_mods=(Wrong(torch.zeros(3, 1, 1, 1)),), backend=backend)
-    with pytest.raises(TypeError, match="Nameless must have a name of its own"):
+    with pytest.raises(fa.UnsupportedError, match="Nameless must have a name of its own"):
         fa.attention(q, q, q, score_mods=(Nameless(),), backend="cpu")
 
     class Plain(ScoreMod):
@@ -467,3 +467,62 @@ def test_offsets_beyond_32_bits(offset):
     for backend in APPLYING:
         out = fa.attention(q, k, k, score_mods=mods, q_offset=offsets, backend=backend)
         assert torch.allclose(out, fa.attention(q, k, k, backend="eager"), atol=1e-6)
+
+
+@pytest.mark.quick
+def test_numbers_of_numpy_and_sizes_of_every_kind():
+    numpy = pytest.importorskip("numpy")
+
+    @dataclass(frozen=True, eq=False)
+    class Scaled(ScoreMod):
+        by: int
+        plus: float
+        wanted: bool
+        name: ClassVar[str] = "test_scaled"
+
+        def apply(self, scores, grid):
+            return scores * [1, 1, 1][self.by] * 2 + self.plus if self.wanted else scores
+
+    for length in (8, 700):
+        q = torch.randn(1, 2, length, 4)
+        for fields in ((2, 0.5, True), (numpy.int64(2), numpy.float32(0.5), numpy.bool_(True))):
+            got = fa.attention(q, q, q, score_mods=(Scaled(*fields),))
+            torch.testing.assert_close(got, fa.attention(q, q, q, scale=1.0), rtol=1e-4, atol=1e-5)
+    SCORE_MODS.pop("test_scaled")
+
+
+@pytest.mark.quick
+def test_what_has_no_normal_form_runs_on_eager_at_every_size():
+    @dataclass(frozen=True, eq=False)
+    class Text(ScoreMod):
+        kind: str
+        name: ClassVar[str] = "test_text"
+
+        def apply(self, scores, grid):
+            return scores
+
+    for length in (4, 700):
+        q = torch.randn(1, 2, length, 4)
+        assert fa.attention(q, q, q, score_mods=(Text("none"),)).shape == q.shape
+        assert "Text.kind must be a tensor" in str(fa.explain(q, q, q, score_mods=(Text("none"),)))
+    SCORE_MODS.pop("test_text")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("applying", APPLYING)
+def test_apply_may_write_into_its_scores(applying):
+    @dataclass(frozen=True, eq=False)
+    class InPlace(ScoreMod):
+        factor: Tensor
+        name: ClassVar[str] = "test_in_place"
+
+        def apply(self, scores, grid):
+            return scores.mul_(self.factor)
+
+    q, factor = torch.randn(1, 2, 5, 4, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    out = fa.attention(q, q, q, score_mods=(InPlace(factor),), backend=applying)
+    right = fa.attention(q, q, q, scoring=fa.DotProduct(factor * 0.5), backend="eager")
+    torch.testing.assert_close(out, right)
+    for a, b in zip(*(torch.autograd.grad(o.sin().sum(), (q, factor)) for o in (out, right)), strict=True):
+        torch.testing.assert_close(a, b)
+    SCORE_MODS.pop("test_in_place")

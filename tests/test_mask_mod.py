@@ -268,3 +268,22 @@ def test_explain_says_what_a_mask_costs(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(type(backends.get("cpu")), "evaluates_rules", False)
     assert "0.0625 MiB" in notes(Checkers())
     assert "0.25 MiB" in notes(product | fa.Band(2) & from_mask_mod(lambda b, h, q_idx, kv_idx: (q_idx + b + h) % 2 == 0))
+
+
+def test_a_trace_is_right_at_other_lengths() -> None:
+    table = torch.rand(64) < 0.7
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fa.attention(q, k, v, mask=from_mask_mod(lambda b, h, i, j: (i >= j) & (table[j] | (i == j))), backend="cpu")
+
+    x, y = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 7, 4)
+    traced = torch.jit.trace(attend, (x, x, x), check_trace=False)
+    torch.testing.assert_close(traced(y, y, y), attend(y, y, y))
+
+
+def test_functions_that_branch_or_take_other_arguments() -> None:
+    q = torch.randn(1, 1, 4, 4)
+    with pytest.raises(TypeError, match=r"must not branch on its indices.*Write &"):
+        fa.attention(q, q, q, mask=from_mask_mod(lambda b, h, i, j: (i >= j) and (j > 0)))
+    with pytest.raises(TypeError, match=r"must take \(b, h, q_idx, kv_idx\)"):
+        from_mask_mod(lambda b, i, j: i >= j)

@@ -398,7 +398,7 @@ def test_errors():
         fa.attention(q, q, q, scoring=Narrow(), backend="eager")
     with pytest.raises(TypeError, match=r"Narrow\.lower must keep the shape and dtype of q"):
         fa.attention(q, q, q, scoring=Narrow(), backend="cpu")
-    with pytest.raises(TypeError, match="Unnamed must have a name of its own"):
+    with pytest.raises(fa.UnsupportedError, match="Unnamed must have a name of its own"):
         fa.attention(q, q, q, scoring=Unnamed(), backend="cpu")
     for scoring in (fa.DotProduct, fa.NegativeL2):
         with pytest.raises(ValueError, match=r"scale must broadcast to \[batch, heads, 1, 1\]"):
@@ -416,3 +416,17 @@ def test_scorings_are_pytrees():
     scoring = fa.NegativeL2(torch.ones(2, 1, 1))
     assert pytree.tree_map(lambda t: t * 2, scoring).scale.equal(torch.full((2, 1, 1), 2.0))
     assert pytree.tree_leaves(fa.DotProduct(0.5)) == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("scoring", [fa.DotProduct, fa.NegativeL2], ids=lambda c: c.__name__)
+def test_a_broken_query_without_keys_and_a_learned_scale(scoring, broken, backend, device):
+    q, k, v = torch.randn(3, 1, 2, 3, 4, device=device).unbind(0)
+    keep = torch.tensor([[True, True, False], [False, False, False], [True, True, False]], device=device)
+    grads = []
+    for fill in (broken, 0.0):
+        scale = torch.full((2, 1, 1), 0.5, device=device, requires_grad=True)
+        q[:, :, 1] = fill
+        grads.append(torch.autograd.grad(fa.attention(q, k, v, mask=keep, scoring=scoring(scale), backend=backend).sin().sum(), scale)[0])
+    torch.testing.assert_close(*grads)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
+from fused_attn.kernel_score import unlowerable
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.score_mods import SCORE_MODS
+from fused_attn.scoring import SCORINGS
 
 
 class Forward(NamedTuple):
@@ -107,6 +110,14 @@ def gradients_without_scores(call: LoweredAttention, incoming: Incoming, needs: 
     if dsinks is not None and call.shape[3] == 0 and incoming.dlse is not None:
         dsinks.copy_(incoming.dlse.sum((0, 2)))
     return tuple(zeros)
+
+
+def authored_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    """The reasons shared by every kernel backend: code of the user's that has no normal form."""
+    scoring = problem.modifiers.scoring
+    found = [unlowerable(mod, SCORE_MODS) for mod in problem.modifiers.score_mods if not mod.by_parts]
+    found += [] if scoring is None or scoring.lowers else [unlowerable(scoring, SCORINGS)]
+    return [reason for reason in found if reason]
 
 
 def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:

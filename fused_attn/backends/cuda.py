@@ -23,6 +23,7 @@ from fused_attn.backends.base import (
     Incoming,
     Yields,
     allows_tf32,
+    authored_refusals,
     capability_refusal,
     gradients_without_scores,
     has_wgmma,
@@ -104,7 +105,7 @@ class CudaBackend:
                 reasons.append(f"head_dim and value_dim must be in [1, {MAX_HEAD_DIM}]; got {sizes[0]} and {sizes[1]}")
             if dtype == torch.float32 and allows_tf32():
                 reasons.append("TF32 is asked for, and these kernels compute float32 to its full precision")
-        return reasons + _mod_refusals(problem)
+        return reasons + authored_refusals(problem) + _mod_refusals(problem)
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> Yields | None:
         """These kernels multiply with mma.sync, Triton's on Hopper with wgmma; in float32 neither does."""

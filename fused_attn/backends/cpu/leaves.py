@@ -81,7 +81,8 @@ class Leaves:
             for score in terms.mods:
                 mod = SCORE_MODS[score.name].from_kernel(replace(score, tensors=leaves_of(score)))
                 here = _CroppedGrid(grid.shape, grid.device, grid.q_offset, grid.region) if score.layout is None else grid
-                scores = modified(mod, scores, here)
+                # Code of the user's may write into what it is given, which a leaf forbids.
+                scores = modified(mod, scores.clone() if scores is sources[0] and score.layout is not None else scores, here)
                 scores = scores if hidden is None else scores.masked_fill(hidden, 0.0)
         return cls(sources, tuple(parts), scores)
 

@@ -341,6 +341,9 @@ class Operands:
         """Whether any score, gradient or product of values may be NaN or infinite: then products are taken over allowed pairs alone."""
         dout, *others = arriving or (None,)
         products = (self.q, self.k), (self.v, self.v if dout is None else dout)
+        sinks = self.call.terms.sinks
+        if sinks is not None and not bool((sinks < torch.inf).all()):  # -inf is no sink, and well
+            return True
         if not (is_finite(*others) and all(has_finite_products(a, b) for a, b in products)):
             return True
         return not all(_is_finite_or_lowest(m.name, t) for m in self.call.terms.mods for t in m.tensors)
