@@ -103,22 +103,25 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (120, "bwd_bias", True, 16, 128): TileConfig(64, 32, 8, 1),  # 64 x 64: 72 bytes
     },
     (3, 8): {
-        (80, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1),  # four warps: 144 bytes
+        (80, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 72 bytes
         (80, "fwd", True, 32, 128): TileConfig(32, 64, 8, 1),  # 64 x 32: 144 bytes
         (80, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 128 bytes
         (80, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 200 bytes
         (80, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 240 bytes, 88 with one stage
         (80, "bwd_dq", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 112 bytes
+        (90, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1),  # four warps: 248 bytes
         (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 72 bytes
         (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
         (100, "fwd", False, 32, 128): TileConfig(32, 32, 8, 1),  # four warps: 168 bytes
+        (100, "fwd", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 72 bytes
+        (100, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
         (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
         (100, "fwd", True, 16, 256): TileConfig(64, 32, 8, 1),  # two stages: 72 bytes
         (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 72 bytes
         (120, "fwd", False, 16, 64): TileConfig(128, 64, 8, 1),  # two stages: 104 bytes
         (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 168 bytes
         (120, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
-        (120, "fwd", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 80 bytes
+        (120, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 16: 96 bytes
         (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
         (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
         (120, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
