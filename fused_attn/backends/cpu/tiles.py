@@ -211,8 +211,13 @@ class MaskTiles:
 
 def has_finite_products(a: Tensor, b: Tensor) -> bool:
     """Whether no product of rows of a and b is NaN or infinite: none exceeds the product of the norms (Cauchy and Schwarz)."""
-    dtype = stat_dtype(a.dtype)
-    return bool((torch.linalg.vector_norm(a, dtype=dtype) * torch.linalg.vector_norm(b, dtype=dtype)).isfinite())
+    return isfinite(_norm(a) * _norm(b))
+
+
+def _norm(tensor: Tensor) -> float:
+    if tensor.dtype.itemsize < 4:
+        return float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+    return torch.linalg.vector_norm(tensor).item()  # type: ignore[no-any-return]
 
 
 def _is_tame(call: LoweredAttention) -> bool:
