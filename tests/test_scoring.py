@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_attn as fa
+from fused_attn.backends import eager
 from fused_attn.backends.cpu import tiles
 from fused_attn.kernel_score import KernelScore
 from fused_attn.lowering import Terms
@@ -430,3 +431,24 @@ def test_a_broken_query_without_keys_and_a_learned_scale(scoring, broken, backen
         q[:, :, 1] = fill
         grads.append(torch.autograd.grad(fa.attention(q, k, v, mask=keep, scoring=scoring(scale), backend=backend).sin().sum(), scale)[0])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.quick
+def test_eager_asks_for_blocks_of_queries(monkeypatch):
+    """A scoring that holds head_dim values per score must not hold them for the whole score array."""
+    monkeypatch.setattr(eager, "BLOCK", 1 << 10)
+    seen = []
+
+    @dataclass(frozen=True, eq=False)
+    class Watched(Scoring):
+        name: ClassVar[str] = "test_watched"
+
+        def score(self, q, k):
+            seen.append(q.shape[2])
+            return (q[..., :, None, :] - k[..., None, :, :]).abs().sum(-1)
+
+    q = torch.randn(1, 2, 20, 4, requires_grad=True)
+    out = fa.attention(q, q, q, scoring=Watched(), backend="eager")
+    assert max(seen) == 6 and sum(seen) == 20
+    torch.testing.assert_close(out, fa.attention(q, q, q, scoring=Watched(), backend="cpu"))
+    SCORINGS.pop("test_watched")

@@ -23,6 +23,9 @@ from fused_attn.problem import AttentionProblem, SoftmaxProblem
 from fused_attn.score_mods import modified
 from fused_attn.scoring import Scoring, scored
 
+# Elements that a scoring's own code may need at a time: 64 MB of float32.
+BLOCK = 1 << 24
+
 
 def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tuple[Tensor, AuxOutput]:
     """Attention as its formula reads: softmax(mods(scale * q k^T), over the allowed keys) v.
@@ -63,7 +66,7 @@ def _scores(problem: AttentionProblem, pair: tuple[Tensor, Tensor], allowed: Ten
     q, k = pair
     hidden = None if allowed is None else ~allowed
     if problem.modifiers.scoring is not None:
-        scores = _own_scores(problem.modifiers.scoring, q, k) if careful else scored(problem.modifiers.scoring, q, k)
+        scores = _own_scores(problem.modifiers.scoring, q, k) if careful else _in_blocks(problem.modifiers.scoring, q, k)
         scores = scores if hidden is None else scores.masked_fill(hidden, 0.0)
     else:
         scores = differentiable_products(q, k, allowed) if careful else q @ k.mT
@@ -74,9 +77,17 @@ def _scores(problem: AttentionProblem, pair: tuple[Tensor, Tensor], allowed: Ten
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
+def _in_blocks(scoring: Scoring, q: Tensor, k: Tensor) -> Tensor:
+    """Scores of a scoring's own code, which may hold head_dim values for each of them, by blocks of queries."""
+    rows = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3]))
+    if q.shape[2] <= rows or captured(q):
+        return scored(scoring, q, k)
+    return torch.cat([scored(scoring, part, k) for part in q.split(rows, 2)], 2)
+
+
 def _own_scores(scoring: Scoring, q: Tensor, k: Tensor) -> Tensor:
     """Scores of a scoring's own code, NaN for queries and keys that are not finite, which it does not get to see."""
-    clean = scored(scoring, *(t.masked_fill(~t.isfinite(), 0.0) for t in (q, k)))
+    clean = _in_blocks(scoring, *(t.masked_fill(~t.isfinite(), 0.0) for t in (q, k)))
     broken = ~q.isfinite().all(-1)[..., :, None] | ~k.isfinite().all(-1)[..., None, :]
     return clean + torch.zeros_like(clean).masked_fill(broken, torch.nan)  # added, so that what arrives flows on
 
