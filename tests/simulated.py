@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import fused_attn as fa
 from fused_attn.testing import DIFFERENTIABLE, check_inputs
 from fused_attn.testing.softmax import SoftmaxCase, check_softmax
 from tests import aot, native
@@ -45,12 +46,32 @@ def simulate(chip: int) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def check_broken(dtype: torch.dtype) -> None:
+    """Documents of which the first holds NaN in a key, a value, a query and a gradient: mended to what the others are without them."""
+    documents = fa.Documents(torch.arange(70) // 25)
+    tensors = [torch.randn(1, 2, 70, 32).to(dtype) for _ in range(4)]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
+        out = fa.attention(q, k, v, mask=documents, backend="triton")
+        return out, *torch.autograd.grad(out, (q, k, v), tensors[3])
+
+    clean = run()
+    for row, tensor in zip((3, 7, 11, 16), tensors, strict=True):
+        tensor[:, :, row, 5] = torch.nan
+    for got, right in zip(run(), clean, strict=True):
+        torch.testing.assert_close(got[:, :, 25:], right[:, :, 25:])
+        assert bool(got[:, :, :25].isnan().any())
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     simulate(int(sys.argv[1]))
     for name, inputs in problems(getattr(torch, sys.argv[2])).items():
         check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{name}, simulated sm_{sys.argv[1]}")
         print(name)
+    check_broken(getattr(torch, sys.argv[2]))
+    print("broken")
     for length in (40, 3000):  # a row in one tile, and in several
         check_softmax(SoftmaxCase((3, 5, length), mask="bool", full=(1, 2), bias=True, dropout=0.3), "triton")
         print(f"softmax{length}")
