@@ -60,7 +60,9 @@ def check_broken(dtype: torch.dtype) -> None:
     for row, tensor in zip((3, 7, 11, 16), tensors, strict=True):
         tensor[:, :, row, 5] = torch.nan
     for got, right in zip(run(), clean, strict=True):
-        torch.testing.assert_close(got[:, :, 25:], right[:, :, 25:])
+        # Mending rounds its own weights to the inputs' dtype: a few roundings of the largest element.
+        atol = 8 * torch.finfo(dtype).eps * float(right.detach().abs().max())
+        torch.testing.assert_close(got[:, :, 25:], right[:, :, 25:], rtol=0.0, atol=atol)
         assert bool(got[:, :, :25].isnan().any())
 
 
