@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kDq>::kThreads, 1)
       k_tile.template has_broken<C::kThreads, true>();
       __syncthreads();
     }
-    multiply_add<T>(acc, dp, k_tile, warp_col);
+    multiply_add<T, false>(acc, dp, k_tile, warp_col);
     __syncthreads();
     first = following;
   }
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
   if (kStages > 1 && step < end) load_q(0, step);
   ptx::cp_async_commit();
   for (int i = 0; step < end; i = (i + 1) % kStages) {
-    const int following = next_step(step + 1);
+    const int following = kStages > 1 ? next_step(step + 1) : end;  // one stage looks for it later, and keeps a register
     if (kStages == 1) load_q(0, step);
     else if (following < end) load_q((i + 1) % kStages, following);
     ptx::cp_async_commit();
@@ -281,6 +281,7 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
         keep == 2 && kv_first + kBlockKv <= sizes.kv_len && reach<kBlockQ>(p.mask, b, q_first, sizes).covers(kv_first, kv_end);
     if (any_empty) {
       // Rows without scores are zeros, whatever they hold: 0 * NaN is NaN, and they take part in the sums below.
+#pragma unroll 1
       for (int n = threadIdx.x; n < kBlockQ * kHeadSize; n += C::kThreads) {
         const int row = n / kHeadSize;
         if (q_first + row < sizes.q_len && p.sum[row_number(sizes, b, h, q_first + row)] != 0.f) continue;
@@ -321,10 +322,11 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
       if (has_dout) dout_tile.template has_broken<C::kThreads, true>();
       __syncthreads();
     }
-    if (kDv && has_dout) multiply_add<T>(dv, s, dout_tile);
-    if (kDk) multiply_add<T>(dk, dp, q_tile);
+    // Gradients do not tell infinities from NaN; float32 at head size 256 has no register left to.
+    if (kDv && has_dout) multiply_add<T, false>(dv, s, dout_tile);
+    if (kDk) multiply_add<T, false>(dk, dp, q_tile);
     __syncthreads();
-    step = following;
+    step = kStages > 1 ? following : next_step(step + 1);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

@@ -102,7 +102,8 @@ __device__ __forceinline__ void from_accumulators(FragmentA<T>& a, const float (
 
 // d [16, 16] += a b. The terms of float32 are added up by themselves, small ones first, and join the sum once: a long sum that took
 // every product's rounding would err seven times as much as eager (measured at head size 256).
-template <class T>
+// kInfinities: whether a product with an infinity has to be one, and not NaN.
+template <class T, bool kInfinities = true>
 __device__ __forceinline__ void mma(float (&left)[4], float (&right)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (sizeof(T) == 2) {
     ptx::mma_m16n8k16<T>(left, a.x[0], b.x[0][0]);
@@ -111,7 +112,7 @@ __device__ __forceinline__ void mma(float (&left)[4], float (&right)[4], const F
     float part[2][4] = {};
 #pragma unroll
     for (int order = 2; order >= 0; --order) {
-      if (order == 0) {
+      if (kInfinities && order == 0) {
         // What an infinity leaves for the smaller terms is inf - inf; only the product of the largest terms says what it means.
 #pragma unroll
         for (int i = 0; i < 4; ++i) part[0][i] = isnan(part[0][i]) ? 0.f : part[0][i], part[1][i] = isnan(part[1][i]) ? 0.f : part[1][i];
@@ -147,7 +148,7 @@ __device__ __forceinline__ void multiply_transposed(float (&s)[kN][4], const Til
 }
 
 // acc [16, kCols * 8] += p [16, kN * 8] times columns [col, ...) of the rows of b.
-template <class T, int kN, int kCols, class Tile>
+template <class T, bool kInfinities = true, int kN, int kCols, class Tile>
 __device__ __forceinline__ void multiply_add(float (&acc)[kCols][4], const float (&p)[kN][4], const Tile& b, int col = 0) {
 #pragma unroll
   for (int k = 0; k < kN; k += 2) {
@@ -157,7 +158,7 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kCols][4], const float
     for (int n = 0; n < kCols; n += 2) {
       FragmentB<T> fb;
       load_b(fb, b, k * 8, col + n * 8);
-      mma<T>(acc[n], acc[n + 1], fa, fb);
+      mma<T, kInfinities>(acc[n], acc[n + 1], fa, fb);
     }
   }
 }

@@ -24,10 +24,16 @@ __device__ inline int within(int64_t index, int length) {
 // The keys of row q within [0, kv_len]; nothing for rows beyond q_len.
 __device__ inline Interval row_interval(const MaskParams& mask, int b, int q, const Sizes& sizes) {
   if (q >= sizes.q_len) return {0, 0};
-  const int64_t position = q + query_shift(mask.alignment, b);
   int start = 0, end = sizes.kv_len;
-  if (mask.left >= 0) start = within(position - mask.left, sizes.kv_len);
-  if (mask.right >= 0) end = within(position + mask.right + 1, sizes.kv_len);
+  if (mask.alignment.shifts == nullptr) {  // in 32 bits, which saves registers
+    const int position = q + mask.alignment.shift;
+    if (mask.left >= 0) start = max(start, position - mask.left);
+    if (mask.right >= 0) end = min(end, position + mask.right + 1);
+  } else {
+    const int64_t position = q + mask.alignment.shifts[b];
+    if (mask.left >= 0) start = within(position - mask.left, sizes.kv_len);
+    if (mask.right >= 0) end = within(position + mask.right + 1, sizes.kv_len);
+  }
   if (mask.kv_start.data != nullptr) start = max(start, *at<const int>(mask.kv_start, b, 0, q, 0));
   if (mask.kv_end.data != nullptr) end = min(end, *at<const int>(mask.kv_end, b, 0, q, 0));
   return {start, end};

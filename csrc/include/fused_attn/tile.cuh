@@ -66,6 +66,7 @@ struct SharedTile {
   template <int kThreads, bool kClean>
   __device__ bool has_broken() const {
     bool broken = false;
+#pragma unroll 1  // accumulators are alive around it
     for (int i = threadIdx.x; i < kRows * kCols; i += kThreads) {
       if (!is_finite(data[i])) {
         broken = true;
