@@ -132,20 +132,20 @@ KERNEL online_softmax(float* to, const float* from, float top, float scale) {
   params.scale = scale, params.raw = scale > 0.f;
   const float x = from[threadIdx.x];
   const Scorer<true> scorer(params);
-  const float score = scorer.score(x, {0, 0, 0, 0, 0});
+  const float score = scorer.score(x, {0, 0, 0, 0});
   to[threadIdx.x] = quad_max(x);
   to[32 + threadIdx.x] = quad_sum(x);
-  to[64 + threadIdx.x] = scorer.exponential(score, scorer.score(top, {0, 0, 0, 0, 0}));
+  to[64 + threadIdx.x] = scorer.exponential(score, scorer.score(top, {0, 0, 0, 0}));
   to[96 + threadIdx.x] = scorer.natural(score);
 }
 
 // intervals [q_len + 1, 2] of batch b; allowed [q_len, kv_len] with keep; states of 2 x 2 tiles.
-KERNEL mask(int* intervals, int* allowed, int* states, int* shifts, int* kv_start, int* kv_end, uint8_t* keep, int8_t* summary, int left,
-            int right, int shift, int q_len, int kv_len, int b) {
+KERNEL mask(int* intervals, int* allowed, int* states, const int64_t* shifts, int* kv_start, int* kv_end, uint8_t* keep, int8_t* summary,
+            int left, int right, int shift, int per_batch, int q_len, int kv_len, int b) {
   Sizes sizes;
   sizes.q_len = q_len, sizes.kv_len = kv_len;
   MaskParams mask;
-  mask.left = left, mask.right = right, mask.shift = shift, mask.shifts = shifts;
+  mask.left = left, mask.right = right, mask.alignment = {shift, per_batch ? shifts : nullptr};
   mask.kv_start = {kv_start, q_len, 0, 1, 0}, mask.kv_end = {kv_end, q_len, 0, 1, 0};
   mask.keep = {keep, static_cast<int64_t>(q_len) * kv_len, 0, kv_len, 1}, mask.summary = {summary, 4, 0, 2, 1};
   for (int q = threadIdx.x; q <= q_len; q += blockDim.x) {
@@ -160,7 +160,7 @@ KERNEL mask(int* intervals, int* allowed, int* states, int* shifts, int* kv_star
 KERNEL score_mod(float* scores, float* grads, const float* products, float* slope, half* bias, const int* kinds, int count, float cap,
                  int shift, int q_len, int down_to) {
   ScoreParams params;
-  params.count = count;
+  params.count = count, params.alignment.shift = shift;
   for (int i = 0; i < count; ++i) {
     ScoreMod& mod = params.mods[i];
     mod.kind = static_cast<ModKind>(kinds[i]), mod.scalar = cap;
@@ -169,7 +169,7 @@ KERNEL score_mod(float* scores, float* grads, const float* products, float* slop
   }
   for (int q = 0; q < q_len; ++q) {
     const int kv = threadIdx.x, i = q * 32 + kv;
-    const Place place{0, 0, q, q + shift, kv};
+    const Place place{0, 0, q, kv};
     scores[i] = apply(params, products[i], place, count);
     grads[i] = pull_back(params, 1.f, products[i], place, down_to);
   }

@@ -171,17 +171,36 @@ def test_online_softmax(scale: float, run: Any) -> None:
 @simulated
 @pytest.mark.parametrize("left", [-1, 0, 2])
 @pytest.mark.parametrize("right", [-1, 0, 3])
-@pytest.mark.parametrize("shift", [0, 4, -3])
+@pytest.mark.parametrize("shift", [0, 4, -3, 2**31 + 2, -(2**40)])
 def test_mask(left: int, right: int, shift: int, run: Any) -> None:
     """Against the definition, pair by pair; one row past the last is empty."""
     q_len, kv_len, b = 6, 9, 1
-    shifts = torch.tensor([100, 1], dtype=torch.int32)
+    # Beyond 32 bits there is one per batch; elsewhere one for all.
+    shifts, per_batch = torch.tensor([100, shift]), abs(shift) >= 2**31
     start, end = torch.randint(-2, 5, (2, q_len), dtype=torch.int32), torch.randint(4, 12, (2, q_len), dtype=torch.int32)
     keep, summary = torch.randint(0, 2, (2, q_len, kv_len), dtype=torch.uint8) * 7, torch.randint(0, 3, (2, 4), dtype=torch.int8)
     intervals, allowed, states = (poisoned(*s, dtype=torch.int32) for s in ((q_len + 1, 2), (q_len, kv_len), (4,)))
-    run("mask", 32, intervals, allowed, states, shifts, start, end, keep, summary, left, right, shift, q_len, kv_len, b)
+    run(
+        "mask",
+        32,
+        intervals,
+        allowed,
+        states,
+        shifts,
+        start,
+        end,
+        keep,
+        summary,
+        left,
+        right,
+        0 if per_batch else shift,
+        int(per_batch),
+        q_len,
+        kv_len,
+        b,
+    )
     for q in range(q_len):
-        position, found = q + shift + int(shifts[b]), []
+        position, found = q + shift, []
         for kv in range(kv_len):
             inside = (left < 0 or kv >= position - left) and (right < 0 or kv <= position + right)
             if inside and start[b, q] <= kv < end[b, q]:
