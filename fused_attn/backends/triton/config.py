@@ -121,7 +121,6 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (120, "fwd", False, 16, 64): TileConfig(128, 64, 8, 1),  # two stages: 104 bytes
         (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 168 bytes
         (120, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
-        (120, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 16: 96 bytes
         (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
         (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
         (120, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
