@@ -6,12 +6,12 @@
 // ptxas' reports to the registers and allows no spill. float32 dq at head size 128 spills on sm_100 and sm_120 with 32 keys a step.
 //
 //   pass     16-bit: KB, registers     float32: KB, registers
-//   fwd      48  80  96  160 208 255   32  48  64  240 232 240
+//   fwd      48  80  96  160 208 255   32  48  64  240 235 240
 //   rows     24  48  64  128 128 112   32  48  64  208 184 184
-//   dq       48  64  80  216 248 248   48  80  96  232 248 248
-//   dkdv     48  64  80  248 248 240   40  80  96  232 216 255
+//   dq       48  64  80  216 248 252   48  80  96  232 248 248
+//   dkdv     48  64  80  250 248 240   40  80  96  245 216 255
 //   columns  16  32  48  104 104  80   32  48  64  184 152 152
-//   bias     32  64  96  184 192 160   48  96  96  216 216 168
+//   bias     32  64  96  186 192 160   48  96  96  216 216 168
 #pragma once
 
 namespace fused_attn {
