@@ -100,15 +100,19 @@ class _ForwardSums(_Sums):
         return sum_over_allowed(dweights, values, allowed) + sum_over_allowed(weights, dvalues, allowed)
 
 
-def _products(a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+def _apply(function: Any, with_jvp: Any, a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+    if is_traced():
+        return _traced(function.forward, a, b, allowed)
     # Dynamo takes no Function with a rule for forward mode.
-    function = _Products if torch.compiler.is_compiling() else _ForwardProducts
-    return function.apply(a, b, allowed)  # type: ignore[no-any-return, no-untyped-call]
+    return (function if torch.compiler.is_compiling() else with_jvp).apply(a, b, allowed)  # type: ignore[no-any-return]
+
+
+def _products(a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+    return _apply(_Products, _ForwardProducts, a, b, allowed)
 
 
 def _sums(weights: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    function = _Sums if torch.compiler.is_compiling() else _ForwardSums
-    return function.apply(weights, values, allowed)  # type: ignore[no-any-return, no-untyped-call]
+    return _apply(_Sums, _ForwardSums, weights, values, allowed)
 
 
 def _traced(product: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
@@ -126,9 +130,7 @@ def differentiable_products(a: Tensor, b: Tensor, allowed: Tensor | None) -> Ten
         >>> torch.autograd.grad(out.sum(), a)[0].tolist()
         [[1.0], [1.0]]
     """
-    if allowed is None:
-        return a @ b.mT
-    return _traced(products_of_allowed, a, b, allowed) if is_traced() else _products(a, b, allowed)
+    return a @ b.mT if allowed is None else _products(a, b, allowed)
 
 
 def differentiable_sum(weights: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
@@ -139,6 +141,4 @@ def differentiable_sum(weights: Tensor, values: Tensor, allowed: Tensor | None) 
         >>> differentiable_sum(torch.tensor([[1.0, 0.0]]), values, torch.tensor([[True, False]])).item()
         1.0
     """
-    if allowed is None:
-        return weights @ values
-    return _traced(sum_over_allowed, weights, values, allowed) if is_traced() else _sums(weights, values, allowed)
+    return weights @ values if allowed is None else _sums(weights, values, allowed)

@@ -34,6 +34,20 @@ def captured(tensor: Tensor) -> bool:
     )
 
 
+def has_finite_products(a: Tensor, b: Tensor, factor: float = 1.0) -> bool:
+    """Whether no product of rows of a and b, times a factor, is NaN or overflows: none exceeds that of the norms (Cauchy and Schwarz).
+
+    Example:
+        >>> has_finite_products(torch.ones(2, 3), torch.ones(4, 3))
+        True
+        >>> has_finite_products(torch.tensor([1e30]), torch.tensor([1e30])), has_finite_products(torch.ones(1), torch.tensor([torch.nan]))
+        (False, False)
+    """
+    dtype = torch.float32 if a.dtype.itemsize < 4 else a.dtype
+    norms = [torch.linalg.vector_norm(t, dtype=dtype).item() for t in (a, b)]
+    return bool(norms[0] * norms[1] * abs(factor) <= torch.finfo(dtype).max)
+
+
 def described(value: object) -> str:
     """A short name for a wrong argument: a tensor's dtype and shape, a scalar's value, otherwise the type.
 

@@ -274,3 +274,21 @@ def test_79_a_broken_sink_reaches_allowed_pairs_alone(sink: float, backend: str)
     assert bool((grads[3][~keep] == 0).all())
     assert all(bool(t[:, 1].isfinite().all()) for t in (out, aux.probs, aux.column_sums, *grads))
     assert bool(out[:, 0].isfinite().all()) == (sink == -INF)
+
+
+def test_79_products_that_overflow_stay_masked(backend: str) -> None:
+    """Finite garbage whose products with a query are inf - inf: norms say so in the inputs' own range, not in double precision."""
+    results = []
+    for fill in (1e30, 0.0):
+        torch.manual_seed(0)
+        q, k, v = (t * 1e10 for t in vectors())
+        k = k * 1e-20
+        signs = torch.tensor([1.0, -1.0] * 4)
+        k[:, :, 5:] = fill * signs
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out = fa.attention(*leaves, mask=fa.ValidLengths(torch.tensor([5])), score_mods=(fa.SoftCap(1.5),), backend=backend)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert bool(a.isfinite().all())
+        # 2^-17 of the number: the two sums are made in other blocks.
+        torch.testing.assert_close(a, b, rtol=2.0**-17, atol=2.0**-17 * float(b.abs().max()))

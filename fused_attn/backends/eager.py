@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_attn.allowed_products import differentiable_products, differentiable_sum
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
-from fused_attn.checks import captured
+from fused_attn.checks import captured, has_finite_products
 from fused_attn.dropout import keep_factor
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.lowering import Grid, KernelDropout, stat_dtype
@@ -103,7 +103,6 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, -torch.inf) if _any(empty) else scores  # nothing flows through such a row, whatever arrives at it
-    probs, _ = _softmax(scores, None)
     if problem.log:
         # The difference first: scores may be huge and equal.
         top = _top(scores)
@@ -111,6 +110,7 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
         result = (scores - top - total.log()).masked_fill(empty, -torch.inf)
         result = result if allowed is None else result.masked_fill(~allowed, -torch.inf)
     else:
+        probs, _ = _softmax(scores, None)
         result = probs if allowed is None else probs.masked_fill(~allowed, 0.0)
     if problem.uniform_empty and grid.shape[3]:
         uniform = torch.full((), 1.0 / grid.shape[3], dtype=result.dtype, device=result.device)
@@ -139,15 +139,11 @@ def _any(condition: Tensor) -> bool:
 
 
 def _may_break(q: Tensor, k: Tensor, modifiers: Modifiers) -> bool:
-    """Whether a masked score, or a derivative of it, may come out as NaN or infinite; where values cannot be looked at, it may.
-
-    No product exceeds the norms' product (Cauchy and Schwarz), so huge numbers count as well: a sum of them may be inf - inf.
-    """
+    """Whether a masked score, or a derivative of it, may come out as NaN or infinite; where values cannot be looked at, it may."""
     if captured(q) or captured(k) or modifiers.scoring is not None or any(not mod.is_tame for mod in modifiers.score_mods):
         return True
-    bound = torch.linalg.vector_norm(q) * torch.linalg.vector_norm(k) * abs(modifiers.scale)
     tensors = (t for mod in modifiers.score_mods for t in mod.tensors)
-    return not bool(bound.isfinite()) or not all(bool(t.detach().isfinite().all()) for t in tensors)
+    return not has_finite_products(q.detach(), k.detach(), modifiers.scale) or not all(bool(t.detach().isfinite().all()) for t in tensors)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

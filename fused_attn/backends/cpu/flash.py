@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
-from fused_attn.backends.cpu.tiles import TILE, MaskTiles, has_finite_products, is_finite
+from fused_attn.backends.cpu.tiles import TILE, MaskTiles, is_finite
+from fused_attn.checks import has_finite_products
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 

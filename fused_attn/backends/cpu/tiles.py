@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fused_attn.checks import has_finite_products
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_dtype
 from fused_attn.mask_rules import Pairs, evaluated, extent, filled
 from fused_attn.score_mods import SCORE_MODS, Bias
@@ -207,17 +208,6 @@ class MaskTiles:
         ends = ((t if t.shape[0] == 1 else t[batches])[:, queries, None] - columns[0] for t in self.intervals)
         start, end = (t.to(exact)[:, None] for t in ends)
         return torch.minimum(centre - start, end - centre)
-
-
-def has_finite_products(a: Tensor, b: Tensor) -> bool:
-    """Whether no product of rows of a and b is NaN or infinite: none exceeds the product of the norms (Cauchy and Schwarz)."""
-    return isfinite(_norm(a) * _norm(b))
-
-
-def _norm(tensor: Tensor) -> float:
-    if tensor.dtype.itemsize < 4:
-        return float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
-    return torch.linalg.vector_norm(tensor).item()  # type: ignore[no-any-return]
 
 
 def _is_tame(call: LoweredAttention) -> bool:
