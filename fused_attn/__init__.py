@@ -25,9 +25,11 @@ from fused_attn.masks import (
     SlidingWindow,
     ValidLengths,
 )
+from fused_attn.normalizers import Sigmoid
 from fused_attn.problem import UnsupportedError
 from fused_attn.score_mods import ALiBi, Bias, DecayBias, SoftCap
 from fused_attn.scoring import DotProduct, NegativeL2
+from fused_attn.selective import Selective
 
 __all__ = [
     "ALiBi",
@@ -47,6 +49,8 @@ __all__ = [
     "KeyPadding",
     "NegativeL2",
     "PrefixLM",
+    "Selective",
+    "Sigmoid",
     "SlidingWindow",
     "SoftCap",
     "UnsupportedError",

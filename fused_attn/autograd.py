@@ -18,23 +18,25 @@ from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.backends import eager
 from fused_attn.backends.base import AuxTensors, Forward, Incoming
 from fused_attn.checks import is_traced
-from fused_attn.dropout import Dropout
-from fused_attn.kernel_score import KernelScore
-from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.mask_rules import Pairs, Rule
 from fused_attn.masks import Dense
 from fused_attn.modifiers import Modifiers
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
-from fused_attn.score_mods import SCORE_MODS
-from fused_attn.scoring import SCORINGS
+from fused_attn.vocabulary import modifiers_of, with_parameters
 
 _NO_OUTPUT = AuxOutput()
 
 
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     """Runs a problem on a kernel backend, differentiably."""
-    call, request = ops.fitted(problem.lower(), backend), problem.aux or NOTHING
-    if problem.requires_grad and not _outlives_functions():
+    return attended(problem.lower(), problem.aux or NOTHING, backend, problem.requires_grad)
+
+
+def attended(call: LoweredAttention, request: AuxRequest, backend: str, requires_grad: bool) -> tuple[Tensor, AuxOutput]:
+    """Runs a call on a kernel backend, differentiably where a gradient is wanted."""
+    call = ops.fitted(call, backend)
+    if requires_grad and not _outlives_functions():
         out, *aux = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
     forward = ops.attention_fwd(call, backend)
@@ -133,18 +135,17 @@ class _Attention(torch.autograd.Function):
         extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
         aux = _aux_output(forward, extra, request)
         ctx.save_for_backward(q, k, v, *tensors, *forward, aux.probs)
-        ctx.mark_non_differentiable(*(t for t in (aux.max_scores, aux.column_sums, aux.entropy) if t is not None))
         return forward.out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dprobs: Any = None, dscores: Any = None, dlse: Any = None, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Any, dprobs: Any = None, dscores: Any = None, dlse: Any = None, *statistics: Any) -> Any:
         needs = (*ctx.needs_input_grad[2:5], *_needs(ctx.needs_input_grad[6:]))
-        grads = _attention_gradients(ctx, (dout, dlse, dprobs, dscores), needs)
+        grads = _attention_gradients(ctx, (dout, dlse, dprobs, dscores, *statistics), needs)
         return None, None, *grads[:3], *_place(ctx.static, grads[3:])
 
 
-def _attention_gradients(ctx: Any, arriving: tuple[Any, Any, Any, Any], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """From the gradients of (out, lse, probs, scores) to those of (q, k, v, sinks, *mod tensors)."""
+def _attention_gradients(ctx: Any, arriving: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """From the gradients of (out, lse, probs, scores, and maybe max_scores, column_sums, entropy) to those of (q, k, v, sinks, *mod tensors)."""
     device = next((g.device.type for g in arriving if g is not None), None)
     if device is None:
         return (None,) * len(needs)
@@ -153,8 +154,8 @@ def _attention_gradients(ctx: Any, arriving: tuple[Any, Any, Any, Any], needs: t
             return _attention_gradients(ctx, arriving, needs)
     q, k, v, *tensors, out, lse, stats, probs = ctx.saved_tensors
     call = LoweredAttention(q, k, v, _join(ctx.static, tensors))
-    dout, dlse, dprobs, dscores = arriving
-    incoming = Incoming(dout, dlse, dprobs, dscores, probs if dprobs is not None else None)
+    dout, dlse, dprobs, dscores, *statistics = arriving
+    incoming = Incoming(dout, dlse, dprobs, dscores, probs if dprobs is not None else None, *statistics)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _attention_through_eager(call, incoming, needs)
     return ops.attention_bwd(call, Forward(out, lse, stats), incoming, needs, ctx.backend)
@@ -205,15 +206,14 @@ def _attention_aux_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     q, k, v, *flat, out, lse, stats, _, ctx.backend = inputs
     ctx.static, *tensors = _split(Terms.unflatten(tuple(flat)))
     ctx.save_for_backward(q, k, v, *tensors, out, lse, stats, output[0])
-    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _attention_aux_backward(ctx: Any, dprobs: Any, dscores: Any, *_: Any) -> tuple[Any, ...]:
-    return *_op_gradients(ctx, (None, None, dprobs, dscores)), None, None, None, None, None
+def _attention_aux_backward(ctx: Any, dprobs: Any, dscores: Any, *statistics: Any) -> tuple[Any, ...]:
+    return *_op_gradients(ctx, (None, None, dprobs, dscores, *statistics)), None, None, None, None, None
 
 
-def _op_gradients(ctx: Any, arriving: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
+def _op_gradients(ctx: Any, arriving: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of q, k, v and the flattened terms."""
     wants = ctx.needs_input_grad
     dq, dk, dv, dsinks, *dmods = _attention_gradients(ctx, arriving, (*wants[:3], wants[8], *(wants[9] or ())))
@@ -254,15 +254,6 @@ for _name in ("attention_bwd", "softmax_bwd"):
     torch.library.register_autograd(f"fused_attn::{_name}", _once_only, lib=ops.library)
 
 
-def _modifiers(terms: Terms, grid: Grid) -> Modifiers:
-    """The normal form back as vocabulary, so that eager can evaluate it."""
-    keep = terms.mask.dense(grid)
-    mods = tuple(SCORE_MODS[score.name].from_kernel(score) for score in terms.mods)
-    dropout = None if terms.dropout is None else Dropout(*terms.dropout)
-    scoring = None if terms.scoring is None else SCORINGS[terms.scoring.name].from_kernel(terms.scoring)
-    return Modifiers(None if keep is None else Dense(keep), terms.scale, terms.q_offset, mods, terms.sinks, dropout, scoring)
-
-
 def _grad(
     outputs: tuple[Any, ...], arriving: tuple[Any, ...], inputs: tuple[Any, ...], needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -276,26 +267,25 @@ def _grad(
 
 def _aliased(terms: Terms) -> Terms:
     """The same terms on fresh views of their parameters: one tensor passed twice must get its gradient once per place."""
-    scoring, mods = terms.scoring, tuple(_on_views(m) for m in terms.mods)
-    sinks = None if terms.sinks is None else terms.sinks.view_as(terms.sinks)
-    return replace(terms, mods=mods, sinks=sinks, scoring=None if scoring is None else _on_views(scoring))
+    return with_parameters(terms, [None if t is None else t.view_as(t) for t in terms.parameters])
 
 
-def _on_views(score: KernelScore) -> KernelScore:
-    return replace(score, tensors=tuple(t.view_as(t) for t in score.tensors))
+def _vocabulary(call: LoweredAttention | LoweredSoftmax) -> Modifiers:
+    keep = call.terms.mask.dense(call.grid)
+    return modifiers_of(call.terms, None if keep is None else Dense(keep))
 
 
 def _attention_through_eager(call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     q, k, v = (t.view_as(t) for t in (call.q, call.k, call.v))
     call = LoweredAttention(q, k, v, _aliased(call.terms))
-    request = AuxRequest(probs=incoming.dprobs is not None, scores=incoming.dscores is not None, lse=incoming.dlse is not None)
-    problem = AttentionProblem(call.q, call.k, call.v, _modifiers(call.terms, call.grid), request)
-    out, aux = eager.attention(problem)
-    arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores)
-    return _grad((out, aux.lse, aux.probs, aux.scores), arriving, (call.q, call.k, call.v, *call.terms.parameters), needs)
+    arriving = (incoming.dprobs, incoming.dscores, incoming.dlse, *incoming.statistics)
+    request = AuxRequest(*[t is not None for t in arriving])
+    out, aux = eager.attention(AttentionProblem(call.q, call.k, call.v, _vocabulary(call), request))
+    outputs = (out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy)
+    return _grad(outputs, (incoming.dout, *arriving), (call.q, call.k, call.v, *call.terms.parameters), needs)
 
 
 def _softmax_through_eager(call: LoweredSoftmax, dout: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     call = replace(call, scores=call.scores.view_as(call.scores), terms=_aliased(call.terms))
-    problem = SoftmaxProblem(call.scores, _modifiers(call.terms, call.grid), call.log, call.uniform_empty)
+    problem = SoftmaxProblem(call.scores, _vocabulary(call), call.log, call.uniform_empty)
     return _grad((eager.softmax(problem),), (dout,), (call.scores, *call.terms.parameters[1:]), needs)

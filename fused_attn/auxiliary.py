@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fused_attn.checks import described
-from fused_attn.pytrees import register
+from fused_attn.checks import INTS, described, require_tensor
+from fused_attn.pytrees import is_same, register, state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AuxRequest:
     """What to return besides the output; asking for more never changes the output.
 
@@ -18,9 +19,11 @@ class AuxRequest:
         probs: probabilities after the softmax and before dropout, [batch, heads, q_len, kv_len], inputs' dtype, differentiable.
         scores: scores after all modifications, -inf where masked, [batch, heads, q_len, kv_len], inputs' dtype, differentiable.
         lse: natural log of the softmax denominator (sinks included), [batch, heads, q_len], float32 (float64 for float64), differentiable.
-        max_scores: largest allowed score of each row, [batch, heads, q_len], like lse but without gradient.
-        column_sums: probabilities summed over the queries, [batch, heads, kv_len], like lse but without gradient.
-        entropy: -sum p log p of each row, [batch, heads, q_len], like lse but without gradient.
+        max_scores: largest allowed score of each row, [batch, heads, q_len], like lse; equal ones share its gradient.
+        column_sums: probabilities summed over the queries, [batch, heads, kv_len], like lse.
+        entropy: -sum p log p of each row, [batch, heads, q_len], like lse.
+        rows: int64 tensor [n] of queries, from the end where negative: probs and scores are of these alone, [batch, heads, n, kv_len].
+        heads: int64 tensor [n] of query heads, likewise.
 
     Example:
         >>> AuxRequest(probs=True, lse=True).names
@@ -33,27 +36,58 @@ class AuxRequest:
     max_scores: bool = False
     column_sums: bool = False
     entropy: bool = False
+    rows: Tensor | None = None
+    heads: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not isinstance(getattr(self, field.name), bool):
-                raise TypeError(f"AuxRequest {field.name} must be a bool; got {described(getattr(self, field.name))}. Pass True or False.")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"AuxRequest {name} must be a bool; got {described(getattr(self, name))}. Pass True or False.")
+        for name in ("rows", "heads"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            require_tensor(f"AuxRequest {name}", value, INTS, "an int tensor [n]", f"Write torch.tensor([0, 5]) for two {name}.")
+            if value.dim() != 1:
+                raise ValueError(f"AuxRequest {name} must have shape [n]; got {list(value.shape)}. Flatten it.")
+            if not (self.probs or self.scores):
+                raise ValueError(f"AuxRequest {name} must come with probs=True or scores=True; got neither. They alone are cut by it.")
+
+    def __eq__(self, other: object) -> bool:
+        return is_same(state(self), state(other)) if isinstance(other, AuxRequest) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.flags)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f.name for f in fields(self) if getattr(self, f.name))
+        return tuple([name for name in _SWITCHES if getattr(self, name)])
 
     @property
     def flags(self) -> tuple[bool, ...]:
         """The six switches in the order of the fields."""
-        return tuple(getattr(self, f.name) for f in fields(self))  # dataclasses.astuple copies, which Dynamo of torch 2.10 refuses
+        return tuple([getattr(self, name) for name in _SWITCHES])
 
     @property
     def needs_pass(self) -> bool:
         """Whether anything is asked for that the forward kernel does not leave behind anyway."""
         return self.probs or self.scores or self.max_scores or self.column_sums or self.entropy
 
+    @property
+    def is_picked(self) -> bool:
+        """Whether probs and scores are of some rows or heads only."""
+        return self.rows is not None or self.heads is not None
 
+    def indices(self, heads: int, q_len: int) -> tuple[Tensor | None, Tensor | None]:
+        """The heads and rows asked for as int64 indices from 0 on, None for all of them."""
+        head, row = (
+            None if t is None else torch.where(t < 0, t + size, t).to(torch.int64) for t, size in ((self.heads, heads), (self.rows, q_len))
+        )
+        return head, row
+
+
+register(AuxRequest)
+_SWITCHES = ("probs", "scores", "lse", "max_scores", "column_sums", "entropy")
 NOTHING = AuxRequest()
 
 

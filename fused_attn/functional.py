@@ -8,22 +8,26 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fused_attn import autograd, backends, torch_sdpa
+from fused_attn import autograd, backends, composed, torch_sdpa
 from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.backends import Explanation, eager
 from fused_attn.dropout import Dropout
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.masks import Mask
+from fused_attn.normalizers import Normalizer
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, active_transform, softmax_dim
 from fused_attn.score_mods import ScoreMod
 from fused_attn.scoring import Scoring
+
+EmptyRows = Literal["zero", "uniform", "softmax"]
 
 
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None, scoring: Scoring | None = None,
     q_offset: int | Tensor | None = None, score_mods: Sequence[ScoreMod] = (), sinks: Tensor | None = None,
-    dropout: Dropout | None = None, return_aux: None = None, backend: str = "auto",
+    dropout: Dropout | None = None, normalizer: Normalizer | None = None, empty_rows: EmptyRows = "zero",
+    return_aux: None = None, backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -31,7 +35,8 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = None, scale: float | None = None, scoring: Scoring | None = None,
     q_offset: int | Tensor | None = None, score_mods: Sequence[ScoreMod] = (), sinks: Tensor | None = None,
-    dropout: Dropout | None = None, return_aux: AuxRequest, backend: str = "auto",
+    dropout: Dropout | None = None, normalizer: Normalizer | None = None, empty_rows: EmptyRows = "zero",
+    return_aux: AuxRequest, backend: str = "auto",
 ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
 
 
@@ -47,6 +52,8 @@ def attention(
     score_mods: Sequence[ScoreMod] = (),
     sinks: Tensor | None = None,
     dropout: Dropout | None = None,
+    normalizer: Normalizer | None = None,
+    empty_rows: EmptyRows = "zero",
     return_aux: AuxRequest | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AuxOutput]:
@@ -66,12 +73,16 @@ def attention(
         score_mods: modifications of the scores, in order.
         sinks: logits [heads] that join only the softmax's denominator (arXiv 2309.17453), differentiable.
         dropout: counter-based dropout of the probabilities.
+        normalizer: what makes weights of a row's scores, instead of the softmax: ``Sigmoid()``, or one of ``fused_attn.normalizers``.
+        empty_rows: what rows without any allowed key give: "zero"; "uniform", weights of 1/kv_len through which nothing flows to the
+            scores (a fill that replaces them); or "softmax", the same weights with the softmax's gradient (a fill that is added). Their
+            lse is -inf. With a sink no row is empty.
         return_aux: what to return besides the output; asking for more never changes the output.
         backend: "auto", or a name that runs or raises, never falls back.
 
     Returns:
         out [batch, heads, q_len, value_dim], or (out, AuxOutput) exactly when ``return_aux`` is given. Rows without any allowed
-        key give zeros, lse -inf and zero gradients.
+        key give zeros, lse -inf and zero gradients, or what ``empty_rows`` says.
 
     Raises:
         ValueError, TypeError: the arguments contradict each other; the message says what to do.
@@ -92,6 +103,8 @@ def attention(
         "score_mods": score_mods,
         "sinks": sinks,
         "dropout": dropout,
+        "normalizer": normalizer,
+        "empty_rows": empty_rows,
         "return_aux": return_aux,
     }
     if _is_autocast(q):
@@ -104,8 +117,7 @@ def attention(
 
 
 def _attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
-    name = backends.resolve(problem, backend)
-    return eager.attention(problem) if name == backends.EAGER else autograd.attention(problem, name)
+    return composed.attention(problem, backends.resolve(problem, backend), is_free=backend == "auto")
 
 
 def explain(
@@ -120,6 +132,8 @@ def explain(
     score_mods: Sequence[ScoreMod] = (),
     sinks: Tensor | None = None,
     dropout: Dropout | None = None,
+    normalizer: Normalizer | None = None,
+    empty_rows: EmptyRows = "zero",
     return_aux: AuxRequest | None = None,
 ) -> Explanation:
     """Which backend ``attention`` would run for these arguments, and why each other one would not.
@@ -137,6 +151,8 @@ def explain(
         "score_mods": score_mods,
         "sinks": sinks,
         "dropout": dropout,
+        "normalizer": normalizer,
+        "empty_rows": empty_rows,
         "return_aux": return_aux,
     }
     q, k, v = _autocast(q, k, v) if _is_autocast(q) else (q, k, v)

@@ -264,25 +264,32 @@ class Terms:
     sinks: Tensor | None = None
     dropout: KernelDropout | None = None
     scoring: KernelScore | None = None
+    normalizer: KernelScore | None = None
 
     @property
     def entries(self) -> tuple[KernelScore, ...]:
-        """Whatever has numbers and tensors of its own: the scoring, where it is no dot product, then the modifications in order."""
+        """Whatever has tensors of its own: the scoring, where it is no dot product, then the modifications in order."""
         return self.mods if self.scoring is None else (self.scoring, *self.mods)
+
+    @property
+    def _written(self) -> tuple[tuple[str, KernelScore], ...]:
+        """The entries and the normaliser, where it is no softmax, each with what marks it in an op's string."""
+        entries = tuple([(_SCORING * (m is self.scoring), m) for m in self.entries])
+        return entries if self.normalizer is None else (*entries, (_NORMALIZER, self.normalizer))
 
     def flatten(self) -> tuple[Any, ...]:
         """Tensors, lists of scalars and one string: exactly the arguments an op schema can carry (see ``SCHEMA``)."""
         mask, offset = self.mask, self.q_offset
         assert not mask.rules, "an op takes tensors"
         is_tensor = isinstance(offset, Tensor)
-        numbers = [pair for m in self.entries for pair in zip(m.scalars, m.kinds, strict=True)]
+        numbers = [pair for _, m in self._written for pair in zip(m.scalars, m.kinds, strict=True)]
         ints: list[Any] = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
         ints += [x for x, kind in numbers if kind == "i"]
         floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for x, kind in numbers if kind == "f")]
         return (
             offset if is_tensor else None, mask.kv_start, mask.kv_end, mask.keep, self.dropout.seed if self.dropout else None,
             self.sinks, [t for m in self.entries for t in m.tensors], ints, floats,
-            ",".join(_SCORING * (m is self.scoring) + m.entry for m in self.entries),
+            ",".join(mark + m.entry for mark, m in self._written),
         )  # fmt: skip
 
     # AOTInductor hands an empty list over as None, hence Tensor[]?.
@@ -298,17 +305,24 @@ class Terms:
         scale, p, *more = floats
         numbers, tensors = {"f": iter(more), "i": iter(ints[3:])}, iter(mod_tensors or ())
         left, right = (None if x < 0 else x for x in ints[:2])
-        entries = list(parse(mods.removeprefix(_SCORING), numbers, tensors))
+        entries = list(parse(mods.removeprefix(_SCORING).replace(_NORMALIZER, ""), numbers, tensors))
         scoring = entries.pop(0) if mods.startswith(_SCORING) else None
+        normalizer = entries.pop() if _NORMALIZER in mods else None
         return cls(
             KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
-            tuple(entries), sinks, None if seed is None else KernelDropout(p, seed), scoring,
+            tuple(entries), sinks, None if seed is None else KernelDropout(p, seed), scoring, normalizer,
         )  # fmt: skip
 
     @property
     def holds_tensors(self) -> bool:
         """Whether anything but the inputs is a tensor."""
-        if self.entries or self.sinks is not None or self.dropout is not None or isinstance(self.q_offset, Tensor):
+        if (
+            self.entries
+            or self.normalizer is not None
+            or self.sinks is not None
+            or self.dropout is not None
+            or isinstance(self.q_offset, Tensor)
+        ):
             return True
         mask = self.mask
         return mask.kv_start is not None or mask.kv_end is not None or mask.has_pairs
@@ -319,8 +333,8 @@ class Terms:
         return (self.sinks, *(t for m in self.entries for t in m.tensors))
 
 
-# What marks the scoring among the entries of an op's string.
-_SCORING = "@"
+# What marks the scoring and the normaliser among the entries of an op's string.
+_SCORING, _NORMALIZER = "@", "!"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import pytrees
+from fused_attn.auxiliary import AuxRequest
 from fused_attn.checks import (
     FLOATS,
     INTS,
@@ -17,15 +18,19 @@ from fused_attn.checks import (
     as_number,
     described,
     is_traced,
+    require_device,
     require_shape,
     require_tensor,
+    require_true,
 )
 from fused_attn.dropout import Dropout
 from fused_attn.kernel_score import KernelScore
 from fused_attn.lowering import Grid, KernelMask, Terms
 from fused_attn.masks import Mask, as_mask
+from fused_attn.normalizers import Normalizer
 from fused_attn.score_mods import ScoreMod
 from fused_attn.scoring import Scoring, as_product
+from fused_attn.selective import Selective
 
 if TYPE_CHECKING:
     from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -110,6 +115,10 @@ def checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
                 f"{type(mod).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
             )
         mod.check(grid)
+    if any(isinstance(mod, Selective) for mod in mods[:-1]):
+        raise ValueError(
+            "Selective must be the last modification, once; got others after it. It needs the scores that they leave: put it at the end."
+        )
     return tuple(mods)
 
 
@@ -130,10 +139,47 @@ def checked_scoring(scoring: object, scale: object, grid: Grid) -> Scoring:
     return scoring
 
 
+def checked_normalizer(normalizer: object, grid: Grid) -> Normalizer:
+    """A normaliser that fits the grid."""
+    if not isinstance(normalizer, Normalizer):
+        got = f"the class {normalizer.__name__} itself" if isinstance(normalizer, type) else described(normalizer)
+        raise TypeError(f"normalizer must be a fused_attn normaliser; got {got}. Write Sigmoid(), or None for the softmax.")
+    if not is_dataclass(normalizer):
+        raise TypeError(
+            f"{type(normalizer).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
+        )
+    normalizer.check(grid)
+    return normalizer
+
+
+def require_softmax(normalizer: Normalizer, others: dict[str, bool]) -> None:
+    """What belongs to the softmax is not asked of another normaliser; ``others`` says what is asked for."""
+    asked = [name for name, is_asked in others.items() if is_asked]
+    if asked:
+        raise ValueError(
+            f"{asked[0]} belongs to the softmax's denominator and must not be combined with another normalizer; got {type(normalizer).__name__}. "
+            "Leave one of them out."
+        )
+
+
 def require_sinks(sinks: object, heads: int, device: torch.device) -> None:
     """One logit per query head."""
     tensor = require_tensor("sinks", sinks, FLOATS, "a floating-point tensor [heads]", "Give one logit per query head.")
     require_shape("sinks", tensor, ((heads,),), device)
+
+
+def require_request(aux: object, grid: Grid) -> None:
+    """A request whose rows and heads are among the call's."""
+    if not isinstance(aux, AuxRequest):
+        raise TypeError(f"return_aux must be a fused_attn.AuxRequest; got {described(aux)}. Write AuxRequest(probs=True).")
+    for name, indices, size in (("rows", aux.rows, grid.shape[2]), ("heads", aux.heads, grid.shape[1])):
+        if indices is not None:
+            require_device(f"AuxRequest {name}", indices, grid.device)
+            require_true(
+                ((indices >= -size) & (indices < size)).all(),
+                f"AuxRequest {name} must lie in [-{size}, {size}); got others. Count from 0, or from the end with negative numbers.",
+                indices,
+            )
 
 
 _EVERYTHING = KernelMask()
@@ -150,6 +196,7 @@ class Modifiers:
     sinks: Tensor | None = None
     dropout: Dropout | None = None
     scoring: Scoring | None = None
+    normalizer: Normalizer | None = None
 
     def as_product(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Modifiers]:
         """q, k and modifiers of the same call with a scoring that lowers turned into a dot product."""
@@ -160,19 +207,22 @@ class Modifiers:
 
     def lower(self, problem: AttentionProblem | SoftmaxProblem) -> Terms:
         """The normal form on the problem's grid."""
-        if self.mask is None and not self.score_mods and self.dropout is None and self.scoring is None:
+        if self.mask is None and not self.score_mods and self.dropout is None and self.scoring is None and self.normalizer is None:
             return Terms(_EVERYTHING, self.scale, self.q_offset, (), self.sinks)
         grid = problem.grid
         mask = _EVERYTHING if self.mask is None else self.mask.lower(grid).settled(grid)
         mods: tuple[KernelScore, ...] = tuple(score for mod in self.score_mods for score in mod.lower(grid))
         dropout = self.dropout.lower(grid.device) if self.dropout is not None else None
-        return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout, None if self.scoring is None else self.scoring.to_kernel())
+        scoring = None if self.scoring is None else self.scoring.to_kernel()
+        normalizer = None if self.normalizer is None else self.normalizer.to_kernel()
+        return Terms(mask, self.scale, self.q_offset, mods, self.sinks, dropout, scoring, normalizer)
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """Tensors that may want a gradient: the sinks, then those of the scoring and of the modifications."""
+        """Tensors that may want a gradient: the sinks, then those of the scoring, of the modifications and of the normaliser."""
         scoring = () if self.scoring is None else self.scoring.tensors
-        return (*(() if self.sinks is None else (self.sinks,)), *scoring, *(t for m in self.score_mods for t in m.tensors))
+        normalizer = () if self.normalizer is None else self.normalizer.tensors
+        return (*(() if self.sinks is None else (self.sinks,)), *scoring, *(t for m in self.score_mods for t in m.tensors), *normalizer)
 
     def with_parameters(self, tensors: tuple[Tensor, ...]) -> Modifiers:
         """A copy on other tensors, in the order of ``parameters``."""
@@ -180,4 +230,5 @@ class Modifiers:
         sinks = None if self.sinks is None else left.pop(0)
         scoring = None if self.scoring is None else self.scoring.with_tensors(tuple([left.pop(0) for _ in self.scoring.tensors]))
         mods = tuple([m.with_tensors(tuple([left.pop(0) for _ in m.tensors])) for m in self.score_mods])
-        return replace(self, sinks=sinks, score_mods=mods, scoring=scoring)
+        normalizer = None if self.normalizer is None else self.normalizer.with_tensors(tuple(left))
+        return replace(self, sinks=sinks, score_mods=mods, scoring=scoring, normalizer=normalizer)

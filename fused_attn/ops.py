@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_attn import backends, flops
+from fused_attn import backends, flops, statistics
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
 from fused_attn.batching import is_batched, older_vmap_kernel, vmap_rule
@@ -32,7 +32,8 @@ library.define(
 )
 library.define(
     f"attention_bwd(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, Tensor out, Tensor lse, Tensor stats,"
-    " Tensor? dout, Tensor? dlse, Tensor? dprobs, Tensor? dscores, Tensor? probs, int[] needs, str backend) -> Tensor[]"
+    " Tensor? dout, Tensor? dlse, Tensor? dprobs, Tensor? dscores, Tensor? probs,"
+    " Tensor? dmax_scores, Tensor? dcolumn_sums, Tensor? dentropy, int[] needs, str backend) -> Tensor[]"
 )
 library.define(f"softmax_fwd(Tensor scores, {Terms.SCHEMA}, int[] switches, str backend) -> (Tensor out, Tensor probs)")
 library.define(
@@ -107,10 +108,20 @@ def _differentiable() -> Iterator[None]:
 
 
 def _attention_bwd_impl(*args: Any) -> list[Tensor]:
-    call, (out, lse, stats, dout, dlse, dprobs, dscores, probs, needs, backend) = _attention(args)
-    incoming = Incoming(dout, dlse, dprobs, dscores, probs)
+    call, (out, lse, stats, *arriving, needs, backend) = _attention(args)
     with _differentiable():
-        return _filled(call.q, backends.get(backend).attention_bwd(call, Forward(out, lse, stats), incoming, tuple(map(bool, needs))))
+        return _filled(call.q, _gradients(call, Forward(out, lse, stats), Incoming(*arriving), tuple(map(bool, needs)), backend))
+
+
+def _gradients(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...], backend: str) -> Gradients:
+    """The backend's gradients, and those of statistics that something arrives at."""
+    if all(t is None for t in incoming.statistics):
+        return backends.get(backend).attention_bwd(call, forward, incoming, needs)
+    through_statistics = statistics.gradients(call, incoming, needs)
+    if not incoming.reaches_kernels:
+        return through_statistics
+    through_kernels = backends.get(backend).attention_bwd(call, forward, incoming, needs)
+    return tuple([a if b is None else b if a is None else a + b for a, b in zip(through_kernels, through_statistics, strict=True)])
 
 
 def _attention_bwd_fake(*args: Any) -> list[Tensor]:
@@ -192,9 +203,9 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...], backend: str) -> Gradients:
     """Gradients of q, k, v, the sinks and the modifications' tensors, None where not needed."""
-    arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
+    arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs, *incoming.statistics)
     if not captured(call.q) and not is_batched(*arriving):
-        return backends.get(backend).attention_bwd(call, forward, incoming, needs)
+        return _gradients(call, forward, incoming, needs, backend)
     call = _storable(call)
     tensors = _counted("attention_bwd")(call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), backend)
     return _optional(tensors, needs)

@@ -21,14 +21,18 @@ from fused_attn.modifiers import (
     as_scale,
     checked_mask,
     checked_mods,
+    checked_normalizer,
     checked_scoring,
     require_dropout,
+    require_request,
     require_sinks,
+    require_softmax,
     resolve_offset,
 )
 from fused_attn.score_mods import Bias
 
 DTYPES = FLOATS
+EMPTY_ROWS = ("zero", "uniform", "softmax")
 
 
 class UnsupportedError(RuntimeError):
@@ -59,9 +63,10 @@ class AttentionProblem:
         q: [batch, heads, q_len, head_dim].
         k: [batch, kv_heads, kv_len, head_dim].
         v: [batch, kv_heads, kv_len, value_dim].
-        modifiers: mask, scale or scoring, alignment, score modifications, sinks, dropout.
+        modifiers: mask, scale or scoring, alignment, score modifications, sinks, dropout, normaliser.
         aux: what to return besides the output, or None.
         transform: the torch transform it runs under, or None.
+        empty_rows: what rows without keys give: "zero", "uniform" or "softmax".
     """
 
     q: Tensor
@@ -70,6 +75,7 @@ class AttentionProblem:
     modifiers: Modifiers
     aux: AuxRequest | None = None
     transform: str | None = None
+    empty_rows: str = "zero"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -132,28 +138,25 @@ class AttentionProblem:
             offset = resolve_offset(offset, positional, shape, q.device)
             grid = Grid(shape, q.device, offset)
             mask, mods = checked_mask(mask, grid), checked_mods(mods, grid)
-        scoring = options.get("scoring")
+        offset = 0 if offset is None else offset
+        scoring, normalizer, aux = options.get("scoring"), options.get("normalizer"), options["return_aux"]
+        empty_rows = options.get("empty_rows", "zero")
+        grid = Grid(shape, q.device, offset) if scoring is not None or normalizer is not None or aux is not None else None
         if scoring is not None:
-            scoring = checked_scoring(
-                scoring, options["scale"], Grid(shape, q.device, offset or 0 if not isinstance(offset, Tensor) else offset)
-            )
-            scale = 1.0
+            scoring, scale = checked_scoring(scoring, options["scale"], grid), 1.0
         sinks = options["sinks"]
         if sinks is not None:
             require_sinks(sinks, heads, q.device)
-        aux = options["return_aux"]
-        if aux is not None and not isinstance(aux, AuxRequest):
-            raise TypeError(f"return_aux must be a fused_attn.AuxRequest; got {described(aux)}. Write AuxRequest(probs=True).")
-        modifiers = Modifiers(
-            mask,
-            scale,
-            offset or 0 if not isinstance(offset, Tensor) else offset,
-            tuple(mods),
-            sinks,
-            require_dropout(options["dropout"]),
-            scoring,
-        )
-        return cls(q, k, v, modifiers, aux, active_transform())
+        if aux is not None:
+            require_request(aux, grid)
+        if not isinstance(empty_rows, str) or empty_rows not in EMPTY_ROWS:
+            raise ValueError(f"empty_rows must be 'zero', 'uniform' or 'softmax'; got {described(empty_rows)}. 'zero' is the default.")
+        if normalizer is not None:
+            normalizer = checked_normalizer(normalizer, grid)
+            statistics = {f"the {name} of a row": aux is not None and getattr(aux, name) for name in ("lse", "entropy")}
+            require_softmax(normalizer, {"sinks": sinks is not None, "empty_rows": empty_rows != "zero", **statistics})
+        modifiers = Modifiers(mask, scale, offset, tuple(mods), sinks, require_dropout(options["dropout"]), scoring, normalizer)
+        return cls(q, k, v, modifiers, aux, active_transform(), empty_rows)
 
 
 def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -99,6 +99,11 @@ class ScoreMod(HoldsTensors):
 SCORE_MODS: dict[str, type[ScoreMod]] = {}
 
 
+def is_authored(mod: ScoreMod) -> bool:
+    """Whether a modification's own code takes its tensors whole, as the author shaped them, and finds all heads together."""
+    return not mod.by_parts and type(mod).lower is ScoreMod.lower
+
+
 def modified(mod: ScoreMod, scores: Tensor, grid: Grid) -> Tensor:
     """The scores after ``mod.apply``, in their own dtype.
 
@@ -312,3 +317,21 @@ class DecayBias(ScoreMod):
     def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
         steps = torch.arange(grid.shape[1] * grid.shape[3], device=grid.device, dtype=torch.float32).view(1, grid.shape[1], -1)
         yield cls(-0.05 * steps)
+
+
+@dataclass(frozen=True)
+class Level(ScoreMod):
+    """Zeros with the gradient of the scores, but of those that are not finite: what an additive fill leaves of a row without keys.
+
+    Example:
+        >>> Level().apply(torch.tensor([3.0, -torch.inf]), None)
+        tensor([0., 0.])
+    """
+
+    name: ClassVar[str] = "level"
+    is_tame: ClassVar[bool] = True
+    by_parts: ClassVar[bool] = True
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        finite = scores.masked_fill(~scores.isfinite(), 0.0)
+        return finite - finite.detach()

@@ -36,6 +36,7 @@ class Scoring(HoldsTensors):
         name: what backends resolve; registered when the class is defined.
         kernels: names of the score modifications that ``lower`` adds.
         lowers: whether the class has a ``lower``; set when it is defined.
+        by_parts: whether its tensors are 4-D with a dimension of heads in the normal form, so that one head's scores can be asked for.
 
     Example:
         >>> @dataclass(frozen=True, eq=False)
@@ -54,6 +55,7 @@ class Scoring(HoldsTensors):
     name: ClassVar[str] = ""
     kernels: ClassVar[tuple[str, ...]] = ()
     lowers: ClassVar[bool] = False
+    by_parts: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         register(cls)

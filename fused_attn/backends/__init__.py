@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from fused_attn.checks import described
 from fused_attn.mask_rules import Pairs, extent
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
+from fused_attn.selective import Selective
 
 if TYPE_CHECKING:
     from fused_attn.backends.base import Backend
@@ -156,6 +157,24 @@ def _mask_notes(problem: AttentionProblem | SoftmaxProblem, chosen: str) -> list
     return [f"the mask is not one run of keys per query: it is stored with one byte per pair, {size:.3g} MiB"]
 
 
+def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    """What is made of several kernel calls, or beside them."""
+    if isinstance(problem, SoftmaxProblem):
+        return []
+    notes, request, mods = [], problem.aux, problem.modifiers.score_mods
+    if mods and isinstance(mods[-1], Selective):
+        notes.append(
+            "Selective: blocks of queries one after another, O(q_len * kv_len / block) memory (inside torch.compile one head's scores)"
+        )
+    if problem.empty_rows != "zero":
+        notes.append(f"empty_rows={problem.empty_rows!r}: rows without keys run in a second pass")
+    if request is not None and request.is_picked:
+        notes.append("rows and heads of probs and scores are computed by the definition, O(rows * kv_len) memory")
+    if request is not None and problem.requires_grad and (request.max_scores or request.column_sums or request.entropy):
+        notes.append("gradients of max_scores, column_sums and entropy recompute through the definition, O(block * kv_len) memory")
+    return notes
+
+
 def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     """Asks every backend, in order."""
     rows = []
@@ -169,5 +188,5 @@ def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     notes = ["the definition; needs O(q_len * kv_len) memory"] if chosen == EAGER else []
     if chosen != EAGER and problem.requires_grad:
         notes.append("double backward recomputes through eager and needs O(q_len * kv_len) memory")
-    notes += [] if chosen == EAGER else _mask_notes(problem, chosen)
+    notes += [] if chosen == EAGER else [*_mask_notes(problem, chosen), *_composition_notes(problem)]
     return Explanation(chosen, tuple(rows), tuple(notes))

@@ -13,8 +13,9 @@ from fused_attn.auxiliary import AuxRequest
 from fused_attn.kernel_score import unlowerable
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
-from fused_attn.score_mods import SCORE_MODS
+from fused_attn.score_mods import SCORE_MODS, is_authored
 from fused_attn.scoring import SCORINGS
+from fused_attn.selective import Selective
 
 
 class Forward(NamedTuple):
@@ -37,13 +38,29 @@ class AuxTensors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """Gradients that arrive at attention's backward; None means zero. ``probs`` is the forward's own output, saved for ``dprobs``."""
+    """Gradients that arrive at attention's backward; None means zero. ``probs`` is the forward's own output, saved for ``dprobs``.
+
+    Backends see the first four; what arrives at the statistics is the business of ``statistics``.
+    """
 
     dout: Tensor | None
     dlse: Tensor | None = None
     dprobs: Tensor | None = None
     dscores: Tensor | None = None
     probs: Tensor | None = None
+    dmax_scores: Tensor | None = None
+    dcolumn_sums: Tensor | None = None
+    dentropy: Tensor | None = None
+
+    @property
+    def statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What arrives at the largest scores, the column sums and the entropies."""
+        return self.dmax_scores, self.dcolumn_sums, self.dentropy
+
+    @property
+    def reaches_kernels(self) -> bool:
+        """Whether anything arrives at what backends differentiate."""
+        return any(t is not None for t in (self.dout, self.dlse, self.dprobs, self.dscores))
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -118,6 +135,27 @@ def authored_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     found = [unlowerable(mod, SCORE_MODS) for mod in problem.modifiers.score_mods if not mod.by_parts]
     found += [] if scoring is None or scoring.lowers else [unlowerable(scoring, SCORINGS)]
     return [reason for reason in found if reason]
+
+
+def composition_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    """The reasons shared by every kernel backend: what only the definition computes, or computes together."""
+    if isinstance(problem, SoftmaxProblem):
+        return []
+    modifiers, reasons = problem.modifiers, []
+    if modifiers.normalizer is not None and not modifiers.normalizer.name:
+        reasons.append(f"{type(modifiers.normalizer).__name__} takes whole rows of scores (the dense path, O(q_len * kv_len) memory)")
+    if not modifiers.score_mods or not isinstance(modifiers.score_mods[-1], Selective):
+        return reasons
+    scoring = modifiers.scoring
+    authored = [m for m in modifiers.score_mods if is_authored(m)]
+    if authored or (scoring is not None and not scoring.lowers and not scoring.by_parts):
+        owner = authored[0] if authored else scoring
+        reasons.append(f"Selective runs on blocks of queries and on head 0 alone, for which {type(owner).__name__} cannot be cut")
+    if problem.empty_rows == "softmax":
+        reasons.append("Selective together with empty_rows='softmax' is computed by eager only")
+    if problem.aux is not None and problem.aux.is_picked:
+        reasons.append("rows and heads picked out of a Selective call are computed by eager only")
+    return reasons
 
 
 def transform_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:

@@ -25,6 +25,7 @@ from fused_attn.backends.base import (
     allows_tf32,
     authored_refusals,
     capability_refusal,
+    composition_refusals,
     gradients_without_scores,
     has_wgmma,
     sink_gradient,
@@ -105,7 +106,7 @@ class CudaBackend:
                 reasons.append(f"head_dim and value_dim must be in [1, {MAX_HEAD_DIM}]; got {sizes[0]} and {sizes[1]}")
             if dtype == torch.float32 and allows_tf32():
                 reasons.append("TF32 is asked for, and these kernels compute float32 to its full precision")
-        return reasons + authored_refusals(problem) + _mod_refusals(problem)
+        return reasons + authored_refusals(problem) + composition_refusals(problem) + _mod_refusals(problem)
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> Yields | None:
         """These kernels multiply with mma.sync, Triton's on Hopper with wgmma; in float32 neither does."""
@@ -190,6 +191,10 @@ def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
             reasons.append(f"{type(mod).__name__} has no CUDA function (csrc/include/fused_attn/score_mod.cuh)")
         elif not all(MODS[k] for k in kernels) and any(t.requires_grad for t in mod.tensors):
             reasons.append(f"{type(mod).__name__} has no gradient for its tensor in CUDA")
+    if problem.modifiers.normalizer is not None and problem.modifiers.normalizer.name:
+        reasons.append(f"{type(problem.modifiers.normalizer).__name__} is no softmax, and the CUDA kernels compute nothing else")
+    if isinstance(problem, AttentionProblem) and problem.empty_rows == "softmax":
+        reasons.append("empty_rows='softmax' has no CUDA function (csrc/include/fused_attn/score_mod.cuh)")
     if count > MAX_MODS:
         reasons.append(f"at most {MAX_MODS} score modifications fit a kernel's arguments; got {count}")
     return reasons

@@ -6,7 +6,8 @@ in any dtype including float64, follows every torch transform, and costs O(q_len
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,62 +18,146 @@ from fused_attn.checks import captured, has_finite_products
 from fused_attn.dropout import keep_factor
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.lowering import Grid, KernelDropout, stat_dtype
-from fused_attn.masks import Mask
 from fused_attn.modifiers import Modifiers
+from fused_attn.normalizers import Softmax, weighed
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
-from fused_attn.score_mods import modified
+from fused_attn.score_mods import Level, modified
 from fused_attn.scoring import Scoring, scored
+from fused_attn.selective import Selective
 
 # Elements that a scoring's own code may need at a time: 64 MB of float32.
 BLOCK = 1 << 24
 
 
-def attention(problem: AttentionProblem, dtype: torch.dtype | None = None) -> tuple[Tensor, AuxOutput]:
+def attention(problem: AttentionProblem, dtype: torch.dtype | None = None, softmax: Softmax | None = None) -> tuple[Tensor, AuxOutput]:
     """Attention as its formula reads: softmax(mods(scale * q k^T), over the allowed keys) v.
 
     Args:
         problem: the checked call.
         dtype: what the two products are computed in; float32 for narrower inputs by default. The inputs' own dtype gives the
             error that a plain torch implementation makes, which the error rule compares with.
+        softmax: what other normalisers take for a softmax; the definition's own by default.
     """
     dtype = dtype or stat_dtype(problem.q.dtype)
     problem = _with_laid_out_gradients(problem)
-    grid, modifiers = problem.grid, problem.modifiers
-    groups = problem.q.shape[1] // problem.k.shape[1] if problem.k.shape[1] else 1
+    grid, modifiers, request = problem.grid, problem.modifiers, problem.aux or NOTHING
     q, k, v = (t.to(dtype) for t in (problem.q, problem.k, problem.v))
-    k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
-    allowed = _allowed(modifiers.mask, grid)
-    careful = _may_break(q, k, modifiers)
-    scores = _scores(problem, (q, k), allowed, careful)
-    empty = (scores == -torch.inf).all(-1, keepdim=True)
-    is_plain = allowed is None and len(modifiers.score_mods) == 0 and modifiers.scoring is None
-    if scores.shape[-1] and not (is_plain and captured(scores)) and _any(empty):
-        # A row whose scores are all -inf counts as one without keys: nothing it holds may show.
-        allowed = ~empty if allowed is None else allowed & ~empty
-        allowed = allowed.expand(scores.shape)
-        scores = _scores(problem, (q, k), allowed, careful)
-    probs, lse = _softmax(scores, modifiers.sinks)
-    probs = probs if allowed is None else probs.masked_fill(~allowed, 0.0)
-    weights = _dropped(probs, modifiers.dropout.lower(grid.device) if modifiers.dropout else None, grid)
+    k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+    allowed = None if modifiers.mask is None else modifiers.mask.allowed(grid)
+    rows = Rows.of((q, k), modifiers, grid, allowed, problem.empty_rows, softmax)
+    weights = _dropped(rows.probs, modifiers.dropout.lower(grid.device) if modifiers.dropout else None, grid)
+    allowed = rows.allowed
+    if modifiers.normalizer is not None:
+        weights = modifiers.normalizer.mix(weights)
+        allowed = allowed.any(1, keepdim=True) if allowed is not None and modifiers.normalizer.mixes_heads else allowed
     out = differentiable_sum(weights.to(dtype), v, allowed)
-    return laid_out_like(out.to(problem.q.dtype), problem.q), _aux(problem.aux or NOTHING, (scores, probs, lse), problem.q.dtype)
+    return laid_out_like(out.to(problem.q.dtype), problem.q), _picked(rows.aux(request, problem.q.dtype), request)
 
 
-def _scores(problem: AttentionProblem, pair: tuple[Tensor, Tensor], allowed: Tensor | None, careful: bool) -> Tensor:
+def _picked(aux: AuxOutput, request: AuxRequest) -> AuxOutput:
+    """The probabilities and scores cut to the rows and heads asked for."""
+    if not request.is_picked:
+        return aux
+
+    def cut(full: Tensor | None) -> Tensor | None:
+        for dim, indices in enumerate(() if full is None else request.indices(*full.shape[1:3]), 1):
+            full = full if full is None or indices is None else full.index_select(dim, indices)
+        return full
+
+    return replace(aux, probs=cut(aux.probs), scores=cut(aux.scores))
+
+
+def repeated(keys: Tensor, heads: int) -> Tensor:
+    """Keys or values [batch, kv_heads, ...] once per query head."""
+    groups = heads // keys.shape[1] if keys.shape[1] else 1
+    return keys.repeat_interleave(groups, 1) if groups != 1 else keys
+
+
+class Rows(NamedTuple):
+    """What some rows of the score array come to, all keys of them.
+
+    scores [batch, heads, rows, kv_len] after all modifications, -inf where masked; probs of that shape; lse [batch, heads, rows];
+    allowed, broadcastable to the scores, or None where every value counts.
+    """
+
+    scores: Tensor
+    probs: Tensor
+    lse: Tensor
+    allowed: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        pair: tuple[Tensor, Tensor],
+        modifiers: Modifiers,
+        grid: Grid,
+        allowed: Tensor | None,
+        empty_rows: str = "zero",
+        softmax: Softmax | None = None,
+    ) -> Rows:
+        """The rows of a grid's region.
+
+        Args:
+            pair: the region's queries [batch, heads, rows, head_dim] and all keys [batch, heads, kv_len, head_dim].
+            modifiers: what is applied.
+            grid: the region.
+            allowed: which of its pairs may attend, or None for all.
+            empty_rows: what rows without keys give.
+            softmax: what other normalisers take for a softmax.
+        """
+        careful, within = _may_break(*pair, modifiers), allowed
+        scores = _scores(modifiers, pair, grid, within, careful)
+        empty = (scores == -torch.inf).all(-1, keepdim=True)
+        is_plain = within is None and len(modifiers.score_mods) == 0 and modifiers.scoring is None
+        if scores.shape[-1] and not (is_plain and captured(scores)) and _any(empty):
+            # A row whose scores are all -inf counts as one without keys: nothing it holds may show.
+            within = (~empty if within is None else within & ~empty).expand(scores.shape)
+            scores = _scores(modifiers, pair, grid, within, careful)
+        if modifiers.normalizer is not None:
+            probs, lse = weighed(modifiers.normalizer, scores, softmax or _plain_softmax), scores.new_empty(0)
+        else:
+            probs, lse = _softmax(scores, modifiers.sinks)
+        probs = probs if within is None else probs.masked_fill(~within, 0.0)
+        if empty_rows == "zero" or scores.shape[-1] == 0:
+            return cls(scores, probs, lse, within)
+        nobody = (lse == -torch.inf)[..., None]
+        levels = torch.zeros_like(scores)
+        if empty_rows == "softmax":
+            levels = Level().apply(_scores(modifiers, pair, grid, nobody.expand(scores.shape), careful), grid)
+        return cls(scores, torch.where(nobody, _softmax(levels, None)[0], probs), lse, None if within is None else within | nobody)
+
+    def aux(self, request: AuxRequest, dtype: torch.dtype) -> AuxOutput:
+        """What is asked for."""
+        return AuxOutput(
+            probs=self.probs.to(dtype).contiguous() if request.probs else None,
+            scores=self.scores.to(dtype).contiguous() if request.scores else None,
+            lse=self.lse if request.lse else None,
+            max_scores=_row_max(self.scores) if request.max_scores else None,
+            column_sums=self.probs.sum(-2) if request.column_sums else None,
+            entropy=_entropy(self.probs) if request.entropy else None,
+        )
+
+
+def masked_scores(pair: tuple[Tensor, Tensor], modifiers: Modifiers, grid: Grid, allowed: Tensor | None) -> Tensor:
+    """Scores of a region after all modifications, -inf where masked; see ``Rows.of``."""
+    return _scores(modifiers, pair, grid, allowed, _may_break(*pair, modifiers))
+
+
+def _scores(modifiers: Modifiers, pair: tuple[Tensor, Tensor], grid: Grid, allowed: Tensor | None, careful: bool) -> Tensor:
     """Scores after all modifications, -inf where masked.
 
     ``careful`` keeps everything in a masked pair finite on the way, so that its derivative is 0 and not 0 * NaN.
     """
     q, k = pair
     hidden = None if allowed is None else ~allowed
-    if problem.modifiers.scoring is not None:
-        scores = _own_scores(problem.modifiers.scoring, q, k) if careful else _in_blocks(problem.modifiers.scoring, q, k)
+    if modifiers.scoring is not None:
+        scores = _own_scores(modifiers.scoring, q, k) if careful else _in_blocks(modifiers.scoring, q, k)
         scores = scores if hidden is None else scores.masked_fill(hidden, 0.0)
     else:
         scores = differentiable_products(q, k, allowed) if careful else q @ k.mT
-    scores = scores.to(stat_dtype(q.dtype)) * problem.modifiers.scale
-    for mod in problem.modifiers.score_mods:
-        scores = modified(mod, scores, problem.grid)
+    scores = scores.to(stat_dtype(q.dtype)) * modifiers.scale
+    for mod in modifiers.score_mods:
+        scores = mod.masked(scores, grid, allowed) if isinstance(mod, Selective) else modified(mod, scores, grid)
         scores = scores.masked_fill(hidden, 0.0) if careful and hidden is not None else scores
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
@@ -99,7 +184,7 @@ def softmax(problem: SoftmaxProblem) -> Tensor:
     scores = problem.scores.to(stat_dtype(problem.scores.dtype)) * modifiers.scale
     for mod in modifiers.score_mods:
         scores = modified(mod, scores, grid)
-    allowed = _allowed(modifiers.mask, grid)
+    allowed = None if modifiers.mask is None else modifiers.mask.allowed(grid)
     scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, -torch.inf) if _any(empty) else scores  # nothing flows through such a row, whatever arrives at it
@@ -129,10 +214,6 @@ def _with_laid_out_gradients(problem: _Problem) -> _Problem:
     return problem.with_inputs(with_laid_out_gradients(problem.inputs))
 
 
-def _allowed(mask: Mask | None, grid: Grid) -> Tensor | None:
-    return None if mask is None else mask.allowed(grid)
-
-
 def _any(condition: Tensor) -> bool:
     """Whether it holds anywhere; where values cannot be looked at, it may."""
     return captured(condition) or bool(condition.any())
@@ -160,6 +241,10 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return probs, lse[..., 0]
 
 
+def _plain_softmax(scores: Tensor) -> Tensor:
+    return _softmax(scores, None)[0]
+
+
 def _top(scores: Tensor) -> Tensor:
     """The rows' maxima without gradient, [..., 1], 0 where there is none."""
     if scores.shape[-1] == 0:
@@ -172,17 +257,10 @@ def _dropped(probs: Tensor, dropout: KernelDropout | None, grid: Grid) -> Tensor
     return probs if dropout is None else probs * keep_factor(dropout, grid, probs.dtype)
 
 
-def _aux(request: AuxRequest, rows: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> AuxOutput:
-    scores, probs, lse = rows
-    fixed, shares = scores.detach(), probs.detach()
-    return AuxOutput(
-        probs=probs.to(dtype).contiguous() if request.probs else None,
-        scores=scores.to(dtype).contiguous() if request.scores else None,
-        lse=lse if request.lse else None,
-        max_scores=_row_max(fixed) if request.max_scores else None,
-        column_sums=shares.sum(-2) if request.column_sums else None,
-        entropy=torch.special.entr(shares).sum(-1) if request.entropy else None,
-    )
+def _entropy(probs: Tensor) -> Tensor:
+    """-sum p log p of each row; what is 0 adds nothing and gets no gradient."""
+    some = probs.masked_fill(probs == 0, 1.0)
+    return -(some * some.log()).sum(-1)
 
 
 def _row_max(scores: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, authored_refusals, transform_refusal
+from fused_attn.backends.base import (
+    AuxTensors,
+    Forward,
+    Gradients,
+    Incoming,
+    authored_refusals,
+    composition_refusals,
+    transform_refusal,
+)
 from fused_attn.backends.cpu import attention, softmax
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
@@ -32,7 +40,7 @@ class CpuBackend:
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         device = problem.device.type
         reasons = [] if device == "cpu" else [f"it runs on CPU tensors only, not on {device}"]
-        return reasons + transform_refusal(problem) + authored_refusals(problem)
+        return reasons + transform_refusal(problem) + authored_refusals(problem) + composition_refusals(problem)
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
         """On small problems eager is faster; a compiler or tracer had better see one operation than choices by size."""
@@ -40,7 +48,7 @@ class CpuBackend:
         if isinstance(problem, SoftmaxProblem) or torch.compiler.is_compiling() or is_traced():
             return None
         scored = terms.scoring is not None and (not terms.scoring.lowers or bool(terms.scoring.kernels))
-        if terms.score_mods or scored or terms.sinks is not None or terms.dropout is not None:
+        if terms.score_mods or scored or terms.sinks is not None or terms.dropout is not None or terms.normalizer is not None:
             limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED
         elif terms.mask is not None and not terms.mask.positional and problem.requires_grad:
             limit = EAGER_MASKED_GRAD

@@ -18,6 +18,7 @@ from fused_attn.backends.cpu import flash
 from fused_attn.backends.cpu.leaves import Leaves, own_scores, vectors
 from fused_attn.backends.cpu.tiles import Operands, Tile
 from fused_attn.dropout import keep_factor
+from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import empty_out, laid_out_like
 from fused_attn.lowering import LoweredAttention, stat_dtype
 from fused_attn.score_mods import SCORE_MODS, modified
@@ -34,10 +35,12 @@ def attention_fwd(call: LoweredAttention) -> Forward:
         out.zero_()
     for tile in work.plan:
         scores, allowed = _scores(work, tile)
-        top = _normalise(scores)
-        sinks = _sinks(work, tile)
-        sums = _row_sums(scores).log_().add_(top) if sinks is None else _add_sinks(scores, top, sinks)[0]
-        lse[tile.rows] = sums[..., 0]
+        if call.terms.normalizer is not None:
+            _weigh(scores, call.terms.normalizer)
+        else:
+            top, sinks = _normalise(scores), _sinks(work, tile)
+            sums = _row_sums(scores).log_().add_(top) if sinks is None else _add_sinks(scores, top, sinks)[0]
+            lse[tile.rows] = sums[..., 0]
         _clear_masked(scores, allowed)
         if call.terms.dropout is not None:
             scores.mul_(keep_factor(call.terms.dropout, call.grid.at(*tile.region), work.dtype))
@@ -153,6 +156,20 @@ def _normalise(scores: Tensor) -> Tensor:
     return top
 
 
+def _weigh(scores: Tensor, sigmoid: KernelScore) -> None:
+    """1 / (1 + exp(-(s + bias))) in place; torch's own sigmoid gives other bits at the end of an array than inside it."""
+    scores.add_(sigmoid.scalars[0]).neg_().exp_().add_(1.0).reciprocal_()
+
+
+def _turn_into_probabilities(work: Operands, tile: Tile, scores: Tensor) -> Tensor | None:
+    """Scores become probabilities in place; the sinks' own, [batch, heads, rows, 1], where there are sinks."""
+    if work.call.terms.normalizer is not None:
+        _weigh(scores, work.call.terms.normalizer)
+        return None
+    top, sinks = _normalise(scores), _sinks(work, tile)
+    return None if sinks is None else _add_sinks(scores, top, sinks)[1]
+
+
 def _row_sums(probs: Tensor) -> Tensor:
     """The rows' sums of exp(scores - maximum): one over the largest probability; 1 in rows without keys."""
     peak = probs.amax(-1, keepdim=True)
@@ -182,9 +199,7 @@ def _fill_aux(work: Operands, tile: Tile, aux: AuxTensors) -> None:
         _write_row_block(aux.scores, tile, values, -torch.inf)
     if aux.probs is None and aux.column_sums is None and aux.entropy is None:
         return
-    top, sinks = _normalise(values), _sinks(work, tile)
-    if sinks is not None:
-        _add_sinks(values, top, sinks)
+    _turn_into_probabilities(work, tile, values)
     _clear_masked(values, allowed)
     if aux.probs is not None:
         _write_row_block(aux.probs, tile, values, 0.0)
@@ -252,8 +267,7 @@ class _Backward:
             if work.call.terms.entries:
                 probs = work.buffer("probs", tile).view(tile.shape).copy_(probs)
                 leaves = self._leaves(tile, None if allowed is None else ~allowed)
-        top, sinks = _normalise(probs), _sinks(work, tile)
-        share = None if sinks is None else _add_sinks(probs, top, sinks)[1]
+        share = _turn_into_probabilities(work, tile, probs)
         _clear_masked(probs, allowed)
         dprobs = self._dprobs(tile, probs, allowed)
         if self.dsinks is not None and share is not None:
@@ -300,7 +314,10 @@ class _Backward:
 
     def _dscores(self, tile: Tile, probs: Tensor, dprobs: Tensor, allowed: Tensor | None) -> Tensor:
         """Gradient of the modified scores: probs * (dprobs - sum(probs * dprobs)) and what arrives at lse and scores directly."""
-        dscores: Tensor = torch._softmax_backward_data(dprobs, probs, -1, self.work.dtype, grad_input=dprobs)
+        if self.work.call.terms.normalizer is not None:
+            dscores = dprobs.mul_(probs).mul_(1 - probs)
+        else:
+            dscores = torch._softmax_backward_data(dprobs, probs, -1, self.work.dtype, grad_input=dprobs)
         if self.incoming.dlse is not None:
             dscores.addcmul_(probs, self.incoming.dlse[tile.rows][..., None])
         _clear_masked(dscores, allowed)

@@ -40,7 +40,7 @@ def suits(call: LoweredAttention) -> bool:
     knows neither grouped heads nor another value_dim.
     """
     terms, (q, k, v) = call.terms, (call.q, call.k, call.v)
-    if terms.entries or terms.sinks is not None or terms.dropout is not None or q.dtype.itemsize < 4:
+    if terms.entries or terms.normalizer is not None or terms.sinks is not None or terms.dropout is not None or q.dtype.itemsize < 4:
         return False
     if q.shape[1] != k.shape[1] or q.shape[3] != v.shape[3] or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return False

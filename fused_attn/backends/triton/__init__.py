@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, capability_refusal, transform_refusal
+from fused_attn.backends.base import (
+    AuxTensors,
+    Forward,
+    Gradients,
+    Incoming,
+    capability_refusal,
+    composition_refusals,
+    transform_refusal,
+)
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
@@ -43,7 +51,7 @@ class TritonBackend:
             reasons.append("float64 is computed by cpu and eager only")
         if isinstance(problem, AttentionProblem):
             reasons += _head_size_refusals(problem)
-        return reasons + _scoring_refusals(problem) + _mod_refusals(problem)
+        return reasons + _scoring_refusals(problem) + _mod_refusals(problem) + composition_refusals(problem)
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
         """The interpreter is for debugging."""

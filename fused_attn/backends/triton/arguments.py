@@ -59,7 +59,8 @@ class MaskArgs(NamedTuple):
 class ScoreArgs(NamedTuple):
     """How scores come from the product: scale, modifications, and the factor that turns their unit into log2 for exp2.
 
-    ``scoring`` holds the device functions of what stands in the product's place, None for the product itself.
+    ``scoring`` holds the device functions of what stands in the product's place, None for the product itself; ``sigmoid`` the bias of a
+    normaliser that is no softmax, in log2.
     """
 
     scale: Any
@@ -69,6 +70,7 @@ class ScoreArgs(NamedTuple):
     gradients: Any
     scoring: Any
     scoring_args: Any
+    sigmoid: Any
     raw: Any
     precision: Any
 
@@ -179,6 +181,7 @@ def scores(terms: Terms, grid: Grid, dtype: torch.dtype) -> ScoreArgs:
         tuple(gradient for _, gradient in functions),
         None if terms.scoring is None else tuple(scorings.FUNCTIONS[terms.scoring.name]),
         None if terms.scoring is None else _scoring_args(terms.scoring, grid),
+        None if terms.normalizer is None else terms.normalizer.scalars[0] * LOG2E,
         tl.constexpr(raw),
         tl.constexpr(_precision(dtype)),
     )

@@ -19,7 +19,7 @@ from fused_attn.lowering import LoweredAttention
 
 from .masks import query_range, query_shift, reach, row_intervals
 from .primitives import load_rows, pointers
-from .score_tile import exponentials, row_statistics, tile_scores
+from .score_tile import probabilities, row_statistics, tile_scores
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
         k_source = (k, b, h // sizes.group, kv_idx, near_kv)
         scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
         # Selected, not multiplied: in a row that attended to a NaN even exp(-inf) * inverse is one.
-        p = tl.where(ok, exponentials(scores, m[:, None], score) * inverse[:, None], 0.0)
+        p = tl.where(ok, probabilities(scores, m, inverse, score), 0.0)
         inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
         if probs is not None:
             tl.store(pointers(probs, b, h, q_idx[:, None], kv_idx[None, :]), p.to(probs.ptr.dtype.element_ty), mask=inside)
@@ -90,7 +90,7 @@ def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, ti
         place = (b, h, q_idx, query_shift(mask, b), first // tile.q)
         k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
         scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        total += tl.where(ok, exponentials(scores, m[:, None], score) * inverse[:, None], 0.0)
+        total += tl.where(ok, probabilities(scores, m, inverse, score), 0.0)
     tl.store(pointers(sums, b, h, kv_idx, kv_idx * 0), tl.sum(total, 0), mask=kv_ok)
 
 

@@ -21,7 +21,7 @@ from fused_attn.lowering import LoweredAttention
 from .masks import mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_out
 from .primitives import LOG2E, any_true, dot, keep_tile, load_rows, store_rows
-from .score_tile import exponentials, tile_scores
+from .score_tile import exponentials, sigmoid, tile_scores
 
 
 @triton.jit
@@ -37,18 +37,25 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
     k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
     k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
     scores, _ = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, MASKED, tile)
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = exponentials(scores, m_safe[:, None], score)
-    # The same rounding as in p, so that sums of earlier tiles stay sums of the same exponentials.
-    alpha = exponentials(m, m_safe, score)
-    l = l * alpha + tl.sum(p, 1)
+    if score.sigmoid is None:
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = exponentials(scores, m_safe[:, None], score)
+        # The same rounding as in p, so that sums of earlier tiles stay sums of the same exponentials.
+        alpha = exponentials(m, m_safe, score)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        m = m_new
+    else:
+        # Nothing is divided by: the sum only says that the row has a key.
+        p = sigmoid(scores, score)
+        l = tl.maximum(l, tl.max(tl.where(scores == float("-inf"), 0.0, 1.0), 1))
     if dropout is not None:
         kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
         p = tl.where(kept, p, 0.0)
     v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
-    acc = dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], score.precision)
-    return acc, m_new, l
+    acc = dot(p.to(v_tile.dtype), v_tile, acc, score.precision)
+    return acc, m, l
 
 
 @triton.jit

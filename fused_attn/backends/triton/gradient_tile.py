@@ -8,7 +8,7 @@ import triton.language as tl
 from .masks import reach, row_intervals, tile_state
 from .primitives import cleaned, contract, dot, keep_tile, load_rows, pointers
 from .score_mods import apply, pull_back
-from .score_tile import exponentials, pairs_allowed, product, row_statistics
+from .score_tile import pairs_allowed, probabilities, product, row_statistics
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
     if MASKED:
         ok = ok & pairs_allowed(q_idx, kv_idx, (start, end), place, mask, tile)
         scores = tl.where(ok, scores, float("-inf"))
-    p = exponentials(scores, m[:, None], score) * inverse[:, None]
+    p = probabilities(scores, m, inverse, score)
     if MASKED:
         # In a row that attended to a NaN even exp(-inf) * inverse is one.
         p = tl.where(ok, p, 0.0)
@@ -47,7 +47,10 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
             weights = tl.where(kept, p * dropout.factor, 0.0)
     if grads[0] is not None:
         dp += tl.load(pointers(grads[0], b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
-    ds = p * (dp - delta[:, None])
+    if score.sigmoid is None:
+        ds = p * (dp - delta[:, None])
+    else:
+        ds = p * (1.0 - p) * dp
     if grads[1] is not None:
         ds += tl.load(pointers(grads[1], b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
     ds = pull_back(ds, raw, score, at, DOWN_TO)

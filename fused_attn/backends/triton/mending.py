@@ -13,7 +13,7 @@ import triton.language as tl
 from .gradient_tile import dkdv_step, dq_step, load_query_rows
 from .masks import query_shift, reach, row_intervals
 from .primitives import any_true, cleaned, count_broken, dot, keep_tile, load_rows, store_rows
-from .score_tile import exponentials, pairs_allowed, row_statistics, tile_scores
+from .score_tile import pairs_allowed, probabilities, row_statistics, tile_scores
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, size
             k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
             k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
             scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-            weights = exponentials(scores, m[:, None], score) * inverse[:, None]
+            weights = probabilities(scores, m, inverse, score)
             if dropout is not None:
                 first_row = (b * sizes.heads + h).to(tl.int64) * sizes.q_len
                 weights = tl.where(keep_tile(dropout, first_row, q_idx, kv_first, sizes.kv_len, tile.q, tile.kv), weights, 0.0)

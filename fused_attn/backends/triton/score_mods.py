@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .primitives import base, pointers, tanh
+from .primitives import base, is_finite, pointers, tanh
 
 
 @triton.jit
@@ -41,8 +41,25 @@ def bias(scores, args, at):
     return scores + tl.load(pointers(args[0], at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def level(scores, args, at):
+    """Zeros, whatever the scores are."""
+    return tl.zeros_like(scores)
+
+
+@triton.jit
+def level_gradient(grads, scores, args, at):
+    """As if nothing had happened, but for scores that are not finite."""
+    return tl.where(is_finite(scores), grads, 0.0)
+
+
 # name: (value function, gradient function or None for the identity)
-FUNCTIONS: dict[str, tuple[Any, Any]] = {"softcap": (softcap, softcap_gradient), "alibi": (alibi, None), "bias": (bias, None)}
+FUNCTIONS: dict[str, tuple[Any, Any]] = {
+    "softcap": (softcap, softcap_gradient),
+    "alibi": (alibi, None),
+    "bias": (bias, None),
+    "level": (level, level_gradient),
+}
 # Names whose one tensor gets a gradient: that of the scores at its place, reduced to the tensor's shape.
 ADDITIVE = frozenset({"bias"})
 

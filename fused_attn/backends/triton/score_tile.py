@@ -31,6 +31,22 @@ def exponentials(scores, m, score):
 
 
 @triton.jit
+def probabilities(scores, m, inverse, score):
+    """Weights of a tile of scores from the rows' statistics [tile.q]; whatever these are, a sigmoid weighs every pair by itself."""
+    if score.sigmoid is None:
+        p = exponentials(scores, m[:, None], score) * inverse[:, None]
+    else:
+        p = sigmoid(scores, score) * inverse[:, None]
+    return p
+
+
+@triton.jit
+def sigmoid(scores, score):
+    """1 / (1 + exp(-(s + bias)))."""
+    return 1.0 / (1.0 + tl.exp2(-(scores * score.factor + score.sigmoid)))
+
+
+@triton.jit
 def tile_scores(q, k, q_source, k_source, interval, place, mask, score, sizes, MASKED: tl.constexpr, tile):
     """Scores of one tile [tile.q, tile.kv], -inf where a query may not attend, and where it may (in unmasked tiles: where there is a pair)."""
     b, h, q_idx, shift = place[0], place[1], place[2], place[3]

@@ -1,0 +1,129 @@
+"""Selective attention on any backend: blocks of queries one after another, each with what earlier ones took off the scores as a bias.
+
+Between blocks only the sums over earlier queries stay, [batch, 1, 1, kv_len] each; backward recomputes a block at a time, the last first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fused_attn import autograd
+from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
+from fused_attn.backends import eager
+from fused_attn.checks import captured
+from fused_attn.kernel_score import KernelScore
+from fused_attn.layout import laid_out_like
+from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Terms, stat_dtype
+from fused_attn.mask_rules import Rule
+from fused_attn.modifiers import Modifiers
+from fused_attn.problem import AttentionProblem
+from fused_attn.score_mods import Bias
+from fused_attn.selective import Selective, before
+from fused_attn.vocabulary import modifiers_of, with_parameters
+
+# Queries of a block: its bias is 1/heads of the scores of as many rows, and the sums between blocks are 1/BLOCK of one head's scores.
+BLOCK = 256
+
+
+def is_selective(modifiers: Modifiers) -> bool:
+    """Whether the last modification is ``Selective``."""
+    return bool(modifiers.score_mods) and isinstance(modifiers.score_mods[-1], Selective)
+
+
+@dataclass(frozen=True)
+class _Later:
+    """A rule asked for the queries from ``start`` on of the ``whole`` array, which count from 0 for whoever asks."""
+
+    rule: Rule
+    whole: Grid
+    start: int
+
+    def allowed(self, grid: Grid) -> Tensor:
+        batches, heads, (q0, q1), keys = grid.ranges
+        return self.rule.allowed(self.whole.at(batches, heads, (q0 + self.start, q1 + self.start), keys))
+
+
+def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
+    """Runs a selective problem on a kernel backend, differentiably."""
+    modifiers, request = problem.modifiers, problem.aux or NOTHING
+    call = replace(problem, modifiers=replace(modifiers, score_mods=modifiers.score_mods[:-1])).lower()
+    q_len, wants = call.shape[2], problem.requires_grad
+    queries = call.q.split(BLOCK, 2)
+    parameters = [_split(t, q_len, len(queries)) for t in call.terms.parameters]
+    carry = call.k.new_zeros((call.shape[0], 1, 1, call.shape[3]), dtype=stat_dtype(call.q.dtype))
+    parts = []
+    for index, q in enumerate(queries):
+        block = _Block(call, index * BLOCK, q.shape[2], request, backend, wants)
+        inputs = (q, call.k, call.v, carry, *(p[index] for p in parameters))
+        if wants and len(queries) > 1 and not captured(call.q):
+            *results, carry = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            *results, carry = block(*inputs)
+        parts.append(results)
+    return _joined(parts, call.q)
+
+
+def _split(tensor: Tensor | None, q_len: int, count: int) -> tuple[Tensor | None, ...]:
+    """A parameter's part of every block; one without a dimension of queries serves all of them."""
+    if tensor is None or tensor.dim() != 4 or tensor.shape[2] != q_len or count == 1:
+        return (tensor,) * count
+    return tensor.split(BLOCK, 2)
+
+
+def _joined(parts: list[list[Any]], q: Tensor) -> tuple[Tensor, AuxOutput]:
+    """Results of all blocks: along the queries, but for sums over them."""
+    if not parts:
+        return q, AuxOutput()
+    out, probs, scores, lse, max_scores, column_sums, entropy = (None if p[0] is None else list(p) for p in zip(*parts, strict=True))
+    along = [None if p is None else torch.cat(p, 2) for p in (out, probs, scores, lse, max_scores, entropy)]
+    return laid_out_like(along[0], q), AuxOutput(*along[1:5], None if column_sums is None else sum(column_sums), along[5])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The queries from ``start`` on, ``rows`` of them, of a call without its last modification."""
+
+    call: LoweredAttention
+    start: int
+    rows: int
+    request: AuxRequest
+    backend: str
+    requires_grad: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+        """Output, auxiliary outputs and the sums that the next block begins with."""
+        terms = with_parameters(self._terms, parameters)
+        part = LoweredAttention(q, k, v, terms)
+        taken = self._taken(part)
+        bias = KernelScore(Bias.name, (), (-(carry + before(taken)),))
+        part = replace(part, terms=replace(terms, mods=(*terms.mods, bias)))
+        out, aux = autograd.attended(part, self.request, self.backend, self.requires_grad)
+        results = (out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy)
+        return *results, carry + taken.sum(2, keepdim=True)
+
+    @property
+    def _terms(self) -> Terms:
+        """The call's terms for these queries alone, which count from 0."""
+        terms, end = self.call.terms, self.start + self.rows
+        mask, whole = terms.mask, self.call.grid
+        kv_start, kv_end = (None if t is None else t[:, self.start : end] for t in (mask.kv_start, mask.kv_end))
+        keep = mask.keep if mask.keep is None or mask.keep.shape[2] == 1 else mask.keep[:, :, self.start : end]
+        rules = tuple(_Later(rule, whole, self.start) for rule in mask.rules)
+        return replace(terms, mask=KernelMask(mask.left, mask.right, kv_start, kv_end, keep, rules), q_offset=terms.q_offset + self.start)
+
+    def _taken(self, part: LoweredAttention) -> Tensor:
+        """What each query takes off later ones, [batch, 1, rows, kv_len], by the definition on head 0 alone."""
+        dtype, grid = stat_dtype(part.q.dtype), Grid((part.shape[0], 1, *part.shape[2:]), part.q.device, part.terms.q_offset)
+        parameters = [t if t is None else t[:, :1] if t.dim() == 4 else t[:1] for t in part.terms.parameters]
+        modifiers = modifiers_of(with_parameters(part.terms, parameters))
+        allowed = part.terms.mask.dense(part.grid)
+        first = None if allowed is None else allowed[:, :1]
+        scores = eager.masked_scores((part.q[:, :1].to(dtype), part.k[:, :1].to(dtype)), modifiers, grid, first)
+        return Selective().taken(
+            scores, self.call.grid.at(*part.grid.ranges[:2], (self.start, self.start + self.rows), part.grid.ranges[3]), first
+        )
