@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ class AuxRequest:
     heads: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in _SWITCHES:
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"AuxRequest {name} must be a bool; got {described(getattr(self, name))}. Pass True or False.")
         for name in ("rows", "heads"):
@@ -59,14 +61,20 @@ class AuxRequest:
     def __hash__(self) -> int:
         return hash(self.flags)
 
+    @classmethod
+    def of(cls, flags: Iterable[bool]) -> AuxRequest:
+        """The inverse of ``flags``."""
+        switches: dict[str, Any] = dict(zip(SWITCHES, flags, strict=True))
+        return cls(**switches)
+
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple([name for name in _SWITCHES if getattr(self, name)])
+        return tuple([name for name in SWITCHES if getattr(self, name)])
 
     @property
     def flags(self) -> tuple[bool, ...]:
         """The six switches in the order of the fields."""
-        return tuple([getattr(self, name) for name in _SWITCHES])
+        return tuple([getattr(self, name) for name in SWITCHES])
 
     @property
     def needs_pass(self) -> bool:
@@ -87,7 +95,7 @@ class AuxRequest:
 
 
 register(AuxRequest)
-_SWITCHES = ("probs", "scores", "lse", "max_scores", "column_sums", "entropy")
+SWITCHES = ("probs", "scores", "lse", "max_scores", "column_sums", "entropy")
 NOTHING = AuxRequest()
 
 

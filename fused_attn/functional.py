@@ -15,11 +15,9 @@ from fused_attn.dropout import Dropout
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.masks import Mask
 from fused_attn.normalizers import Normalizer
-from fused_attn.problem import AttentionProblem, SoftmaxProblem, active_transform, softmax_dim
+from fused_attn.problem import AttentionProblem, EmptyRows, SoftmaxProblem, active_transform, softmax_dim
 from fused_attn.score_mods import ScoreMod
 from fused_attn.scoring import Scoring
-
-EmptyRows = Literal["zero", "uniform", "softmax"]
 
 
 @overload

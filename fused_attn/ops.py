@@ -52,7 +52,7 @@ def _softmax(args: tuple[Any, ...], switches: Any) -> LoweredSoftmax:
 
 
 def _request(flags: Any) -> AuxRequest:
-    return AuxRequest(*map(bool, flags))
+    return AuxRequest.of(map(bool, flags))
 
 
 def _filled(like: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:

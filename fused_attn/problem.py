@@ -6,7 +6,7 @@ Errors follow one pattern: what must hold, what was got, what to do.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from fused_attn.modifiers import (
 from fused_attn.score_mods import Bias
 
 DTYPES = FLOATS
-EMPTY_ROWS = ("zero", "uniform", "softmax")
+EmptyRows = Literal["zero", "uniform", "softmax"]
 
 
 class UnsupportedError(RuntimeError):
@@ -75,7 +75,7 @@ class AttentionProblem:
     modifiers: Modifiers
     aux: AuxRequest | None = None
     transform: str | None = None
-    empty_rows: str = "zero"
+    empty_rows: EmptyRows = "zero"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -141,7 +141,8 @@ class AttentionProblem:
         offset = 0 if offset is None else offset
         scoring, normalizer, aux = options.get("scoring"), options.get("normalizer"), options["return_aux"]
         empty_rows = options.get("empty_rows", "zero")
-        grid = Grid(shape, q.device, offset) if scoring is not None or normalizer is not None or aux is not None else None
+        if scoring is not None or normalizer is not None or aux is not None:
+            grid = Grid(shape, q.device, offset)
         if scoring is not None:
             scoring, scale = checked_scoring(scoring, options["scale"], grid), 1.0
         sinks = options["sinks"]
@@ -149,7 +150,7 @@ class AttentionProblem:
             require_sinks(sinks, heads, q.device)
         if aux is not None:
             require_request(aux, grid)
-        if not isinstance(empty_rows, str) or empty_rows not in EMPTY_ROWS:
+        if not isinstance(empty_rows, str) or empty_rows not in get_args(EmptyRows):
             raise ValueError(f"empty_rows must be 'zero', 'uniform' or 'softmax'; got {described(empty_rows)}. 'zero' is the default.")
         if normalizer is not None:
             normalizer = checked_normalizer(normalizer, grid)

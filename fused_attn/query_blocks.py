@@ -5,7 +5,7 @@ Between blocks only the sums over earlier queries stay, [batch, 1, 1, kv_len] ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fused_attn.score_mods import Bias
 from fused_attn.selective import Selective, before
 from fused_attn.vocabulary import modifiers_of, with_parameters
 
+RESULTS = tuple(f.name for f in fields(AuxOutput))
 # Queries of a block: its bias is 1/heads of the scores of as many rows, and the sums between blocks are 1/BLOCK of one head's scores.
 BLOCK = 256
 
@@ -72,16 +73,20 @@ def _split(tensor: Tensor | None, q_len: int, count: int) -> tuple[Tensor | None
     """A parameter's part of every block; one without a dimension of queries serves all of them."""
     if tensor is None or tensor.dim() != 4 or tensor.shape[2] != q_len or count == 1:
         return (tensor,) * count
-    return tensor.split(BLOCK, 2)
+    parts: tuple[Tensor, ...] = tensor.split(BLOCK, 2)
+    return parts
 
 
 def _joined(parts: list[list[Any]], q: Tensor) -> tuple[Tensor, AuxOutput]:
-    """Results of all blocks: along the queries, but for sums over them."""
-    if not parts:
-        return q, AuxOutput()
-    out, probs, scores, lse, max_scores, column_sums, entropy = (None if p[0] is None else list(p) for p in zip(*parts, strict=True))
-    along = [None if p is None else torch.cat(p, 2) for p in (out, probs, scores, lse, max_scores, entropy)]
-    return laid_out_like(along[0], q), AuxOutput(*along[1:5], None if column_sums is None else sum(column_sums), along[5])
+    """Results of all blocks: one after another along the queries, but for sums over them."""
+    outs, *aux = zip(*parts, strict=True)
+    of = dict(zip(RESULTS, aux, strict=True))
+    joined: dict[str, Tensor] = {
+        name: torch.stack(found).sum(0) if name == "column_sums" else torch.cat(found, 2)
+        for name, found in of.items()
+        if found[0] is not None
+    }
+    return laid_out_like(torch.cat(outs, 2), q), AuxOutput(**joined)
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,7 @@ class _Block:
         bias = KernelScore(Bias.name, (), (-(carry + before(taken)),))
         part = replace(part, terms=replace(terms, mods=(*terms.mods, bias)))
         out, aux = autograd.attended(part, self.request, self.backend, self.requires_grad)
-        results = (out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy)
-        return *results, carry + taken.sum(2, keepdim=True)
+        return out, *(getattr(aux, name) for name in RESULTS), carry + taken.sum(2, keepdim=True)
 
     @property
     def _terms(self) -> Terms:

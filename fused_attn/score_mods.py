@@ -81,7 +81,7 @@ class ScoreMod(HoldsTensors):
         if score.layout is not None:
             return score.rebuilt(cls)
         scalars, tensors = iter(score.scalars), iter(score.tensors)
-        return cls(*(next(tensors) if "Tensor" in str(f.type) else next(scalars) for f in fields(cls)))  # type: ignore[arg-type]
+        return cls(*[next(tensors) if is_tensor else next(scalars) for is_tensor in _are_tensors(cls)])
 
     def view(self, tensor: Tensor, grid: Grid) -> Tensor:
         """A tensor of the modification as device functions read it: 4-D, by default with dimensions of size 1 in front."""
@@ -97,6 +97,14 @@ class ScoreMod(HoldsTensors):
 
 
 SCORE_MODS: dict[str, type[ScoreMod]] = {}
+
+
+def _are_tensors(cls: type[ScoreMod]) -> tuple[bool, ...]:
+    return tuple("Tensor" in str(f.type) for f in fields(cls))  # type: ignore[arg-type]
+
+
+# torch.compile runs it while tracing: Dynamo knows the fields of objects, but not those of classes.
+_are_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_authored(mod: ScoreMod) -> bool:

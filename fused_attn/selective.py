@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,10 +46,6 @@ class Selective(ScoreMod):
         takes = (grid.kv_idx > start) & (grid.kv_idx != grid.q_pos)
         takes = takes if allowed is None else takes & allowed
         return first.masked_fill(~takes, 0.0).relu()
-
-    @classmethod
-    def examples(cls, grid: Grid) -> Iterator[ScoreMod]:
-        yield cls()
 
 
 def before(taken: Tensor) -> Tensor:

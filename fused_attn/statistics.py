@@ -6,7 +6,6 @@ Rows are recomputed by the definition a block at a time, O(block * kv_len) memor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import eager
 from fused_attn.backends.base import Gradients, Incoming
 from fused_attn.layout import laid_out_like
-from fused_attn.lowering import Grid, LoweredAttention, Range, stat_dtype
+from fused_attn.lowering import LoweredAttention, Range, stat_dtype
 from fused_attn.vocabulary import modifiers_of, with_parameters
 
 # Scores of a block: 16 MB of float32, and autograd keeps some five of that size.
@@ -46,29 +45,32 @@ def _blocks(call: LoweredAttention) -> Iterator[tuple[Range, Range]]:
 def _add(call: LoweredAttention, incoming: Incoming, block: tuple[Range, Range], totals: list[Tensor | None]) -> None:
     batches, rows = slice(*block[0]), slice(*block[1])
     _, heads, _, kv_len = call.shape
+    asked = [g is not None for g in incoming.statistics]
     grid = call.grid.at(block[0], (0, heads), block[1], (0, kv_len))
     dtype = stat_dtype(call.q.dtype)
     parts = (call.q[batches, :, rows].to(dtype), call.k[batches].to(dtype), None, *call.terms.parameters)
     leaves = [None if t is None else t.detach().requires_grad_(g is not None) for t, g in zip(parts, totals, strict=True)]
+    q, k = leaves[:2]
+    assert q is not None
+    assert k is not None
     with torch.enable_grad():
-        names = ("max_scores", "column_sums", "entropy")
-        arriving = {n: g for n, g in zip(names, incoming.statistics, strict=True) if g is not None}
-        outputs = eager.Rows.of(
-            (leaves[0], eager.repeated(leaves[1], heads)),
-            modifiers_of(with_parameters(call.terms, leaves[3:])),
-            grid,
-            call.terms.mask.dense(grid),
-        ).aux(AuxRequest(**dict.fromkeys(arriving, True)), dtype)
-        ends = [getattr(outputs, n) for n in arriving]
-    grads = [g[batches] if n == "column_sums" else g[batches, :, rows] for n, g in arriving.items()]
+        modifiers = modifiers_of(with_parameters(call.terms, leaves[3:]))
+        found = eager.Rows.of((q, eager.repeated(k, heads)), modifiers, grid, call.terms.mask.dense(grid))
+        aux = found.aux(AuxRequest.of((False, False, False, *asked)), dtype)
+    pairs = [
+        (t, g[batches, :, rows] if place != 1 else g[batches])
+        for place, (t, g) in enumerate(zip((aux.max_scores, aux.column_sums, aux.entropy), incoming.statistics, strict=True))
+        if t is not None and g is not None and t.requires_grad
+    ]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
-    if not wanted or not any(t.requires_grad for t in ends):
+    if not wanted or not pairs:
         return
-    found = iter(torch.autograd.grad(ends, wanted, [g.to(e.dtype) for g, e in zip(grads, ends, strict=True)], allow_unused=True))
+    grads = torch.autograd.grad([t for t, _ in pairs], wanted, [g.to(t.dtype) for t, g in pairs], allow_unused=True)
+    left = iter(grads)
     for place, (leaf, total) in enumerate(zip(leaves, totals, strict=True)):
         if leaf is None or total is None or not leaf.requires_grad:
             continue
-        grad = next(found)
+        grad = next(left)
         if grad is not None:
             target = total[batches, :, rows] if place == 0 else total[batches] if place == 1 else total
             target.add_(grad)

@@ -28,7 +28,7 @@ def modifiers_of(terms: Terms, mask: Mask | None = None) -> Modifiers:
 def with_parameters(terms: Terms, tensors: Sequence[Tensor | None]) -> Terms:
     """The same terms on other tensors, in the order of ``Terms.parameters``."""
     sinks, *rest = tensors
-    left = iter(rest)
+    left = iter([t for t in rest if t is not None])
     entries = [replace(m, tensors=tuple([next(left) for _ in m.tensors])) for m in terms.entries]
     scoring = None if terms.scoring is None else entries.pop(0)
     return replace(terms, mods=tuple(entries), sinks=sinks, scoring=scoring)

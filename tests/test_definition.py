@@ -96,17 +96,24 @@ def brute_force(problem: AttentionProblem) -> dict[str, Tensor]:
     group = heads // problem.k.shape[1]
     value_dim = problem.v.shape[-1]
     rows: dict[str, list[Any]] = {n: [] for n in ("out", "probs", "scores", "lse", "max_scores", "entropy")}
+    is_selective, taken = any(isinstance(mod, fa.Selective) for mod in m.score_mods), {}
     for b, h, i in itertools.product(range(batch), range(heads), range(q_len)):
         p = i + offset_of(m.q_offset, b)
         scores = []
         for j in range(kv_len):
             s = m.scale * sum(x * y for x, y in zip(q[b][h][i], k[b][h // group][j], strict=True))
-            for mod in m.score_mods:
+            for mod in m.score_mods[: -1 if is_selective else None]:
                 s = EFFECTS[type(mod)](mod, s, b, h, i, p, j)
             scores.append(s if m.mask is None or MEANINGS[type(m.mask)](m.mask, b, h, i, p, j) else -math.inf)
+        if is_selective:
+            if h == 0:
+                taken[b, i] = [max(0.0, s) if j > p - i and j != p else 0.0 for j, s in enumerate(scores)]
+            scores = [s - sum(taken[b, earlier][j] for earlier in range(i)) for j, s in enumerate(scores)]
         exps = [math.exp(s) for s in scores]
         total = sum(exps) + (math.exp(float(m.sinks[h])) if m.sinks is not None else 0.0)
-        probs = [e / total if total else 0.0 for e in exps]
+        probs = [e / total if total else 1 / kv_len if problem.empty_rows != "zero" else 0.0 for e in exps]
+        if m.normalizer is not None:
+            probs = [1 / (1 + math.exp(-(s + m.normalizer.bias))) for s in scores]
         rows["probs"].append(probs)
         rows["scores"].append(scores)
         rows["lse"].append(math.log(total) if total else -math.inf)
@@ -122,13 +129,20 @@ def brute_force(problem: AttentionProblem) -> dict[str, Tensor]:
     return tensors | {"column_sums": tensors["probs"].sum(2)}
 
 
-def agree(case: Case, mask: Mask | None = None) -> dict[str, Tensor]:
+def agree(case: Case, mask: Mask | None = None, **changes: Any) -> dict[str, Tensor]:
+    """The definition and the loops on one case; ``changes`` are of the problem or of its modifiers."""
     problem = make_inputs(case).problem
     if mask is not None:
         problem = replace(problem, modifiers=replace(problem.modifiers, mask=mask))
+    of_modifiers = {n: x for n, x in changes.items() if hasattr(problem.modifiers, n)}
+    problem = replace(
+        problem, modifiers=replace(problem.modifiers, **of_modifiers), **{n: changes[n] for n in changes.keys() - of_modifiers}
+    )
     out, aux = eager.attention(problem)
     want = brute_force(problem)
     for name, tensor in want.items():
+        if name != "out" and getattr(aux, name) is None:
+            continue
         torch.testing.assert_close(out if name == "out" else getattr(aux, name), tensor, msg=lambda m, n=name: f"{n}: {m}")
     return want
 
@@ -149,7 +163,25 @@ def test_every_public_mask_and_modification_has_a_second_meaning() -> None:
     public = [getattr(fa, n) for n in fa.__all__]
     masks = {c for c in public if isinstance(c, type) and issubclass(c, Mask)}
     mods = {c for c in public if isinstance(c, type) and issubclass(c, ScoreMod)}
-    assert masks <= MEANINGS.keys() and mods <= EFFECTS.keys() and len(KNOWN_MASKS) > 12 and len(KNOWN_MODS) > 6
+    assert masks <= MEANINGS.keys() and mods - {fa.Selective} <= EFFECTS.keys() and len(KNOWN_MASKS) > 12 and len(KNOWN_MODS) > 6
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"q{s[1][0]}k{s[1][1]}{s[2]}")
+@pytest.mark.parametrize("empty_rows", ["uniform", "softmax"])
+def test_empty_rows(empty_rows: str, shape: Any) -> None:
+    agree(Case(*shape[:2], (3, 2), torch.float64, ("Causal0", "KeyPadding0"), offset=shape[2]), empty_rows=empty_rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"q{s[1][0]}k{s[1][1]}{s[2]}")
+def test_selective(shape: Any) -> None:
+    case = Case(*shape[:2], (3, 2), torch.float64, ("Causal0", "KeyPadding0"), offset=shape[2])
+    agree(case, score_mods=(fa.SoftCap(2.0), fa.Selective()))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"q{s[1][0]}k{s[1][1]}{s[2]}")
+def test_sigmoid(shape: Any) -> None:
+    case = Case(*shape[:2], (3, 2), torch.float64, ("Causal0", "KeyPadding0"), ("SoftCap0",), offset=shape[2])
+    agree(case, normalizer=fa.Sigmoid(-1.5), aux=fa.AuxRequest(probs=True, scores=True, max_scores=True, column_sums=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"q{s[1][0]}k{s[1][1]}{s[2]}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import fused_attn as fa
+from fused_attn.auxiliary import SWITCHES
 from fused_attn.checks import FLOATS, require_integer
 from fused_attn.cli.errors import CommandError
 from fused_attn.cli.grammar import build, parse_calls
@@ -101,9 +102,9 @@ def _tensor(args: argparse.Namespace, name: str, shape: tuple[int, ...], dtype: 
 
 
 def _options(args: argparse.Namespace, q: Tensor, k: Tensor) -> dict[str, Any]:
-    unknown = [name for name in args.aux if name not in fa.AuxRequest.__dataclass_fields__]
+    unknown = [name for name in args.aux if name not in SWITCHES]
     if unknown:
-        raise CommandError(f"--aux takes any of {', '.join(fa.AuxRequest.__dataclass_fields__)}; got {', '.join(unknown)}")
+        raise CommandError(f"--aux takes any of {', '.join(SWITCHES)}; got {', '.join(unknown)}")
     options: dict[str, Any] = {"scale": args.scale, "q_offset": args.q_offset}
     grid = Grid((q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.device)
     if args.mask:
@@ -116,7 +117,7 @@ def _options(args: argparse.Namespace, q: Tensor, k: Tensor) -> dict[str, Any]:
     if args.sinks:
         options["sinks"] = _tensor(args, "sinks", (grid.shape[1],), torch.float32)
     if args.aux:
-        options["return_aux"] = fa.AuxRequest(**dict.fromkeys(args.aux, True))
+        options["return_aux"] = fa.AuxRequest.of([name in args.aux for name in SWITCHES])
     return options
 
 

@@ -2,6 +2,7 @@
 
 from fused_attn.testing.budget import (
     DIFFERENTIABLE,
+    STATISTICS,
     call,
     check,
     check_inputs,
@@ -23,6 +24,7 @@ __all__ = [
     "QUICK",
     "SOFTMAX_CASES",
     "SOFTMAX_QUICK",
+    "STATISTICS",
     "Case",
     "Inputs",
     "SoftmaxCase",

@@ -17,9 +17,12 @@ from fused_attn.functional import attention
 from fused_attn.lowering import Grid, stat_dtype
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import SCORE_MODS, ScoreMod
+from fused_attn.selective import Selective
 from fused_attn.testing.cases import CPU, Case, Inputs, make_inputs
 
 DIFFERENTIABLE = ("out", "probs", "scores", "lse")
+# Differentiable as well, at the cost of recomputing rows by the definition.
+STATISTICS = ("max_scores", "column_sums", "entropy")
 
 
 def input_names(problem: AttentionProblem) -> list[str]:
@@ -31,6 +34,7 @@ def input_names(problem: AttentionProblem) -> list[str]:
         "v",
         *["sinks"] * (modifiers.sinks is not None),
         *(f"{m.name}[{i}]" for i, m in enumerate(modifiers.score_mods) for _ in m.tensors),
+        *["normalizer" for _ in (modifiers.normalizer.tensors if modifiers.normalizer else ())],
     ]
 
 
@@ -39,7 +43,7 @@ def call(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     m = problem.modifiers
     return attention(
         problem.q, problem.k, problem.v, mask=m.mask, scale=m.scale, q_offset=m.q_offset, score_mods=m.score_mods, sinks=m.sinks,
-        dropout=m.dropout, return_aux=problem.aux or AuxRequest(), backend=backend,
+        dropout=m.dropout, normalizer=m.normalizer, empty_rows=problem.empty_rows, return_aux=problem.aux or AuxRequest(), backend=backend,
     )  # fmt: skip
 
 
@@ -138,7 +142,7 @@ def attention_bands(inputs: Inputs, exact: Results, dtype: torch.dtype, through:
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores, spread = q @ k.mT * modifiers.scale, q.abs() @ k.mT.abs() * abs(modifiers.scale)
     for mod in modifiers.score_mods:
-        after = mod.apply(scores, grid).detach().nan_to_num(0.0, 0.0, 0.0)
+        after = (exact["scores"] if isinstance(mod, Selective) else mod.apply(scores, grid)).detach().nan_to_num(0.0, 0.0, 0.0)
         scores, spread = after, spread + (after - scores).abs()
     probs = exact["probs"].nan_to_num(0.0)
     rounding = Rounding(probs, spread, dtype)
@@ -147,16 +151,21 @@ def attention_bands(inputs: Inputs, exact: Results, dtype: torch.dtype, through:
     keep = keep_factor(modifiers.dropout.lower(grid.device), grid, probs.dtype) if modifiers.dropout else 1.0
     weights = probs * keep * relative + rounding.floor
     row = step * (1 + rounding.over_row(spread.where(probs > 0, 0.0)))[..., 0]
+    logs, lse = probs.log().nan_to_num(0.0, 0.0, 0.0).abs(), exact.get("lse", torch.zeros_like(exact["max_scores"]))
     bands = {
-        "out": weights @ v.abs(), "probs": probs * relative + rounding.floor, "lse": row + step * exact["lse"].abs(),
+        "out": weights @ v.abs(), "probs": probs * relative + rounding.floor, "lse": row + step * lse.abs(),
         "scores": step * spread + rounding.storage * exact["scores"].abs() + rounding.floor,
         "max_scores": step * (spread.amax(-1) + exact["max_scores"].abs()), "column_sums": (probs * relative).sum(-2) + rounding.floor,
-        "entropy": (probs * relative * (2 + probs.log().nan_to_num(0.0, 0.0, 0.0).abs())).sum(-1) + rounding.floor,
+        "entropy": (probs * relative * (2 + logs)).sum(-1) + rounding.floor,
     }  # fmt: skip
-    arriving = {n: inputs.incoming[n].abs() if n in through else torch.zeros_like(inputs.incoming[n]) for n in DIFFERENTIABLE}
-    upstream = arriving["out"] @ v.mT.abs() * keep + arriving["probs"]
+    arriving = {
+        n: inputs.incoming[n].abs() if n in through else torch.zeros_like(inputs.incoming[n]) for n in (*DIFFERENTIABLE, *STATISTICS)
+    }
+    upstream = arriving["out"] @ v.mT.abs() * keep + arriving["probs"] + arriving["column_sums"][:, :, None]
+    upstream = upstream + arriving["entropy"][..., None] * (1 + logs)
     centred = rounding.over_row(upstream) + arriving["lse"][..., None]
-    magnitude = probs * (upstream + centred) + arriving["scores"].where(exact["scores"].isfinite(), 0.0)
+    top = (exact["scores"] == exact["max_scores"][..., None]) * arriving["max_scores"][..., None]
+    magnitude = probs * (upstream + centred) + (arriving["scores"] + top).where(exact["scores"].isfinite(), 0.0)
 
     def per_kv_head(values: Tensor) -> Tensor:
         batch, heads, *rest = values.shape
@@ -168,7 +177,7 @@ def attention_bands(inputs: Inputs, exact: Results, dtype: torch.dtype, through:
     bands["dv"] = per_kv_head(weights.mT @ arriving["out"])
     if modifiers.sinks is not None:
         # exp(sink - lse) errs as lse does; what arrives at it is the row's mean of products with the other probabilities.
-        share = (modifiers.sinks[:, None] - exact["lse"]).exp()[..., None]
+        share = (modifiers.sinks[:, None] - lse).exp()[..., None]
         own = rounding.storage + rounding.arithmetic(terms + probs[:, 0, :, 0].numel()) * (
             1 + rounding.over_row(spread.where(probs > 0, 0.0))
         )

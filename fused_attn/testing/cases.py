@@ -184,6 +184,8 @@ def make_inputs(case: Case, device: torch.device = CPU, seed: int = 0, poison: b
     incoming = {
         "out": make(batch, heads, q_len, value_dim, layout=case.layout), "probs": make(*case.shape, layout=case.layout),
         "scores": make(*case.shape), "lse": make(batch, heads, q_len, dtype=rows),
+        "max_scores": make(batch, heads, q_len, dtype=rows), "column_sums": make(batch, heads, kv_len, dtype=rows),
+        "entropy": make(batch, heads, q_len, dtype=rows),
     }  # fmt: skip
     return Inputs(AttentionProblem.check(q, k, v, options), incoming)
 
@@ -201,8 +203,14 @@ def inputs_of(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Inputs:
     problem = AttentionProblem.check(q, k, v, defaults | options)
     generator = torch.Generator().manual_seed(problem.shape[3])
     rows = stat_dtype(q.dtype)
-    shapes = {"out": (*problem.shape[:3], v.shape[-1]), "probs": problem.shape, "scores": problem.shape, "lse": problem.shape[:3]}
-    incoming = {n: _values(shape, "normal", generator).to(q.device, rows if n == "lse" else q.dtype) for n, shape in shapes.items()}
+    (batch, heads, q_len, kv_len), wide = problem.shape, (q.dtype, rows)
+    shapes = {
+        "out": (batch, heads, q_len, v.shape[-1]), "probs": problem.shape, "scores": problem.shape, "lse": (batch, heads, q_len),
+        "max_scores": (batch, heads, q_len), "column_sums": (batch, heads, kv_len), "entropy": (batch, heads, q_len),
+    }  # fmt: skip
+    incoming = {
+        n: _values(shape, "normal", generator).to(q.device, wide[n not in ("out", "probs", "scores")]) for n, shape in shapes.items()
+    }
     return Inputs(problem, incoming)
 
 
