@@ -150,7 +150,7 @@ class AttentionProblem:
             offset or 0 if not isinstance(offset, Tensor) else offset,
             tuple(mods),
             sinks,
-            require_dropout(options["dropout"]),
+            require_dropout(options["dropout"], shape),
             scoring,
         )
         return cls(q, k, v, modifiers, aux, active_transform())
@@ -248,7 +248,7 @@ class SoftmaxProblem:
             )
         if not isinstance(options["log"], bool):
             raise TypeError(f"log must be a bool; got {described(options['log'])}. Pass True or False.")
-        dropout = require_dropout(options["dropout"])
+        dropout = require_dropout(options["dropout"], shape)
         if options["log"] and dropout is not None:
             raise ValueError(
                 "log and dropout must not be combined; got both. The logarithm of a removed probability is -inf; apply dropout to exp(result)."
