@@ -27,6 +27,7 @@ from fused_attn.modifiers import (
     resolve_offset,
 )
 from fused_attn.score_mods import Bias
+from fused_attn.targets import Target
 
 DTYPES = FLOATS
 
@@ -62,6 +63,7 @@ class AttentionProblem:
         modifiers: mask, scale or scoring, alignment, score modifications, sinks, dropout.
         aux: what to return besides the output, or None.
         transform: the torch transform it runs under, or None.
+        target: where it would run; None for the machine at hand.
     """
 
     q: Tensor
@@ -70,6 +72,7 @@ class AttentionProblem:
     modifiers: Modifiers
     aux: AuxRequest | None = None
     transform: str | None = None
+    target: Target | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -189,6 +192,7 @@ class SoftmaxProblem:
         log: logarithms of the probabilities instead.
         uniform_empty: rows without keys give 1 / kv_len instead of 0.
         transform: the torch transform it runs under, or None.
+        target: where it would run; None for the machine at hand.
     """
 
     scores: Tensor
@@ -196,6 +200,7 @@ class SoftmaxProblem:
     log: bool = False
     uniform_empty: bool = False
     transform: str | None = None
+    target: Target | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, authored_refusals, transform_refusal
+from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, authored_refusals, device_type, transform_refusal
 from fused_attn.backends.cpu import attention, softmax
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
@@ -30,7 +30,7 @@ class CpuBackend:
     evaluates_rules = True
 
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-        device = problem.device.type
+        device = device_type(problem)
         reasons = [] if device == "cpu" else [f"it runs on CPU tensors only, not on {device}"]
         return reasons + transform_refusal(problem) + authored_refusals(problem)
 
