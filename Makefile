@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.tx
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers quick lint matrix bench build clean distclean
+.PHONY: help demo test test-peers quick lint matrix table bench build clean distclean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
@@ -42,6 +42,9 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 
 matrix: $(DONE)/package $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)
+
+table: $(DONE)/package  ## write the README's table of what runs where
+	$(PY) -m tests.capabilities
 
 bench: $(DONE)/package $(DONE)/bench  ## measure, keep the results, write benchmarks.html
 	$(PY) -m benchmarks run $(ARGS)

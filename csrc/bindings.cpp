@@ -36,7 +36,7 @@ using Optional = std::optional<Tensor>;
 struct Terms {
   const Optional &q_offset, &kv_start, &kv_end, &keep, &seed, &sinks;
   const std::vector<Tensor>& mod_tensors;
-  const std::vector<int64_t>& ints;   // left, right (-1: unlimited), q_offset where it is a number
+  const std::vector<int64_t>& ints;   // left, right (-1: unlimited), q_offset where it is a number; with a seed, its origin and extent
   const std::vector<double>& floats;  // scale, chance of removal, the modifications' scalars
   const std::string& mods;            // name:scalars:tensors, separated by commas
 };
@@ -130,7 +130,7 @@ ScoreParams score_params(const Terms& terms) {
   return score;
 }
 
-DropoutParams dropout_params(const Terms& terms) {
+DropoutParams dropout_params(const Terms& terms, const Sizes& sizes) {
   DropoutParams dropout;
   if (!terms.seed.has_value()) return dropout;
   const double p = terms.floats[1], limit = std::nearbyint(p * 4294967296.0);
@@ -138,6 +138,12 @@ DropoutParams dropout_params(const Terms& terms) {
   // The largest word is 2^32 - 1; with p = 1 the factor 0 removes what the comparison leaves.
   dropout.limit = limit > 4294967295.0 ? 4294967295u : static_cast<uint32_t>(limit);
   dropout.factor = p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.f;
+  const int64_t *origin = terms.ints.data() + 3, *extent = origin + 4;  // -1: the call is the whole problem
+  const int64_t heads = extent[1] < 0 ? sizes.heads : extent[1], q_len = extent[2] < 0 ? sizes.q_len : extent[2];
+  dropout.row = ((extent[3] < 0 ? sizes.kv_len : extent[3]) + 3) / 4;
+  dropout.head = q_len * dropout.row, dropout.batch = heads * dropout.head;
+  dropout.first = origin[0] * dropout.batch + origin[1] * dropout.head + origin[2] * dropout.row + origin[3] / 4;
+  dropout.shift = static_cast<int>(origin[3] % 4);
   return dropout;
 }
 
@@ -151,7 +157,7 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor&
   const int64_t kv_heads = k.size(1);
   p.sizes = {length(q.size(0)), length(q.size(1)), kv_heads > 0 ? length(q.size(1) / kv_heads) : 1, length(q.size(2)), length(k.size(2)),
              length(q.size(3)), length(v.size(3))};
-  p.mask = mask_params(terms), p.score = score_params(terms), p.dropout = dropout_params(terms);
+  p.mask = mask_params(terms), p.score = score_params(terms), p.dropout = dropout_params(terms, p.sizes);
   p.q = matrix(q), p.k = matrix(k), p.v = matrix(v);
   if (terms.sinks.has_value()) {
     p.sinks = {terms.sinks->data_ptr(), 0, terms.sinks->size(0) == 1 ? 0 : terms.sinks->stride(0), 0, 0};
@@ -293,7 +299,7 @@ std::vector<Tensor> attention_bwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
 SoftmaxParams softmax_params(const Tensor& scores, const Terms& terms, bool log, bool uniform_empty) {
   SoftmaxParams p;
   p.sizes = {length(scores.size(0)), length(scores.size(1)), 1, length(scores.size(2)), length(scores.size(3)), 0, 0};
-  p.mask = mask_params(terms), p.score = score_params(terms), p.dropout = dropout_params(terms);
+  p.mask = mask_params(terms), p.score = score_params(terms), p.dropout = dropout_params(terms, p.sizes);
   p.x = matrix(scores), p.log = log, p.uniform_empty = uniform_empty;
   return p;
 }

@@ -2,18 +2,22 @@
 
 Element (b, h, q, k) draws word ``k % 4`` of Philox4x32-7 (Salmon et al., SC 2011) on the 64-bit counter
 ``((b * heads + h) * q_len + q) * ceil(kv_len / 4) + k // 4`` with the 64-bit seed as key, and stays when word / 2^32 >= p.
+Indices and sizes are those of the whole problem, so that a call on a part of it draws what the whole would have drawn there.
 Seven rounds are the fewest that pass BigCrush with a margin; one call serves four neighbouring keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_attn.checks import as_integer, as_number, described, require_tensor
-from fused_attn.lowering import Grid, KernelDropout
+from fused_attn.kernel_dropout import KernelDropout, Sizes
+from fused_attn.lowering import Grid
 from fused_attn.pytrees import register
 
 ROUNDS = 7
@@ -31,14 +35,22 @@ class Dropout:
         p: chance of removal, in [0, 1].
         seed: an int, or an int64 tensor [] on the inputs' device; None draws one from torch's generator at each call, so
             ``torch.manual_seed`` and activation checkpointing act on it as on torch's own dropout.
+        origin: index of the call's first (batch, head, query, key) in the whole problem; see ``part``.
+        extent: (batch, heads, q_len, kv_len) of the whole problem; None where the call is the whole.
+
+    Raises:
+        ValueError: p is no chance, the seed has more than 64 bits, or the origin lies outside the extent.
+        TypeError: an argument is no number.
 
     Example:
-        >>> Dropout(0.1, seed=7)
-        Dropout(p=0.1, seed=7)
+        >>> Dropout(0.1, seed=7).part((0, 4, 0, 0), (2, 8, 128, 128)).origin
+        (0, 4, 0, 0)
     """
 
     p: float
     seed: int | Tensor | None = None
+    origin: Sizes = (0, 0, 0, 0)
+    extent: Sizes | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= as_number("Dropout p", self.p, "Pass a chance in [0, 1].") <= 1.0:
@@ -51,6 +63,45 @@ class Dropout:
             self.seed is not None and not -(2**63) <= as_integer("Dropout seed", self.seed, "Pass an int, an int64 tensor or None.") < 2**64
         ):
             raise ValueError(f"Dropout seed must fit in 64 bits; got {self.seed}. Take it modulo 2**64.")
+        if self.extent is not None or self.origin != (0, 0, 0, 0):
+            self._check_place()
+
+    def _check_place(self) -> None:
+        object.__setattr__(self, "origin", _sizes("origin", self.origin))
+        if self.extent is None:
+            raise ValueError(f"Dropout extent must be given with an origin; got origin={self.origin}. Pass the whole problem's {_LAYOUT}.")
+        object.__setattr__(self, "extent", _sizes("extent", self.extent))
+        if prod(self.extent) >= 2**62:
+            raise ValueError(f"Dropout extent must count less than 2**62 elements; got {self.extent}. Pass the whole problem's {_LAYOUT}.")
+        self.check((0, 0, 0, 0))
+
+    def check(self, shape: Sizes) -> None:
+        """Raises ValueError unless a call of that shape lies inside the whole problem."""
+        if self.extent is not None and any(o + n > whole for o, n, whole in zip(self.origin, shape, self.extent, strict=True)):
+            raise ValueError(
+                f"Dropout origin and the call's sizes {list(shape)} must lie within the extent; got origin={self.origin}, "
+                f"extent={self.extent}. Pass the first index of this part and the whole problem's {_LAYOUT}."
+            )
+
+    def part(self, start: Sizes, whole: Sizes) -> Dropout:
+        """The dropout of a part of a call: what it draws there is what this dropout draws in the whole.
+
+        Args:
+            start: index of the part's first (batch, head, query, key) in the call.
+            whole: (batch, heads, q_len, kv_len) of the call.
+
+        Example:
+            >>> import fused_attn as fa
+            >>> q, dropout = torch.randn(2, 4, 6, 8), Dropout(0.5, seed=1)
+            >>> out = fa.attention(q, q, q, dropout=dropout)
+            >>> half = fa.attention(q[1:], q[1:], q[1:], dropout=dropout.part((1, 0, 0, 0), (2, 4, 6, 6)))
+            >>> torch.allclose(half, out[1:])
+            True
+        """
+        self.check(whole)
+        (b, h, q, k), moved = self.origin, _sizes("start", start)
+        origin = (b + moved[0], h + moved[1], q + moved[2], k + moved[3])
+        return replace(self, origin=origin, extent=_sizes("extent", whole) if self.extent is None else self.extent)
 
     def lower(self, device: torch.device) -> KernelDropout:
         """The normal form: p and a seed tensor on ``device``."""
@@ -59,10 +110,22 @@ class Dropout:
             seed = torch.randint(2**63 - 1, (), device=device)
         elif not isinstance(seed, Tensor):
             seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
-        return KernelDropout(float(self.p), seed.reshape(()).to(device))
+        return KernelDropout(float(self.p), seed.reshape(()).to(device), self.origin, self.extent)
 
 
 register(Dropout)
+
+_LAYOUT = "(batch, heads, q_len, kv_len)"
+
+
+def _sizes(name: str, value: Any) -> Sizes:
+    """Four ints that are not negative."""
+    if not isinstance(value, (tuple, list)) or len(value) != 4:
+        raise TypeError(f"Dropout {name} must be four ints {_LAYOUT}; got {described(value)}. Write {name}=(0, 0, 64, 0).")
+    batch, heads, q_len, kv_len = (as_integer(f"Dropout {name}", n, f"Pass four ints {_LAYOUT}.") for n in value)
+    if min(batch, heads, q_len, kv_len) < 0:
+        raise ValueError(f"Dropout {name} must not be negative; got {tuple(value)}. Count indices and sizes from 0 on.")
+    return batch, heads, q_len, kv_len
 
 
 def philox(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,12 +162,12 @@ def threshold(p: float) -> int:
 
 def keep_factor(dropout: KernelDropout, grid: Grid, dtype: torch.dtype) -> Tensor:
     """0 for removed elements of the grid's region and 1 / (1 - p) for the others, [batch, heads, q, kv]."""
-    _, heads, q_len, kv_len = grid.shape
-    (b0, b1), (h0, h1), (q0, q1), (k0, k1) = grid.ranges
-    groups, first = -(-kv_len // 4), k0 // 4
-    group = torch.arange(first, -(-k1 // 4), device=grid.device)
-    b, h, q = (torch.arange(lo, hi, device=grid.device) for lo, hi in ((b0, b1), (h0, h1), (q0, q1)))
-    row = (b[:, None, None] * heads + h[:, None]) * q_len + q
-    words = torch.stack(philox(row[..., None] * groups + group, dropout.seed), -1).flatten(-2)
-    keep = words[..., k0 - 4 * first : k1 - 4 * first] >= threshold(dropout.p)
+    (first, *strides), shift = dropout.counters(grid.shape)
+    *rows, (k0, k1) = grid.ranges
+    k0, k1 = k0 + shift, k1 + shift
+    b, h, q = (torch.arange(*range, device=grid.device) * stride for range, stride in zip(rows, strides, strict=True))
+    group = torch.arange(k0 // 4, -(-k1 // 4), device=grid.device)
+    counter = (first + b[:, None, None] + h[:, None] + q)[..., None] + group
+    words = torch.stack(philox(counter, dropout.seed), -1).flatten(-2)
+    keep = words[..., k0 % 4 : k0 % 4 + k1 - k0] >= threshold(dropout.p)
     return keep.to(dtype) * (1 / (1 - dropout.p) if dropout.p < 1 else 0.0)

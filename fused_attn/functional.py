@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fused_attn import autograd, backends, composed, torch_sdpa
 from fused_attn.auxiliary import AuxOutput, AuxRequest
-from fused_attn.backends import Explanation, eager
+from fused_attn.backends import Explanation, Target, eager
 from fused_attn.dropout import Dropout
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.masks import Mask
@@ -18,6 +19,7 @@ from fused_attn.normalizers import Normalizer
 from fused_attn.problem import AttentionProblem, EmptyRows, SoftmaxProblem, active_transform, softmax_dim
 from fused_attn.score_mods import ScoreMod
 from fused_attn.scoring import Scoring
+from fused_attn.targets import as_target
 
 
 @overload
@@ -133,13 +135,20 @@ def explain(
     normalizer: Normalizer | None = None,
     empty_rows: EmptyRows = "zero",
     return_aux: AuxRequest | None = None,
+    on: str | Target | None = None,
 ) -> Explanation:
     """Which backend ``attention`` would run for these arguments, and why each other one would not.
+
+    ``on`` says where it would run, instead of on the tensors' device: "cpu", "sm_80", "sm_90", "sm_100", ... (with Triton and the CUDA
+    library), or a ``fused_attn.backends.Target`` that says whether the library is there. Errors are those of ``attention``, and a
+    ValueError where ``on`` names no target.
 
     Example:
         >>> q = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
         >>> print(explain(q, q, q).chosen)
         cpu
+        >>> explain(q.half(), q.half(), q.half(), on="sm_90").chosen, explain(q, q, q, on="sm_90").chosen
+        ('triton', 'eager')
     """
     options = {
         "mask": mask,
@@ -154,7 +163,7 @@ def explain(
         "return_aux": return_aux,
     }
     q, k, v = _autocast(q, k, v) if _is_autocast(q) else (q, k, v)
-    return backends.explain(AttentionProblem.check(q, k, v, options))
+    return backends.explain(replace(AttentionProblem.check(q, k, v, options), target=as_target(on)))
 
 
 def _is_autocast(tensor: Any) -> bool:

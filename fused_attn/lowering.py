@@ -9,12 +9,13 @@ rules, and becomes ``keep`` for everyone else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fused_attn import mask_rules
+from fused_attn.kernel_dropout import KernelDropout
 from fused_attn.kernel_score import KernelScore, parse
 from fused_attn.mask_rules import Pairs, Rule
 
@@ -246,13 +247,6 @@ class KernelMask:
         return replace(self, keep=write(rules, grid), rules=())
 
 
-class KernelDropout(NamedTuple):
-    """Random removal of probabilities: the chance of removal and an int64 seed tensor [] on the inputs' device."""
-
-    p: float
-    seed: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What is applied to scores between the product and the values, in normal form; shared by attention and softmax."""
@@ -284,6 +278,8 @@ class Terms:
         is_tensor = isinstance(offset, Tensor)
         numbers = [pair for _, m in self._written for pair in zip(m.scalars, m.kinds, strict=True)]
         ints: list[Any] = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
+        if self.dropout is not None:
+            ints += self.dropout.place
         ints += [x for x, kind in numbers if kind == "i"]
         floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for x, kind in numbers if kind == "f")]
         return (
@@ -303,14 +299,15 @@ class Terms:
         """The inverse of ``flatten``."""
         offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = flat
         scale, p, *more = floats
-        numbers, tensors = {"f": iter(more), "i": iter(ints[3:])}, iter(mod_tensors or ())
+        dropout = None if seed is None else KernelDropout.at(p, seed, ints[3:11])
+        numbers, tensors = {"f": iter(more), "i": iter(ints[3 if seed is None else 11 :])}, iter(mod_tensors or ())
         left, right = (None if x < 0 else x for x in ints[:2])
         entries = list(parse(mods.removeprefix(_SCORING).replace(_NORMALIZER, ""), numbers, tensors))
         scoring = entries.pop(0) if mods.startswith(_SCORING) else None
         normalizer = entries.pop() if _NORMALIZER in mods else None
         return cls(
             KernelMask(left, right, kv_start, kv_end, keep), scale, ints[2] if offset is None else offset,
-            tuple(entries), sinks, None if seed is None else KernelDropout(p, seed), scoring, normalizer,
+            tuple(entries), sinks, dropout, scoring, normalizer,
         )  # fmt: skip
 
     @property

@@ -89,10 +89,12 @@ def checked_mask(mask: object, grid: Grid) -> Mask | None:
     return result
 
 
-def require_dropout(value: object) -> Dropout | None:
-    """A dropout that removes anything, or None."""
+def require_dropout(value: object, shape: tuple[int, int, int, int]) -> Dropout | None:
+    """A dropout that removes anything and whose whole problem holds the call, or None."""
     if value is not None and not isinstance(value, Dropout):
         raise TypeError(f"dropout must be a fused_attn.Dropout; got {described(value)}. Write Dropout(0.1) for a chance of removal of 0.1.")
+    if value is not None:
+        value.check(shape)
     # A chance of 0 is no dropout: nothing may be drawn from torch's generator for it.
     return value if value is not None and value.p > 0 else None
 

@@ -6,7 +6,7 @@ Errors follow one pattern: what must hold, what was got, what to do.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from fused_attn.modifiers import (
     resolve_offset,
 )
 from fused_attn.score_mods import Bias
+from fused_attn.targets import Target
 
 DTYPES = FLOATS
 EmptyRows = Literal["zero", "uniform", "softmax"]
@@ -67,6 +68,7 @@ class AttentionProblem:
         aux: what to return besides the output, or None.
         transform: the torch transform it runs under, or None.
         empty_rows: what rows without keys give: "zero", "uniform" or "softmax".
+        target: where it would run; None for the machine at hand.
     """
 
     q: Tensor
@@ -76,6 +78,7 @@ class AttentionProblem:
     aux: AuxRequest | None = None
     transform: str | None = None
     empty_rows: EmptyRows = "zero"
+    target: Target | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -156,8 +159,8 @@ class AttentionProblem:
             normalizer = checked_normalizer(normalizer, grid)
             statistics = {f"the {name} of a row": aux is not None and getattr(aux, name) for name in ("lse", "entropy")}
             require_softmax(normalizer, {"sinks": sinks is not None, "empty_rows": empty_rows != "zero", **statistics})
-        modifiers = Modifiers(mask, scale, offset, tuple(mods), sinks, require_dropout(options["dropout"]), scoring, normalizer)
-        return cls(q, k, v, modifiers, aux, active_transform(), empty_rows)
+        modifiers = Modifiers(mask, scale, offset, tuple(mods), sinks, require_dropout(options["dropout"], shape), scoring, normalizer)
+        return cls(q, k, v, modifiers, aux, active_transform(), cast(EmptyRows, empty_rows))
 
 
 def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -193,6 +196,7 @@ class SoftmaxProblem:
         log: logarithms of the probabilities instead.
         uniform_empty: rows without keys give 1 / kv_len instead of 0.
         transform: the torch transform it runs under, or None.
+        target: where it would run; None for the machine at hand.
     """
 
     scores: Tensor
@@ -200,6 +204,7 @@ class SoftmaxProblem:
     log: bool = False
     uniform_empty: bool = False
     transform: str | None = None
+    target: Target | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -252,7 +257,7 @@ class SoftmaxProblem:
             )
         if not isinstance(options["log"], bool):
             raise TypeError(f"log must be a bool; got {described(options['log'])}. Pass True or False.")
-        dropout = require_dropout(options["dropout"])
+        dropout = require_dropout(options["dropout"], shape)
         if options["log"] and dropout is not None:
             raise ValueError(
                 "log and dropout must not be combined; got both. The logarithm of a removed probability is -inf; apply dropout to exp(result)."

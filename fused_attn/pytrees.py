@@ -40,7 +40,9 @@ def register(cls: type) -> None:
         functools.partial(_unflatten, cls),
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         to_dumpable_context=lambda context: [list(part) for part in context],
-        from_dumpable_context=lambda parts: _Structure(tuple(parts[0]), tuple((name, value) for name, value in parts[1])),
+        from_dumpable_context=lambda parts: _Structure(
+            tuple(parts[0]), tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in parts[1])
+        ),
         flatten_with_keys_fn=_flatten_with_keys,
     )
     if cls.__module__.split(".")[0] == "fused_attn":  # so that an exported program that takes one loads
@@ -92,6 +94,8 @@ class HoldsTensors:
 
 
 def _is_static(item: Any) -> bool:
+    if isinstance(item, tuple) and len(item) > 0:  # of numbers; an empty one may be room for tensors
+        return all(_is_static(x) for x in item)
     return isinstance(item, _STATIC) or callable(item)
 
 

@@ -118,7 +118,12 @@ class _Block:
         kv_start, kv_end = (None if t is None else t[:, self.start : end] for t in (mask.kv_start, mask.kv_end))
         keep = mask.keep if mask.keep is None or mask.keep.shape[2] == 1 else mask.keep[:, :, self.start : end]
         rules = tuple(_Later(rule, whole, self.start) for rule in mask.rules)
-        return replace(terms, mask=KernelMask(mask.left, mask.right, kv_start, kv_end, keep, rules), q_offset=terms.q_offset + self.start)
+        dropout = terms.dropout
+        if dropout is not None:
+            b, h, first, kv = dropout.origin
+            dropout = dropout._replace(origin=(b, h, first + self.start, kv), extent=dropout.extent or self.call.shape)
+        form = KernelMask(mask.left, mask.right, kv_start, kv_end, keep, rules)
+        return replace(terms, mask=form, q_offset=terms.q_offset + self.start, dropout=dropout)
 
     def _taken(self, part: LoweredAttention) -> Tensor:
         """What each query takes off later ones, [batch, 1, rows, kv_len], by the definition on head 0 alone."""

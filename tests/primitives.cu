@@ -175,15 +175,19 @@ KERNEL score_mod(float* scores, float* grads, const float* products, float* slop
   }
 }
 
-// words [rows, kv_len] and factors [rows, kv_len] of rows numbered from `row` on.
-KERNEL philox(uint32_t* words, float* factors, const int64_t* seed, int64_t row, int rows, int kv_len, unsigned limit, float factor) {
+// words [rows, kv_len] and factors [rows, kv_len] of heads numbered from `row` on, whose keys begin at `shift`.
+KERNEL philox(uint32_t* words, float* factors, const int64_t* seed, int64_t row, int rows, int kv_len, int shift, unsigned limit,
+              float factor) {
   DropoutParams dropout;
-  dropout.seed = seed, dropout.limit = limit, dropout.factor = factor;
+  dropout.seed = seed, dropout.limit = limit, dropout.factor = factor, dropout.shift = shift;
+  dropout.head = (kv_len + shift + 3) / 4, dropout.first = row * dropout.head;
   for (int i = threadIdx.x; i < rows * kv_len; i += blockDim.x) {
-    const uint4 w = dropout_words(dropout, row + i / kv_len, i % kv_len, kv_len);
+    const int kv = i % kv_len, key = kv + shift;
+    const int64_t counter = dropout_row(dropout, 0, i / kv_len, 0);
+    const uint4 w = philox(counter + key / 4, *seed);
     const uint32_t all[4] = {w.x, w.y, w.z, w.w};
-    words[i] = all[i % kv_len % 4];
-    factors[i] = keep_factor(dropout, w, i % kv_len);
+    words[i] = all[key % 4];
+    factors[i] = kept_keys<4>(dropout, counter, kv / 4 * 4) >> kv % 4 & 1 ? factor : 0.f;
   }
 }
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fused_attn as fa
 from fused_attn import dropout as dropout_module
-from fused_attn.lowering import Grid, KernelDropout
+from fused_attn.kernel_dropout import KernelDropout
+from fused_attn.lowering import Grid
 from fused_attn.testing import DIFFERENTIABLE, EVERYTHING, Case, SoftmaxCase, check, check_inputs, check_softmax, inputs_of
 
 quick = pytest.mark.quick

@@ -93,6 +93,14 @@ def test_every_other_chip_takes_cuda_first(capability: tuple[int, int], dtype: t
     assert backends.resolve(attention(dtype), "auto") == backends.explain(attention(dtype)).chosen == "cuda"
 
 
+@pytest.mark.parametrize("capability", [(7, 5), HOPPER, *OTHERS], ids=lambda c: f"{c[0]}.{c[1]}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_target_is_the_machine_it_names(capability: tuple[int, int], dtype: torch.dtype, on: Callable[..., None]) -> None:
+    on(capability)
+    q = torch.zeros(1, 2, 8, 64, dtype=dtype)
+    assert fa.explain(q, q, q, on=f"sm_{capability[0]}{capability[1]}").rows == backends.explain(attention(dtype)).rows
+
+
 def test_on_the_cpu_nothing_asks_for_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: pytest.fail("there is no GPU to ask"))
     q = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)

@@ -30,22 +30,13 @@ def tensors(dtype=torch.float32):
     return [torch.randn(shape, generator=made).to(dtype) for shape in ((2, 4, 37, 24), (2, 2, 43, 24), (2, 2, 43, 20))]
 
 
-def is_refused(empty_rows, backend):
-    if (empty_rows, backend) != ("softmax", "cuda"):
-        return False
-    with pytest.raises(fa.UnsupportedError, match="empty_rows='softmax' has no CUDA function"):
-        fa.attention(*tensors(), empty_rows=empty_rows, backend=backend)
-    return True
-
-
 @pytest.mark.parametrize("empty_rows", POLICIES)
 @pytest.mark.parametrize("mods", [n for n in MODS if n != "l2"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_error_rule(mask, mods, empty_rows, backend):
-    if not is_refused(empty_rows, backend):
-        dtype = torch.bfloat16 if mask == "both" else torch.float32
-        inputs = inputs_of(*tensors(dtype), **MASKS[mask], **MODS[mods], empty_rows=empty_rows)
-        check_inputs(inputs, backend, (*DIFFERENTIABLE, *STATISTICS) if mask == "lengths" else DIFFERENTIABLE, f"{mask}, {mods}")
+    dtype = torch.bfloat16 if mask == "both" else torch.float32
+    inputs = inputs_of(*tensors(dtype), **MASKS[mask], **MODS[mods], empty_rows=empty_rows)
+    check_inputs(inputs, backend, (*DIFFERENTIABLE, *STATISTICS) if mask == "lengths" else DIFFERENTIABLE, f"{mask}, {mods}")
 
 
 def filled(q, k, v, allowed, fill):
@@ -59,8 +50,6 @@ def filled(q, k, v, allowed, fill):
 @pytest.mark.parametrize("empty_rows", POLICIES)
 def test_a_fill_gives_the_same(empty_rows, mask, backend):
     """float32 and a fill next to which scores vanish; float64 would keep them."""
-    if is_refused(empty_rows, backend):
-        return
     fills = {
         "uniform": lambda s, allowed: s.masked_fill(~allowed, -3e38),
         "softmax": lambda s, allowed: s + torch.where(allowed, 0.0, -3e38),
@@ -96,8 +85,6 @@ def test_uniform_rows_give_scores_no_gradient(backend):
 
 @pytest.mark.parametrize("empty_rows", POLICIES)
 def test_a_sink_leaves_no_row_empty(empty_rows, backend):
-    if is_refused(empty_rows, backend):
-        return
     q, k, v = tensors()
     options = {"mask": fa.ValidLengths(torch.tensor([43, 0])), "sinks": torch.tensor([0.5, -torch.inf, 1.0, 0.0]), "backend": backend}
     zero, even = fa.attention(q, k, v, **options), fa.attention(q, k, v, **options, empty_rows=empty_rows)
@@ -107,8 +94,6 @@ def test_a_sink_leaves_no_row_empty(empty_rows, backend):
 
 @pytest.mark.parametrize("empty_rows", POLICIES)
 def test_rows_of_minus_infinity_are_empty_too(empty_rows, backend):
-    if is_refused(empty_rows, backend):
-        return
     q, k, v = tensors()
     bias = torch.zeros(1, 1, 37, 1).index_fill(2, torch.tensor([3]), -torch.inf)
     out = fa.attention(q, k, v, score_mods=(fa.Bias(bias),), empty_rows=empty_rows, backend=backend)
@@ -117,8 +102,6 @@ def test_rows_of_minus_infinity_are_empty_too(empty_rows, backend):
 
 @pytest.mark.parametrize("empty_rows", POLICIES)
 def test_asking_for_more_does_not_change_the_output(empty_rows, backend):
-    if is_refused(empty_rows, backend):
-        return
     options = {**MASKS["causal"], **MODS["dropout"], "empty_rows": empty_rows, "backend": backend}
     q, k, v = tensors()
     plain = fa.attention(q, k, v, **options)
@@ -151,8 +134,6 @@ def test_twice_differentiable():
 
 def test_twice_differentiable_where_a_gradient_is_no_derivative(backend):
     """A fill that is added leaves equal weights whatever the scores are, and yet their gradient."""
-    if is_refused("softmax", backend):
-        return
     q, k, v = (t[:, :2, :4].clone().requires_grad_() for t in tensors())
     results = []
     for name in (backend, "eager"):

@@ -244,15 +244,16 @@ def test_score_modifications(kinds: list[int], run: Any) -> None:
 
 
 @simulated
+@pytest.mark.parametrize("shift", [0, 3])
 @pytest.mark.parametrize("kv_len", [1, 4, 7])
-def test_philox(kv_len: int, run: Any) -> None:
+def test_philox(kv_len: int, shift: int, run: Any) -> None:
     """The words of fused_attn/dropout.py, for rows whose counter needs more than 32 bits and seeds that use all 64."""
     rows, row, seed = 6, 2**33 + 5, torch.tensor(-0x123456789ABCDEF)
     words, factors = poisoned(rows, kv_len, dtype=torch.int32), poisoned(rows, kv_len)
-    run("philox", 32, words, factors, seed, row, rows, kv_len, dropout.threshold(0.4), 1 / 0.6)
-    groups = -(-kv_len // 4)
+    run("philox", 32, words, factors, seed, row, rows, kv_len, shift, dropout.threshold(0.4), 1 / 0.6)
+    groups = -(-(kv_len + shift) // 4)
     counter = (row + torch.arange(rows))[:, None] * groups + torch.arange(groups)
-    want = torch.stack(dropout.philox(counter, seed), -1).flatten(1)[:, :kv_len]
+    want = torch.stack(dropout.philox(counter, seed), -1).flatten(1)[:, shift : shift + kv_len]
     assert torch.equal(words.long() & 0xFFFFFFFF, want)
     torch.testing.assert_close(factors, (want >= dropout.threshold(0.4)).float() / 0.6)
 

@@ -83,13 +83,13 @@ __device__ __forceinline__ void score_gradients(float (&s)[kN][4], float (&dp)[k
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int q = rows[half].q, kv = first + n * 8 + threadIdx.x % 4 * 2;
-      uint4 words = {};
-      if (kModified && p.dropout.seed != nullptr) words = dropout_words(p.dropout, row_number(p.sizes, b, h, q), kv, p.sizes.kv_len);
+      uint32_t stays = 0;
+      if (kModified && p.dropout.seed != nullptr) stays = kept_keys<2>(p.dropout, dropout_row(p.dropout, b, h, q), kv);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool ok = allows(p.mask, b, h, rows[half], kv + e, full, keep) && q < p.sizes.q_len;
-        pair_gradient<T>(s[n][half * 2 + e], dp[n][half * 2 + e], ok, is_kept(p.dropout, words, kv + e), p, scorer, gradient_rows[half],
-                         {b, h, q, kv + e}, down_to);
+        pair_gradient<T>(s[n][half * 2 + e], dp[n][half * 2 + e], ok, stays >> e & 1, p, scorer, gradient_rows[half], {b, h, q, kv + e},
+                         down_to);
       }
     }
   }
@@ -307,9 +307,7 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
           const int kv = kv_row + half * 8;
           const bool ok = q < sizes.q_len && kv < sizes.kv_len && allows(p.mask, b, h, row, kv, full, keep);
           bool stays = true;
-          if (kModified && p.dropout.seed != nullptr && ok) {
-            stays = is_kept(p.dropout, dropout_words(p.dropout, row_number(sizes, b, h, q), kv, sizes.kv_len), kv);
-          }
+          if (kModified && p.dropout.seed != nullptr && ok) stays = kept_keys<1>(p.dropout, dropout_row(p.dropout, b, h, q), kv) & 1;
           pair_gradient<T>(s[n][half * 2 + column], dp[n][half * 2 + column], ok, stays, p, scorer, gradient_row, {b, h, q, kv}, 0);
         }
       }

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Fwd<T, kHeadSize>::kThreads, 1) attention_fwd_
     multiply_transposed<T, kHeadSize>(s, q_tile, warp_row, k_tile);
     to_scores<kModified>(s, p, scorer, b, h, rows, first, full, keep);
     rescale<kModified>(s, acc, state, scorer);
-    if (kModified && p.dropout.seed != nullptr) drop(s, p.dropout, sizes, b, h, rows, first, 1.f);
+    if (kModified && p.dropout.seed != nullptr) drop(s, p.dropout, b, h, rows, first, 1.f);
     multiply_add<T>(acc, s, v_tile, warp_col);
     __syncthreads();
     first = following;

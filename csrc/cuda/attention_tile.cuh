@@ -90,16 +90,16 @@ __device__ __forceinline__ void to_scores(float (&s)[kN][4], const AttentionPara
 
 // Multiplies by 0 where dropout removes and by `kept` elsewhere; two neighbouring keys share a call of Philox.
 template <int kN>
-__device__ __forceinline__ void drop(float (&s)[kN][4], const DropoutParams& dropout, const Sizes& sizes, int b, int h,
-                                     const Row (&rows)[2], int first, float kept) {
+__device__ __forceinline__ void drop(float (&s)[kN][4], const DropoutParams& dropout, int b, int h, const Row (&rows)[2], int first,
+                                     float kept) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int kv = first + n * 8 + threadIdx.x % 4 * 2;
-      const uint4 words = dropout_words(dropout, row_number(sizes, b, h, rows[half].q), kv, sizes.kv_len);
-      s[n][half * 2] = is_kept(dropout, words, kv) ? s[n][half * 2] * kept : 0.f;
-      s[n][half * 2 + 1] = is_kept(dropout, words, kv + 1) ? s[n][half * 2 + 1] * kept : 0.f;
+      const uint32_t stays = kept_keys<2>(dropout, dropout_row(dropout, b, h, rows[half].q), kv);
+      s[n][half * 2] = stays & 1 ? s[n][half * 2] * kept : 0.f;
+      s[n][half * 2 + 1] = stays & 2 ? s[n][half * 2 + 1] * kept : 0.f;
     }
   }
 }

@@ -24,7 +24,7 @@ __device__ __forceinline__ void finish(float (&x)[kVector<T>], const SoftmaxPara
   if (!row.live) return;
   if (p.dropout.seed != nullptr) {
     RowView<T>(p.probs, row).store(x, kv, p.sizes.kv_len);
-    drop(x, p.dropout, row.r, kv, p.sizes.kv_len);
+    drop(x, p.dropout, row, kv);
   }
   RowView<T>(p.out, row).store(x, kv, p.sizes.kv_len);
 }

@@ -17,9 +17,12 @@ from fused_attn.checks import described
 from fused_attn.mask_rules import Pairs, extent
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
 from fused_attn.selective import Selective
+from fused_attn.targets import Target
 
 if TYPE_CHECKING:
     from fused_attn.backends.base import Backend
+
+__all__ = ["EAGER", "Explanation", "Target", "Verdict", "explain", "get", "names", "register", "resolve", "unregister"]
 
 EAGER = "eager"
 # Module and class of each built-in backend, fastest first; imported when a backend is first considered.

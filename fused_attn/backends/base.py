@@ -170,16 +170,31 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def capability_refusal(device: torch.device) -> str:
-    """The reason shared by the GPU backends, or an empty string: their instructions begin with compute capability 8.0."""
-    if device.type != "cuda" or _capability(device) >= (8, 0):
-        return ""
-    return f"kernels need compute capability 8.0; the device has {'.'.join(map(str, _capability(device)))}"
+def _capability_of(device: torch.device) -> tuple[int, int] | None:
+    return _capability(device) if device.type == "cuda" else None
 
 
-def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has Hopper's warpgroup products: compute capability 9.0 exactly, for no later chip kept them."""
-    return device.type == "cuda" and _capability(device) == (9, 0)
+def device_type(problem: AttentionProblem | SoftmaxProblem) -> str:
+    """The kind of device that a problem is asked about: its target's, or its tensors'."""
+    return problem.device.type if problem.target is None else problem.target.device_type
+
+
+def capability(problem: AttentionProblem | SoftmaxProblem) -> tuple[int, int] | None:
+    """The compute capability of its target, or of its tensors' device; None where there is none."""
+    return _capability_of(problem.device) if problem.target is None else problem.target.capability
+
+
+def capability_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    """The reason shared by the GPU backends: their instructions begin with compute capability 8.0."""
+    found = capability(problem)
+    if found is None or found >= (8, 0):
+        return []
+    return [f"kernels need compute capability 8.0; the device has {found[0]}.{found[1]}"]
+
+
+def has_wgmma(problem: AttentionProblem | SoftmaxProblem) -> bool:
+    """Whether there are Hopper's warpgroup products: compute capability 9.0 exactly, for no later chip kept them."""
+    return capability(problem) == (9, 0)
 
 
 def allows_tf32() -> bool:
@@ -189,6 +204,5 @@ def allows_tf32() -> bool:
 
 
 # torch.compile runs these while tracing instead of tracing through caches and native code (see backends._load).
-capability_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-has_wgmma._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_capability_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ from fused_attn.backends.base import (
     authored_refusals,
     capability_refusal,
     composition_refusals,
+    device_type,
     gradients_without_scores,
     has_wgmma,
     sink_gradient,
@@ -38,10 +39,13 @@ from fused_attn.score_mods import in_own_shape, on_device
 
 MAX_HEAD_DIM = 256
 MAX_MODS = 8
-# Score modifications that csrc/include/fused_attn/score_mod.cuh knows, and whether their tensor gets a gradient; known once it is loaded.
+# Score modifications that csrc/include/fused_attn/score_mod.cuh knows, and whether their tensor gets a gradient: what the library at hand
+# says once it is loaded, and what one built from these sources says.
 MODS: dict[str, bool] = {}
+BUILT_MODS = {"softcap": False, "alibi": False, "level": False, "bias": True}
 _MOD_TENSORS = 6  # place of the modifications' tensors in Terms.flatten()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_NOT_BUILT = "the native library is not built (python -m fused_attn build)"
 
 
 def library_path() -> Path:
@@ -56,7 +60,7 @@ def _load(named: str) -> str:
     if not path.is_file():
         failure = path.with_name("_native_failure.txt")  # what setup.py leaves
         reason = f"; the build during installation failed: {failure.read_text().strip()}" if failure.is_file() else ""
-        return f"the native library is not built (python -m fused_attn build){reason}"
+        return f"{_NOT_BUILT}{reason}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -90,13 +94,13 @@ class CudaBackend:
 
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         """Every reason why these kernels cannot run the problem."""
-        device = problem.device
-        if device.type != self.device_type:
-            return [f"it runs on {self.device_type.upper()} tensors only, not on {device.type}"]
-        failure = _failure()
+        device, target = device_type(problem), problem.target
+        if device != self.device_type:
+            return [f"it runs on {self.device_type.upper()} tensors only, not on {device}"]
+        failure = _failure() if target is None else "" if target.library else _NOT_BUILT
         if failure:
             return [failure]
-        reasons = transform_refusal(problem) + [r for r in [capability_refusal(device)] if r]
+        reasons = transform_refusal(problem) + capability_refusal(problem)
         dtype = problem.inputs[0].dtype
         if dtype not in _DTYPES:
             reasons.append(f"{str(dtype).removeprefix('torch.')} is computed by cpu and eager only")
@@ -110,7 +114,7 @@ class CudaBackend:
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> Yields | None:
         """These kernels multiply with mma.sync, Triton's on Hopper with wgmma; in float32 neither does."""
-        if isinstance(problem, SoftmaxProblem) or problem.q.dtype.itemsize != 2 or not has_wgmma(problem.device):
+        if isinstance(problem, SoftmaxProblem) or problem.q.dtype.itemsize != 2 or not has_wgmma(problem):
             return None
         return Yields("triton", "on compute capability 9.0 Triton's wgmma kernels issue 1.7 to 4 times fewer instructions in 16 bits")
 
@@ -181,20 +185,20 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     mods, scoring, reasons = problem.modifiers.score_mods, problem.modifiers.scoring, []
+    known = MODS if problem.target is None else BUILT_MODS
     count = 0 if scoring is None else len(scoring.kernels)
     if scoring is not None and not scoring.lowers:
         reasons.append(f"{type(scoring).__name__} is no dot product (give it a lower), and the CUDA kernels compute nothing else")
+    count += isinstance(problem, AttentionProblem) and problem.empty_rows == "softmax"  # Level
     for mod in mods:
         kernels = mod.kernels or (mod.name,)
         count += len(kernels)
-        if not set(kernels) <= set(MODS):
+        if not set(kernels) <= set(known):
             reasons.append(f"{type(mod).__name__} has no CUDA function (csrc/include/fused_attn/score_mod.cuh)")
-        elif not all(MODS[k] for k in kernels) and any(t.requires_grad for t in mod.tensors):
+        elif not all(known[k] for k in kernels) and any(t.requires_grad for t in mod.tensors):
             reasons.append(f"{type(mod).__name__} has no gradient for its tensor in CUDA")
     if problem.modifiers.normalizer is not None and problem.modifiers.normalizer.name:
         reasons.append(f"{type(problem.modifiers.normalizer).__name__} is no softmax, and the CUDA kernels compute nothing else")
-    if isinstance(problem, AttentionProblem) and problem.empty_rows == "softmax":
-        reasons.append("empty_rows='softmax' has no CUDA function (csrc/include/fused_attn/score_mod.cuh)")
     if count > MAX_MODS:
         reasons.append(f"at most {MAX_MODS} score modifications fit a kernel's arguments; got {count}")
     return reasons

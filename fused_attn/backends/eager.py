@@ -16,8 +16,9 @@ from fused_attn.allowed_products import differentiable_products, differentiable_
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.checks import captured, has_finite_products
 from fused_attn.dropout import keep_factor
+from fused_attn.kernel_dropout import KernelDropout
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
-from fused_attn.lowering import Grid, KernelDropout, stat_dtype
+from fused_attn.lowering import Grid, stat_dtype
 from fused_attn.modifiers import Modifiers
 from fused_attn.normalizers import Softmax, weighed
 from fused_attn.problem import AttentionProblem, SoftmaxProblem

@@ -3,7 +3,7 @@ r"""Says which backend would run an attention problem, and why each other one wo
 Tensors take no memory here, so any size can be asked about. Example:
 
   python -m fused_attn explain --q 1,32,8192,128 --k 1,8,8192,128 --dtype bfloat16 \
-      --mask "causal & window(1024, 0)" --mods "softcap(30)" --aux probs,lse --requires-grad
+      --mask "causal & window(1024, 0)" --mods "softcap(30)" --aux probs,lse --requires-grad --on sm_90
 
 Masks: causal, window(left, right), band(width), prefix(n), lengths(n), padding(n), documents(length), dense.
 Modifications: softcap(cap), alibi, bias, bias(batch, heads, q_len, kv_len), decay.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fused_attn as fa
 from fused_attn.auxiliary import SWITCHES
+from fused_attn.backends import Target
 from fused_attn.checks import FLOATS, require_integer
 from fused_attn.cli.errors import CommandError
 from fused_attn.cli.grammar import build, parse_calls
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--v", help="shape of the values (default: that of the keys)", **shape)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    parser.add_argument("--on", metavar="TARGET", help="where it would run: cpu, sm_80, sm_90, ... (default: on --device)")
+    parser.add_argument("--no-library", action="store_true", help="with --on: without the native CUDA library")
     parser.add_argument("--mask", help='such as "causal & window(128, 0)"')
     parser.add_argument("--mods", help='score modifications in order, such as "softcap(30), alibi"')
     parser.add_argument("--scale", type=float)
@@ -65,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         q, k, v = (
             _tensor(args, name, shape) for name, shape in (("q", args.q), ("k", args.k or args.q), ("v", args.v or args.k or args.q))
         )
-        print(fa.explain(q, k, v, **_options(args, q, k)))
+        on = None if args.on is None else Target(args.on, library=not args.no_library)
+        print(fa.explain(q, k, v, on=on, **_options(args, q, k)))
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from None
     return 0

@@ -49,11 +49,14 @@ struct ScoreParams {
   Alignment alignment;
 };
 
-// Word number k % 4 of Philox4x32-7 at counter row * ceil(kv_len / 4) + k / 4 decides about key k; words below the limit are removed.
+// Word number (k + shift) % 4 of Philox4x32-7 at counter first + b * batch + h * head + q * row + (k + shift) / 4 decides about key k;
+// words below the limit are removed. The numbers say where the call stands in the whole problem (KernelDropout of lowering.py).
 struct DropoutParams {
   const int64_t* seed = nullptr;  // nullptr: no dropout
   uint32_t limit = 0;
   float factor = 1.f;  // 1 / (1 - p); 0 for p = 1
+  int64_t first = 0, batch = 0, head = 0, row = 0;
+  int shift = 0;
 };
 
 struct Sizes {

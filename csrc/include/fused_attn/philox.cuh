@@ -19,20 +19,25 @@ __device__ inline uint4 philox(uint64_t counter, uint64_t seed) {
   return w;
 }
 
-// The words of keys [4 * (kv / 4), + 4) in row r = (b * heads + h) * q_len + q.
-__device__ __noinline__ inline uint4 dropout_words(const DropoutParams& dropout, int64_t r, int kv, int kv_len) {
-  return philox(static_cast<uint64_t>(r) * ((kv_len + 3) / 4) + kv / 4, static_cast<uint64_t>(*dropout.seed));
+// The counter of a query's first group of keys.
+__device__ inline int64_t dropout_row(const DropoutParams& dropout, int b, int h, int q) {
+  return dropout.first + b * dropout.batch + h * dropout.head + q * dropout.row;
 }
 
-// Whether the key stays.
-__device__ inline bool is_kept(const DropoutParams& dropout, const uint4& words, int kv) {
-  const int lane = kv % 4;
-  return (lane == 0 ? words.x : lane == 1 ? words.y : lane == 2 ? words.z : words.w) >= dropout.limit;
+__device__ inline uint32_t kept_words(const uint4& words, uint32_t limit) {
+  return (words.x >= limit) | (words.y >= limit) << 1 | (words.z >= limit) << 2 | (words.w >= limit) << 3;
 }
 
-// 0 where the key is removed, 1 / (1 - p) where it stays.
-__device__ inline float keep_factor(const DropoutParams& dropout, const uint4& words, int kv) {
-  return is_kept(dropout, words, kv) ? dropout.factor : 0.f;
+// Bit j: whether key kv + j stays. Keys of one group share a call; kCount of them reach into a second one where their origin is no multiple
+// of 4.
+template <int kCount>
+__device__ __noinline__ uint32_t kept_keys(const DropoutParams& dropout, int64_t row, int kv) {
+  static_assert(kCount <= 4);
+  const int key = kv + dropout.shift, lane = key % 4;
+  const uint64_t counter = static_cast<uint64_t>(row) + key / 4, seed = static_cast<uint64_t>(*dropout.seed);
+  uint32_t bits = kept_words(philox(counter, seed), dropout.limit);
+  if (lane + kCount > 4) bits |= kept_words(philox(counter + 1, seed), dropout.limit) << 4;
+  return bits >> lane;
 }
 
 }  // namespace fused_attn

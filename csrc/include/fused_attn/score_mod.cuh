@@ -8,12 +8,12 @@ namespace fused_attn {
 
 // In the order of kMods. name: that of the normal form (KernelScore.name); has_gradient: whether its tensor gets one, which
 // attention_bwd_bias computes as the gradient of what is added to a score.
-enum class ModKind : int { kSoftCap, kALiBi, kBias };
+enum class ModKind : int { kSoftCap, kALiBi, kLevel, kBias };
 struct ModEntry {
   const char* name;
   bool has_gradient;
 };
-constexpr ModEntry kMods[] = {{"softcap", false}, {"alibi", false}, {"bias", true}};
+constexpr ModEntry kMods[] = {{"softcap", false}, {"alibi", false}, {"level", false}, {"bias", true}};
 
 // Where a score stands.
 struct Place {
@@ -38,6 +38,7 @@ __device__ inline float apply(const ScoreMod& mod, const Alignment& alignment, f
       const int64_t distance = p.q - p.kv + query_shift(alignment, p.b);
       return s - load(mod.tensor, mod.dtype, p.b, p.h, 0, 0) * fabsf(static_cast<float>(distance));
     }
+    case ModKind::kLevel: return 0.f;
     default: return s + load(mod.tensor, mod.dtype, p.b, p.h, p.q, p.kv);
   }
 }
@@ -54,6 +55,8 @@ __device__ __noinline__ inline float pull_back(const ScoreParams& score, float g
     if (score.mods[i].kind == ModKind::kSoftCap) {
       const float bent = precise_tanh(apply(score, s, p, i) / score.mods[i].scalar);
       grad *= 1.f - bent * bent;
+    } else if (score.mods[i].kind == ModKind::kLevel && !isfinite(apply(score, s, p, i))) {
+      grad = 0.f;
     }
   }
   return grad;

@@ -15,6 +15,7 @@ from fused_attn.backends.base import (
     Incoming,
     authored_refusals,
     composition_refusals,
+    device_type,
     transform_refusal,
 )
 from fused_attn.backends.cpu import attention, softmax
@@ -38,7 +39,7 @@ class CpuBackend:
     evaluates_rules = True
 
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-        device = problem.device.type
+        device = device_type(problem)
         reasons = [] if device == "cpu" else [f"it runs on CPU tensors only, not on {device}"]
         return reasons + transform_refusal(problem) + authored_refusals(problem) + composition_refusals(problem)
 

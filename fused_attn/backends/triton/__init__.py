@@ -16,13 +16,15 @@ from fused_attn.backends.base import (
     Incoming,
     capability_refusal,
     composition_refusals,
+    device_type,
     transform_refusal,
 )
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 MAX_HEAD_DIM = 256
-
+# The package's own modifications of score_mods.py, and whether their tensor gets a gradient; that file is not imported where Triton is missing.
+BUILT_IN = {"softcap": False, "alibi": False, "level": False, "bias": True}
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # not a cached function, so that torch.compile can trace what reads it
 
@@ -38,14 +40,14 @@ class TritonBackend:
 
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         """Every reason why these kernels cannot run the problem."""
-        device = problem.device
-        if device.type == "cpu" and not _interpreted():
+        device = device_type(problem)
+        if device == "cpu" and (problem.target is not None or not _interpreted()):
             return ["tensors are on the CPU (set TRITON_INTERPRET=1 before the first use to run the interpreter)"]
-        if device.type not in ("cpu", "cuda"):
-            return [f"there are no kernels for {device.type} devices"]
-        if not _INSTALLED:
+        if device not in ("cpu", "cuda"):
+            return [f"there are no kernels for {device} devices"]
+        if not _INSTALLED and problem.target is None:
             return ["Triton is not installed (pip install triton)"]
-        reasons = transform_refusal(problem) + [r for r in [capability_refusal(device)] if r]
+        reasons = transform_refusal(problem) + capability_refusal(problem)
         dtype = problem.inputs[0].dtype
         if dtype == torch.float64:
             reasons.append("float64 is computed by cpu and eager only")
@@ -55,7 +57,7 @@ class TritonBackend:
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
         """The interpreter is for debugging."""
-        return "the interpreter is slow and meant for debugging" if problem.device.type == "cpu" else None
+        return "the interpreter is slow and meant for debugging" if device_type(problem) == "cpu" else None
 
     def stats_shape(self, call: LoweredAttention) -> tuple[int, ...]:
         # Two statistics per row; where 16-bit outputs would cost the sinks' gradient its accuracy, the float32 output as well.
@@ -108,14 +110,22 @@ def _scoring_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     return []
 
 
-def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+def _functions() -> tuple[set[str], set[str]]:
+    """The modifications with device functions, and those whose tensor gets a gradient; where there is no Triton to ask, the built-in ones."""
+    if not _INSTALLED:
+        return set(BUILT_IN), {name for name, has_gradient in BUILT_IN.items() if has_gradient}
     from fused_attn.backends.triton import score_mods
 
+    return set(score_mods.FUNCTIONS), set(score_mods.ADDITIVE)
+
+
+def _mod_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    functions, additive = _functions()
     reasons = []
     for mod in problem.modifiers.score_mods:
         kernels = mod.kernels or (mod.name,)
-        if not set(kernels) <= set(score_mods.FUNCTIONS):
+        if not set(kernels) <= functions:
             reasons.append(f"{type(mod).__name__} has no Triton functions (fused_attn.backends.triton.score_mods.register)")
-        elif not set(kernels) <= score_mods.ADDITIVE and any(t.requires_grad for t in mod.tensors):
+        elif not set(kernels) <= additive and any(t.requires_grad for t in mod.tensors):
             reasons.append(f"{type(mod).__name__} has no gradient for its tensor in Triton")
     return reasons

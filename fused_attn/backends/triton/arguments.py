@@ -76,11 +76,19 @@ class ScoreArgs(NamedTuple):
 
 
 class DropoutArgs(NamedTuple):
-    """Seed pointer, the smallest 32-bit word that stays, and 1 / (1 - p)."""
+    """Seed pointer, the smallest 32-bit word that stays, 1 / (1 - p), and where the call's counters lie (``KernelDropout.counters``).
+
+    ``shift``, what is left of the first key's index modulo 4, is a constant: only 0 lets four neighbours share a Philox call.
+    """
 
     seed: Any
     limit: Any
     factor: Any
+    first: Any
+    batch: Any
+    head: Any
+    row: Any
+    shift: Any
 
 
 class Sizes(NamedTuple):
@@ -193,13 +201,14 @@ def _scoring_args(score: KernelScore, grid: Grid) -> tuple[Any, ...]:
     return (*map(float, score.scalars), *(matrix(scoring.view(t, grid)) for t in score.tensors), None)
 
 
-def dropout(terms: Terms) -> DropoutArgs | None:
-    """Seed, threshold and factor, or None without dropout."""
+def dropout(terms: Terms, shape: tuple[int, int, int, int]) -> DropoutArgs | None:
+    """Seed, threshold, factor and counters of a call of that shape, or None without dropout."""
     if terms.dropout is None:
         return None
     p = terms.dropout.p
     # The largest word is 2^32 - 1; with p = 1 the factor 0 removes what the comparison leaves.
-    return DropoutArgs(terms.dropout.seed, min(threshold(p), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0)
+    numbers, shift = terms.dropout.counters(shape)
+    return DropoutArgs(terms.dropout.seed, min(threshold(p), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0, *numbers, tl.constexpr(shift))
 
 
 def _precision(dtype: torch.dtype) -> str:

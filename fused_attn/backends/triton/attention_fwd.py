@@ -20,7 +20,7 @@ from fused_attn.lowering import LoweredAttention
 
 from .masks import mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_out
-from .primitives import LOG2E, any_true, dot, keep_tile, load_rows, store_rows
+from .primitives import LOG2E, any_true, dot, dropout_row, keep_tile, load_rows, store_rows
 from .score_tile import exponentials, sigmoid, tile_scores
 
 
@@ -51,7 +51,7 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
         p = sigmoid(scores, score)
         l = tl.maximum(l, tl.max(tl.where(scores == float("-inf"), 0.0, 1.0), 1))
     if dropout is not None:
-        kept = keep_tile(dropout, (b * sizes.heads + h).to(tl.int64) * sizes.q_len, q_idx, first, sizes.kv_len, tile.q, tile.kv)
+        kept = keep_tile(dropout, dropout_row(dropout, b, h), q_idx, first, tile.q, tile.kv)
         p = tl.where(kept, p, 0.0)
     v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
     acc = dot(p.to(v_tile.dtype), v_tile, acc, score.precision)

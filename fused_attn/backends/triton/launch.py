@@ -45,7 +45,8 @@ class Plan:
         if programs == 0:
             return
         call = self.call
-        shared = (self.mask, self.score, arguments.dropout(call.terms), arguments.sizes(call), arguments.tile(call, self.config))
+        dropout = arguments.dropout(call.terms, call.shape)
+        shared = (self.mask, self.score, dropout, arguments.sizes(call), arguments.tile(call, self.config))
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
         run(kernel, programs, call.q.device, (*tensors, *shared), options)
 

@@ -117,9 +117,15 @@ def tanh(x):
 
 
 @triton.jit
-def _words(dropout, rows, groups, group):
+def dropout_row(dropout, b, h):
+    """The counter of the first query's and key's word, as ``keep_tile`` takes it; b and h are scalars or broadcast against each other."""
+    return b.to(tl.int64) * dropout.batch + h.to(tl.int64) * dropout.head + dropout.first
+
+
+@triton.jit
+def _words(dropout, rows, group):
     """The four Philox words of (row, key group) pairs; rows and group broadcast against each other."""
-    counter = rows * groups + group
+    counter = rows + group
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
@@ -127,25 +133,24 @@ def _words(dropout, rows, groups, group):
 
 
 @triton.jit
-def keep_tile(dropout, first_row, rows, kv_first, kv_len, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def keep_tile(dropout, first, q_idx, kv_first, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """Which elements of a tile dropout leaves, bool [BLOCK_Q, BLOCK_KV], as fused_attn.dropout defines it.
 
-    ``first_row`` is (b * heads + h) * q_len in 64 bits, ``rows`` [BLOCK_Q] counts from it, ``kv_first`` is a multiple of 4.
+    ``first`` is a ``dropout_row`` or one for each of the queries ``q_idx`` [BLOCK_Q]; ``kv_first`` is a multiple of 4.
     """
-    groups = (kv_len + 3) // 4
-    row = (first_row + rows)[:, None]
+    row = (first + q_idx.to(tl.int64) * dropout.row)[:, None]
     limit = dropout.limit.to(tl.uint32)
-    if BLOCK_Q * BLOCK_KV >= 1024:
+    if BLOCK_Q * BLOCK_KV >= 1024 and dropout.shift == 0:
         # One call serves four neighbouring keys: word j belongs to key 4 * group + j.
-        w0, w1, w2, w3 = _words(dropout, row, groups, (kv_first // 4 + tl.arange(0, BLOCK_KV // 4))[None, :])
+        w0, w1, w2, w3 = _words(dropout, row, (kv_first // 4 + tl.arange(0, BLOCK_KV // 4))[None, :])
         even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
         odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
         return tl.reshape(tl.join(even, odd), (BLOCK_Q, BLOCK_KV)) != 0
     else:
         # A quarter of a small tile has fewer elements than a block has threads, and joining such replicated tiles gave wrong
-        # masks on sm_80 (Triton 3.7.1, PTX simulator); here every element makes its own call.
-        kv = (kv_first + tl.arange(0, BLOCK_KV))[None, :]
-        w0, w1, w2, w3 = _words(dropout, row, groups, kv // 4)
+        # masks on sm_80 (Triton 3.7.1, PTX simulator); here, and where the first key stands inside a group, every element makes its own call.
+        kv = (kv_first + tl.arange(0, BLOCK_KV) + dropout.shift)[None, :]
+        w0, w1, w2, w3 = _words(dropout, row, kv // 4)
         lane = kv % 4
         word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
         return word >= limit

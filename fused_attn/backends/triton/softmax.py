@@ -20,7 +20,7 @@ from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredSoftmax
 
 from .masks import allowed, query_shift, row_intervals
-from .primitives import LOG2E, keep_tile, pointers
+from .primitives import LOG2E, dropout_row, keep_tile, pointers
 from .score_mods import apply
 
 
@@ -78,7 +78,7 @@ def _write(result, out, probs, place, kv_idx, dropout, sizes, tile):
     inside = place[3][:, None] & (kv_idx < sizes.kv_len)[None, :]
     if dropout is not None:
         tl.store(pointers(probs, b, h, q, kv_idx[None, :]), result.to(probs.ptr.dtype.element_ty), mask=inside)
-        kept = keep_tile(dropout, tl.zeros_like(place[4]), place[4], tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv)
+        kept = keep_tile(dropout, dropout_row(dropout, place[0], place[1]), place[2], tl.min(kv_idx, 0), tile.q, tile.kv)
         result = tl.where(kept, result * dropout.factor, 0.0)
     tl.store(pointers(out, b, h, q, kv_idx[None, :]), result.to(out.ptr.dtype.element_ty), mask=inside)
 
@@ -123,7 +123,7 @@ def _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, si
     y = tl.load(pointers(result, b, h, q, kv_idx[None, :]), mask=inside, other=float("-inf") if LOG else 0.0).to(tl.float32)
     g = tl.load(pointers(dout, b, h, q, kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
     if dropout is not None:
-        kept = keep_tile(dropout, tl.zeros_like(place[4]), place[4], tl.min(kv_idx, 0), sizes.kv_len, tile.q, tile.kv)
+        kept = keep_tile(dropout, dropout_row(dropout, place[0], place[1]), place[2], tl.min(kv_idx, 0), tile.q, tile.kv)
         g = tl.where(kept, g * dropout.factor, 0.0)
     p = tl.exp2(y * LOG2E) if LOG else y
     some = y != float("-inf") if LOG else y != 0.0
@@ -224,7 +224,7 @@ class _Plan:
         self.one_pass = kv_len <= chosen.block_kv
         terms = call.terms
         tile = arguments.Tile(*(tl.constexpr(v) for v in (chosen.block_q, chosen.block_kv, 0, 0, 0, 0, 0, False)))
-        shared = (arguments.mask(terms, None), arguments.scores(terms, call.grid, call.scores.dtype), arguments.dropout(terms))
+        shared = (arguments.mask(terms, None), arguments.scores(terms, call.grid, call.scores.dtype), arguments.dropout(terms, call.shape))
         self.shared = (*shared, arguments.Sizes(middle, 1, q_len, kv_len), tile, call.log, call.uniform_empty)
 
     def launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *constants: Any) -> None:
