@@ -30,8 +30,9 @@ def tensors(dtype=torch.float32):
     return [torch.randn(shape, generator=made).to(dtype) for shape in ((2, 4, 37, 24), (2, 2, 43, 24), (2, 2, 43, 20))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("through", [STATISTICS, (*DIFFERENTIABLE, *STATISTICS)], ids=["alone", "all"])
+@pytest.mark.parametrize(
+    ("through", "dtype"), [(STATISTICS, torch.float32), ((*DIFFERENTIABLE, *STATISTICS), torch.bfloat16)], ids=["alone", "all"]
+)
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n != "l2"])
 def test_error_rule(name, through, dtype, backend, monkeypatch):
     monkeypatch.setattr(statistics, "BLOCK", 4 * 43 * 10)  # several blocks
@@ -177,10 +178,10 @@ def test_requests_compare_by_value():
 
 _MEMORY = """
 import resource, torch, fused_attn as fa
-q, k, v = (torch.randn(1, 2, 16384, 16, requires_grad=True) for _ in range(3))
+q, k, v = (torch.randn(1, 2, 6000, 16, requires_grad=True) for _ in range(3))
 fa.attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], backend="cpu")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-request = fa.AuxRequest(probs=True, entropy=True, rows=torch.tensor([0, 9000, 16383]))
+request = fa.AuxRequest(probs=True, entropy=True, rows=torch.tensor([0, 900, 5999]))
 out, aux = fa.attention(q, k, v, mask=fa.Causal(), return_aux=request, backend="cpu")
 (out.sum() + aux.probs.square().sum()).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -188,6 +189,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def test_weights_of_a_long_sequence_without_the_matrix():
-    """The probabilities of all rows would be 2048 MiB."""
+    """The probabilities of all rows would be 275 MiB, eight times with what autograd keeps."""
     used = int(subprocess.run([sys.executable, "-c", _MEMORY], check=True, capture_output=True, text=True).stdout)
-    assert used < 200
+    assert used < 150
