@@ -26,14 +26,14 @@ def bend(x, PRECISE: tl.constexpr):
 @triton.jit
 def column(source, d):
     """Column d of the rows that a source (matrix, b, h, rows, ok) names, in float32; NaN for what is not finite, as in every backend."""
-    x = tl.load(pointers(source[0], source[1], source[2], source[3], d), mask=source[4], other=0.0).to(tl.float32)
+    x = tl.load(pointers(source[0], source[1], source[2], source[3], source[3] * 0 + d), mask=source[4], other=0.0).to(tl.float32)
     return x + (x - x)
 
 
 @triton.jit
 def weight_of(args, h, d):
     """args: (weight [1, heads|1, 1, head_dim],)."""
-    return tl.load(base(args[0], h * 0, h) + d.to(tl.int64) * args[0].col).to(tl.float32)
+    return tl.load(base(args[0], h * 0, h) + (h.to(tl.int64) * 0 + d) * args[0].col).to(tl.float32)
 
 
 @triton.jit

@@ -23,8 +23,10 @@ class TileConfig(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A kernel's stage, whether tiles besides q, k and v are live in it (modifications, dense masks, dropout): those need registers; and
-    whether scores are made column by column of q and k."""
+    """A kernel's stage, whether tiles besides q, k and v are live in it (modifications, dense masks, dropout): those need registers.
+
+    ``by_columns`` says that scores are made column by column of q and k.
+    """
 
     stage: str
     heavy: bool
