@@ -82,10 +82,12 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, s
     rows = q_idx < sizes.q_len
     store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
     # 0 * NaN: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
-    if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
-        tl.debug_barrier()
-        for first in range(q_tile * tile.q, q_tile * tile.q + tile.q, small.q):
-            mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, small)
+    # Column by column, such a pair is left out (``additive.slopes``).
+    if not score.by_columns:
+        if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
+            tl.debug_barrier()
+            for first in range(q_tile * tile.q, q_tile * tile.q + tile.q, small.q):
+                mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, small)
 
 
 @triton.jit
@@ -126,7 +128,10 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
     store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
     # 0 * NaN: a key may have got a NaN from a query that may not attend to it, or whose row is empty.
-    if any_true(dk_acc != dk_acc) | any_true(dv_acc != dv_acc):
+    broken = any_true(dv_acc != dv_acc)
+    if not score.by_columns:
+        broken = broken | any_true(dk_acc != dk_acc)
+    if broken:
         tl.debug_barrier()
         for first in range(kv_first, kv_first + tile.kv, small.kv):
             mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, first, (low, high), mask, score, dropout, sizes, small)
