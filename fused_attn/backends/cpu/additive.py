@@ -31,7 +31,7 @@ def scores(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     pairs, groups = batch * k.shape[1], heads // max(1, k.shape[1])
     weights = weight.expand(batch, -1, -1, -1).reshape(pairs, groups, head_dim)
-    result: Tensor = _Scores.apply(q.reshape(pairs, groups, rows, head_dim), k.reshape(pairs, -1, head_dim), weights)  # type: ignore[no-untyped-call]
+    result: Tensor = _Scores.apply(k.shape[1], q.reshape(pairs, groups, rows, head_dim), k.reshape(pairs, k.shape[2], head_dim), weights)  # type: ignore[no-untyped-call]
     return result.view(batch, heads, rows, k.shape[2])
 
 
@@ -39,10 +39,11 @@ class _Scores(torch.autograd.Function):
     """q [pairs, groups, rows, head_dim], k [pairs, keys, head_dim] and weight [pairs, groups, head_dim] to [pairs, groups, rows, keys]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, kv_heads: int, q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, weight)
+        ctx.kv_heads = kv_heads
         result = q.new_zeros((*q.shape[:3], k.shape[1]))
-        for (p, g, rows, keys), bent in _blocks(q, k):
+        for (p, g, rows, keys), bent in _blocks(q, k, kv_heads):
             part = torch.matmul(bent.view(bent.shape[0], -1, bent.shape[3]), weight[p, g, :, None])
             result[p, g, rows, keys] = part.view(bent.shape[:3])
         return result
@@ -51,9 +52,9 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, weight = ctx.saved_tensors
-        dq, dk, dweight = (torch.zeros_like(t) if need else None for t, need in zip((q, k, weight), ctx.needs_input_grad, strict=True))
+        dq, dk, dweight = (torch.zeros_like(t) if need else None for t, need in zip((q, k, weight), ctx.needs_input_grad[1:], strict=True))
         sums = grad.sum(3), grad.sum(2)
-        for (p, g, rows, keys), bent in _blocks(q, k):
+        for (p, g, rows, keys), bent in _blocks(q, k, ctx.kv_heads):
             ds = grad[p, g, rows, keys].contiguous()
             if dweight is not None:
                 dweight[p, g] += torch.bmm(ds.view(ds.shape[0], 1, -1), bent.view(ds.shape[0], -1, bent.shape[3]))[:, 0]
@@ -67,21 +68,22 @@ class _Scores(torch.autograd.Function):
             dq.add_(sums[0][..., None]).mul_(weight[:, :, None])
         if dk is not None:
             dk.add_(torch.bmm(sums[1].mT, weight))
-        return dq, dk, dweight
+        return None, dq, dk, dweight
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[slice, int, slice, slice], Tensor]]:
+def _blocks(q: Tensor, k: Tensor, kv_heads: int) -> Iterator[tuple[tuple[slice, int, slice, slice], Tensor]]:
     """(pairs, group, rows, keys) and tanh(q + k) of each block, [pairs, rows, keys, head_dim]."""
     pairs, groups, rows, head_dim = q.shape
     width, kv_len = max(1, head_dim), k.shape[1]
     sizes = q.abs().mean((1, 2, 3)) + k.abs().mean((1, 2)) if q.dtype == torch.float32 else q.new_zeros(pairs)
-    quick = (sizes >= BY_SIGMOID).tolist()
+    by_sigmoid = (sizes >= BY_SIGMOID).view(-1, kv_heads).all(1).repeat_interleave(kv_heads)
+    quick = by_sigmoid.tolist()
     some_keys = max(1, min(kv_len, BLOCK // width))
     some_rows = max(1, min(rows, BLOCK // (some_keys * width)))
-    alike = len(set(quick)) < 2 and some_rows == rows and some_keys == kv_len
-    some_pairs = max(1, min(pairs, BLOCK // (some_keys * some_rows * width))) if alike else 1
+    # Heads of one sequence at most, and the same for every sequence, so that its bits are those of a batch of one.
+    some_pairs = kv_heads if kv_heads * rows * kv_len * width <= BLOCK else 1
     minus_one, room = q.new_full((), -1.0), q.new_empty(some_pairs * some_rows * some_keys * head_dim)
-    q, k = (torch.where((sizes >= BY_SIGMOID).view(-1, *[1] * (t.dim() - 1)), 2 * t, t) for t in (q, k))
+    q, k = (torch.where(by_sigmoid.view(-1, *[1] * (t.dim() - 1)), 2 * t, t) for t in (q, k))
     for p, g, i, j in product(range(0, pairs, some_pairs), range(groups), range(0, rows, some_rows), range(0, kv_len, some_keys)):
         where = slice(p, p + some_pairs), g, slice(i, i + some_rows), slice(j, j + some_keys)
         left, right = q[where[0], g, where[2], None], k[where[0], None, where[3]]
