@@ -28,11 +28,12 @@ from fused_attn.masks import (
 from fused_attn.normalizers import Sigmoid
 from fused_attn.problem import UnsupportedError
 from fused_attn.score_mods import ALiBi, Bias, DecayBias, SoftCap
-from fused_attn.scoring import DotProduct, NegativeL2
+from fused_attn.scoring import Additive, DotProduct, NegativeL2
 from fused_attn.selective import Selective
 
 __all__ = [
     "ALiBi",
+    "Additive",
     "AuxOutput",
     "AuxRequest",
     "Band",

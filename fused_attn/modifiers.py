@@ -201,9 +201,12 @@ class Modifiers:
     normalizer: Normalizer | None = None
 
     def as_product(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Modifiers]:
-        """q, k and modifiers of the same call with a scoring that lowers turned into a dot product."""
-        if self.scoring is None or not self.scoring.lowers:
+        """q, k and modifiers of the same call with a scoring that lowers turned into a dot product, and any other folded."""
+        if self.scoring is None:
             return q, k, self
+        if not self.scoring.lowers:
+            q, k, scoring = self.scoring.fold(q, k)
+            return q, k, replace(self, scoring=scoring)
         product = as_product(self.scoring, q, k)
         return product.q, product.k, replace(self, scale=product.scale, score_mods=(*product.mods, *self.score_mods), scoring=None)
 

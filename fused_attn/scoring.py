@@ -1,7 +1,7 @@
 """The scoring vocabulary: how a score comes from a query and a key, before any score modification.
 
 Every class holds its whole concept: its meaning in plain torch (``score``) and, where there is one, its form as a dot product (``lower``),
-which every kernel backend runs. Without ``lower`` the eager and cpu backends run ``score`` itself.
+which every kernel backend runs. Without ``lower`` the eager and cpu backends run ``score`` itself; ``Additive`` has kernels of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_tensor
+from fused_attn.checks import FLOATS, as_number, described, require_broadcast, require_device, require_shape, require_tensor
 from fused_attn.kernel_score import KernelScore, unlowerable
 from fused_attn.lowering import Grid, stat_dtype
 from fused_attn.pytrees import HoldsTensors, register
@@ -37,18 +37,19 @@ class Scoring(HoldsTensors):
         kernels: names of the score modifications that ``lower`` adds.
         lowers: whether the class has a ``lower``; set when it is defined.
         by_parts: whether its tensors are 4-D with a dimension of heads in the normal form, so that one head's scores can be asked for.
+        is_tame: True where finite inputs give finite scores with finite derivatives, in pairs that may not attend too.
 
     Example:
         >>> @dataclass(frozen=True, eq=False)
-        ... class Additive(Scoring):
+        ... class WeightedL1(Scoring):
         ...     weight: Tensor  # [head_dim]
-        ...     name = "additive"
+        ...     name = "weighted_l1"
         ...
         ...     def score(self, q, k):
-        ...         return (q[..., :, None, :] + k[..., None, :, :]).tanh() @ self.weight
-        >>> Additive(torch.ones(8)).score(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)).shape
+        ...         return -(q[..., :, None, :] - k[..., None, :, :]).abs() @ self.weight
+        >>> WeightedL1(torch.ones(8)).score(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)).shape
         torch.Size([1, 2, 3, 5])
-        >>> Additive.lowers, DotProduct.lowers
+        >>> WeightedL1.lowers, DotProduct.lowers
         (False, True)
     """
 
@@ -56,6 +57,7 @@ class Scoring(HoldsTensors):
     kernels: ClassVar[tuple[str, ...]] = ()
     lowers: ClassVar[bool] = False
     by_parts: ClassVar[bool] = False
+    is_tame: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         register(cls)
@@ -76,6 +78,10 @@ class Scoring(HoldsTensors):
     def lower(self, q: Tensor, k: Tensor) -> Product:
         """The same scores as a dot product, by differentiable torch; q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim]."""
         raise TypeError(f"{type(self).__name__} must define lower(q, k) to be a dot product; got a scoring without it. Call score(q, k).")
+
+    def fold(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Scoring]:
+        """q, k and the scoring as kernels take them where it does not lower: the same scores, by differentiable torch; by default as they are."""
+        return q, k, self
 
     def to_kernel(self) -> KernelScore:
         """The normal form of a scoring that does not lower: its fields in order."""
@@ -242,6 +248,99 @@ class NegativeL2(Scoring):
     def examples(cls, grid: Grid) -> Iterator[Scoring]:
         yield cls(0.125)
         yield cls(torch.linspace(0.05, 0.15, grid.shape[1], device=grid.device)[:, None, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(Scoring):
+    """sum_d weight_d * tanh(scale * (q_d + k_d)): additive attention (Bahdanau et al., arXiv 1409.0473).
+
+    Kernel backends never hold head_dim values for every pair; on eager, blocks of queries do.
+
+    Args:
+        weight: a float, or a float tensor with gradient: 0-d, [head_dim], or [heads, head_dim] by query heads.
+        scale: a float, or a 0-d float tensor with gradient; None for 1. On kernel backends it is multiplied into q and k, in their dtype.
+
+    Raises:
+        ValueError: the weight fits neither head_dim nor the heads, or a number is not finite.
+        TypeError: an argument is neither a number nor a floating-point tensor.
+
+    Example:
+        >>> q, k = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[-1.0, 9.0], [-1.0, -2.0]]]])
+        >>> Additive(torch.tensor([5.0, 0.5])).score(q, k)
+        tensor([[[[0.5000, 0.0000]]]])
+    """
+
+    weight: float | Tensor
+    scale: float | Tensor | None = None
+    name: ClassVar[str] = "additive"
+    is_tame: ClassVar[bool] = True
+    by_parts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("weight", self.weight), ("scale", self.scale)):
+            if isinstance(value, Tensor):
+                advice = "Give one factor per element of a query." if name == "weight" else "Give one factor of q + k."
+                require_tensor(f"Additive {name}", value, FLOATS, "a number or a floating-point tensor", advice)
+            elif value is not None or name == "weight":
+                as_number(f"Additive {name}", value, "Pass a float or a float tensor.")
+
+    def check(self, grid: Grid) -> None:
+        if isinstance(self.scale, Tensor):
+            require_shape("Additive scale", self.scale, ((),), grid.device)
+        if isinstance(self.weight, Tensor):
+            require_device("Additive weight", self.weight, grid.device)
+            shape, heads = tuple(self.weight.shape), grid.shape[1]
+            # In normal form, as double backward finds it, it is 4-D.
+            if not (
+                len(shape) < 2 or (len(shape) == 2 and shape[0] == heads) or (len(shape) == 4 and shape[:3] in ((1, 1, 1), (1, heads, 1)))
+            ):
+                raise self._misfit(shape, heads, "head_dim")
+
+    def _misfit(self, shape: tuple[int, ...], heads: int, head_dim: object) -> ValueError:
+        return ValueError(
+            f"Additive weight must be a scalar, [head_dim] or [heads, head_dim] = [{heads}, {head_dim}]; got {list(shape)}. "
+            "Give one factor per element of a query, or one such row per query head."
+        )
+
+    def _row(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight as [1, heads|1, 1, head_dim]."""
+        heads, head_dim = q.shape[1], q.shape[3]
+        if not isinstance(self.weight, Tensor):
+            return q.new_full((1, 1, 1, head_dim), float(self.weight), dtype=dtype)
+        if self.weight.dim() and self.weight.shape[-1] != head_dim:
+            raise self._misfit(tuple(self.weight.shape), heads, head_dim)
+        weight = self.weight[:, None] if self.weight.dim() == 2 else self.weight
+        return _in_four_dimensions(weight).expand(1, -1, 1, head_dim).to(dtype)
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        pairs = q[..., :, None, :] + k[..., None, :, :]
+        pairs = pairs if self.scale is None else pairs * self.scale
+        return (pairs.tanh() * self._row(q, q.dtype)[:, :, None]).sum(-1)
+
+    def fold(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Scoring]:
+        weight = self._row(q, stat_dtype(q.dtype))
+        if isinstance(self.scale, Tensor):
+            q, k = (_times(t, _in_four_dimensions(self.scale)) for t in (q, k))
+        elif self.scale is not None:
+            q, k = (t * float(self.scale) for t in (q, k))
+        return q, k, Additive(weight)
+
+    def to_kernel(self) -> KernelScore:
+        """One tensor [1, heads|1, 1, head_dim], of a call that was folded; without a layout, for a tile may hold some of the heads."""
+        assert isinstance(self.weight, Tensor)
+        assert self.weight.dim() == 4
+        assert self.scale is None
+        return KernelScore(self.name, (), (self.weight,))
+
+    @classmethod
+    def from_kernel(cls, score: KernelScore) -> Additive:
+        return cls(*score.tensors)
+
+    @classmethod
+    def examples(cls, grid: Grid) -> Iterator[Scoring]:
+        yield cls(0.5)
+        yield cls(torch.tensor(0.25, device=grid.device), 0.5)
+        yield cls(torch.tensor(-0.5, device=grid.device), torch.tensor(0.75, device=grid.device))
 
 
 def _times(q: Tensor, scale: Tensor) -> Tensor:

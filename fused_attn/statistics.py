@@ -36,7 +36,9 @@ def _blocks(call: LoweredAttention) -> Iterator[tuple[Range, Range]]:
     """Batches and rows; all batches at once where a modification's own code may hold a tensor of them."""
     batch, heads, q_len, kv_len = call.shape
     together = any(m.layout is not None for m in call.terms.entries)
-    step = max(1, BLOCK // max(1, heads * kv_len * (batch if together else 1)))
+    # A scoring's own code may hold head_dim values for each score.
+    each = 1 if call.terms.scoring is None else max(1, call.q.shape[3])
+    step = max(1, BLOCK // max(1, heads * kv_len * each * (batch if together else 1)))
     for b0, b1 in [(0, batch)] if together else [(b, b + 1) for b in range(batch)]:
         for start in range(0, q_len, step):
             yield (b0, b1), (start, min(start + step, q_len))

@@ -1,11 +1,12 @@
 """Compiles the Triton kernels for chips this machine does not have, through the library's own launch code, and reads what ptxas made.
 
-Run as a program (a fresh process without TRITON_INTERPRET), ``python -m tests.aot CHIP:DTYPE:HEAD_DIM ...`` or ``CHIP:DTYPE:softmax ...``, it
+Run as a program (a fresh process without TRITON_INTERPRET), ``python -m tests.aot CHIP:DTYPE:HEAD_DIM ...``, ``CHIP:DTYPE:additive ...`` or ``CHIP:DTYPE:softmax ...``, it
 prints one JSON line per combination as soon as that is compiled: its name, and what ``measured`` says of each kernel.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -23,7 +24,7 @@ import fused_attn as fa
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import get
 from fused_attn.backends.base import Incoming
-from fused_attn.backends.triton import launch
+from fused_attn.backends.triton import config, launch
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -84,10 +85,11 @@ def sass(kernel: Any) -> str:
         return subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def problem(dtype: torch.dtype, head_dim: int, variant: str) -> Any:
+def problem(dtype: torch.dtype, head_dim: int, variant: str, additive: bool = False) -> Any:
     """A lowered call: "causal" runs the plain passes, "everything" the heavy ones with every kind of operand."""
     q, k, v = torch.zeros(3, 1, 2, 512, head_dim, dtype=dtype).unbind(0)
     options = dict.fromkeys(("scale", "q_offset", "sinks", "dropout", "return_aux")) | {"mask": fa.Causal(), "score_mods": ()}
+    options["scoring"] = fa.Additive(torch.zeros(2, head_dim, requires_grad=True)) if additive else None
     if variant == "everything":
         bias = torch.zeros(1, 2, 512, 512, dtype=dtype, requires_grad=True)
         options["mask"] = fa.Causal() & fa.Dense(torch.ones(512, 512, dtype=torch.bool))
@@ -96,8 +98,8 @@ def problem(dtype: torch.dtype, head_dim: int, variant: str) -> Any:
     return AttentionProblem.check(q, k, v, options).lower()
 
 
-def compile_attention(dtype: torch.dtype, head_dim: int, variant: str) -> None:
-    call, backend = problem(dtype, head_dim, variant), get("triton")
+def compile_attention(dtype: torch.dtype, head_dim: int, variant: str, additive: bool = False) -> None:
+    call, backend = problem(dtype, head_dim, variant, additive), get("triton")
     forward = backend.attention_fwd(call)
     extra = backend.attention_aux(call, forward, AuxRequest(*[True] * 6))
     square = (extra.probs, extra.scores, extra.probs) if variant == "everything" else (None, None, None)
@@ -130,11 +132,14 @@ def measured(name: str, kernel: Any) -> dict[str, Any]:
 
 
 def compile_combination(chip: int, dtype: torch.dtype, what: str) -> list[dict[str, Any]]:
-    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones."""
+    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones; additive's at every size."""
     target(chip)
     compiled.clear()
     if what == "softmax":
         compile_softmax(dtype)
+    elif what == "additive":
+        for size, variant in itertools.product(config.HEAD_SIZES, ("causal", "everything")):
+            compile_attention(dtype, size, variant, additive=True)
     else:
         for variant in ("causal", "everything"):
             compile_attention(dtype, int(what), variant)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fused_attn as fa
-from fused_attn.testing import DIFFERENTIABLE, check_inputs
+from fused_attn.testing import DIFFERENTIABLE, check_inputs, inputs_of
 from fused_attn.testing.softmax import SoftmaxCase, check_softmax
 from tests import aot, native
 from tests.problems import problems
@@ -46,6 +46,15 @@ def simulate(chip: int) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def check_additive(dtype: torch.dtype) -> None:
+    """Two heads that share their keys, two tiles of keys, masked and full tiles, and the gradient of a weight per head."""
+    q, k, v = (torch.randn(1, h, n, 20).to(dtype) for h, n in ((2, 24), (1, 80), (1, 80)))
+    scoring = fa.Additive(torch.randn(2, 20), torch.tensor(0.8))
+    options = {"mask": fa.SlidingWindow(60, 5), "q_offset": 50, "score_mods": (fa.SoftCap(2.0), fa.Bias(torch.randn(2, 1, 80)))}
+    inputs = inputs_of(q, k, v, scoring=scoring, sinks=torch.randn(2), dropout=fa.Dropout(0.3, seed=5), **options)
+    check_inputs(inputs, "triton", DIFFERENTIABLE, title="additive, simulated")
+
+
 def check_broken(dtype: torch.dtype) -> None:
     """Documents of which the first holds NaN in a key, a value, a query and a gradient: mended to what the others are without them."""
     documents = fa.Documents(torch.arange(70) // 25)
@@ -72,6 +81,8 @@ if __name__ == "__main__":
     for name, inputs in problems(getattr(torch, sys.argv[2])).items():
         check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{name}, simulated sm_{sys.argv[1]}")
         print(name)
+    check_additive(getattr(torch, sys.argv[2]))
+    print("additive")
     check_broken(getattr(torch, sys.argv[2]))
     print("broken")
     for length in (40, 3000):  # a row in one tile, and in several

@@ -41,6 +41,19 @@ def test_attention_compiles_without_spills(chip: int, dtype: str, head_size: int
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "chip", [pytest.param(chip, marks=() if chip in (80, 90) else pytest.mark.exhaustive) for chip in config.SHARED_MEMORY]
+)
+def test_additive_attention_compiles_without_spills(chip: int, dtype: str) -> None:
+    (report,) = matrix.compiled(None, [f"{chip}:{dtype}:additive"])
+    kernels = report["kernels"]
+    stages = ("fwd", "rows", "columns", "bwd_delta", "bwd_dq", "bwd_dkdv", "bwd_bias", "bwd_weight")
+    assert {kernel["kernel"] for kernel in kernels} >= {f"_attention_{stage}_kernel" for stage in stages}
+    assert not matrix.complaints(chip, kernels)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", config.SHARED_MEMORY)
 def test_softmax_compiles_without_spills(chip: int) -> None:
     (report,) = matrix.compiled(None, [f"{chip}:bfloat16:softmax"])

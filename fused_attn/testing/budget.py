@@ -17,7 +17,9 @@ from fused_attn.functional import attention
 from fused_attn.lowering import Grid, stat_dtype
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import SCORE_MODS, ScoreMod
+from fused_attn.scoring import Additive
 from fused_attn.selective import Selective
+from fused_attn.testing.additive import AdditiveTerms
 from fused_attn.testing.cases import CPU, Case, Inputs, make_inputs
 
 DIFFERENTIABLE = ("out", "probs", "scores", "lse")
@@ -26,13 +28,14 @@ STATISTICS = ("max_scores", "column_sums", "entropy")
 
 
 def input_names(problem: AttentionProblem) -> list[str]:
-    """Names for ``problem.inputs``: q, k, v, sinks, and "bias[0]" for the tensor of the first modification."""
+    """Names for ``problem.inputs``: q, k, v, sinks, "additive[0]" for a scoring's first tensor, "bias[0]" for that of the first modification."""
     modifiers = problem.modifiers
     return [
         "q",
         "k",
         "v",
         *["sinks"] * (modifiers.sinks is not None),
+        *([] if modifiers.scoring is None else [f"{modifiers.scoring.name}[{i}]" for i in range(len(modifiers.scoring.tensors))]),
         *(f"{m.name}[{i}]" for i, m in enumerate(modifiers.score_mods) for _ in m.tensors),
         *["normalizer" for _ in (modifiers.normalizer.tensors if modifiers.normalizer else ())],
     ]
@@ -42,7 +45,7 @@ def call(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
     """Runs a problem through the public function."""
     m = problem.modifiers
     return attention(
-        problem.q, problem.k, problem.v, mask=m.mask, scale=m.scale, q_offset=m.q_offset, score_mods=m.score_mods, sinks=m.sinks,
+        problem.q, problem.k, problem.v, mask=m.mask, scale=None if m.scoring else m.scale, scoring=m.scoring, q_offset=m.q_offset, score_mods=m.score_mods, sinks=m.sinks,
         dropout=m.dropout, normalizer=m.normalizer, empty_rows=problem.empty_rows, return_aux=problem.aux or AuxRequest(), backend=backend,
     )  # fmt: skip
 
@@ -140,7 +143,11 @@ def attention_bands(inputs: Inputs, exact: Results, dtype: torch.dtype, through:
     groups = problem.q.shape[1] // problem.k.shape[1]
     q, k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (problem.q, problem.k, problem.v))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores, spread = q @ k.mT * modifiers.scale, q.abs() @ k.mT.abs() * abs(modifiers.scale)
+    additive = AdditiveTerms(modifiers.scoring, q, k) if isinstance(modifiers.scoring, Additive) else None
+    if additive is None:
+        scores, spread = q @ k.mT * modifiers.scale, q.abs() @ k.mT.abs() * abs(modifiers.scale)
+    else:
+        scores, spread = additive.scores()
     for mod in modifiers.score_mods:
         after = (exact["scores"] if isinstance(mod, Selective) else mod.apply(scores, grid)).detach().nan_to_num(0.0, 0.0, 0.0)
         scores, spread = after, spread + (after - scores).abs()
@@ -172,8 +179,13 @@ def attention_bands(inputs: Inputs, exact: Results, dtype: torch.dtype, through:
         return values.reshape(batch, heads // groups, groups, *rest).sum(2)
 
     ds = rounding.of_gradient(magnitude, terms)
-    bands["dq"] = abs(modifiers.scale) * ds @ k.abs()
-    bands["dk"] = abs(modifiers.scale) * per_kv_head(ds.mT @ q.abs())
+    if additive is None:
+        bands["dq"], dk = abs(modifiers.scale) * ds @ k.abs(), abs(modifiers.scale) * ds.mT @ q.abs()
+    else:
+        bands["dq"], dk = additive.of_inputs(ds)
+        for i, band in enumerate(additive.of_parameters(rounding.of_gradient(magnitude, terms + probs.numel()))):
+            bands[f"dadditive[{i}]"] = band
+    bands["dk"] = per_kv_head(dk)
     bands["dv"] = per_kv_head(weights.mT @ arriving["out"])
     if modifiers.sinks is not None:
         # exp(sink - lse) errs as lse does; what arrives at it is the row's mean of products with the other probabilities.
@@ -183,7 +195,7 @@ def attention_bands(inputs: Inputs, exact: Results, dtype: torch.dtype, through:
         )
         total = share * (centred * (own + step * modifiers.sinks.abs()[:, None, None]) + rounding.over_row(upstream * relative))
         bands["dsinks"] = total.sum((0, 2, 3)) + rounding.floor
-    names = (n for n in input_names(problem)[3:] if n != "sinks")
+    names = (n for n in input_names(problem)[3:] if n != "sinks" and not n.startswith("additive"))
     for mod in modifiers.score_mods:
         for tensor in mod.tensors:
             ds = rounding.of_gradient(magnitude, terms + probs.numel() // tensor.numel())

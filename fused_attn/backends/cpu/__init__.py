@@ -22,6 +22,7 @@ from fused_attn.backends.cpu import attention, softmax
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.scoring import Additive
 
 # Scores (batch * heads * q_len * kv_len) up to which eager's few large operations beat tiles whose own cost is per operation, in time
 # eager / tiles at 2 threads, float32, head_dim 64: modifications, sinks or dropout without gradients 0.6 at 2^9, 0.92 to 1.16 at 2^17,
@@ -30,6 +31,11 @@ from fused_attn.problem import AttentionProblem, SoftmaxProblem
 EAGER_MODIFIED = 1 << 17
 EAGER_MODIFIED_GRAD = 1 << 19
 EAGER_MASKED_GRAD = 1 << 13
+# The same for additive attention in scores times head_dim, which is what it computes; one thread, head_dim 16 and 64: 0.64 at 2^13, 0.8 at
+# 2^15, 1.14 at 2^17, 1.55 to 5.8 from 2^18 on; with gradients 0.45 at 2^15, 0.6 at 2^17, 0.87 to 1.04 at 2^19, 1.3 at 2^20, 1.7 to 2.5 beyond.
+EAGER_ADDITIVE = 1 << 16
+EAGER_ADDITIVE_GRAD = 1 << 19
+_TOO_SMALL = "eager is faster on a problem this small"
 
 
 class CpuBackend:
@@ -48,6 +54,9 @@ class CpuBackend:
         terms = problem.modifiers
         if isinstance(problem, SoftmaxProblem) or torch.compiler.is_compiling() or is_traced():
             return None
+        if isinstance(terms.scoring, Additive):
+            limit = EAGER_ADDITIVE_GRAD if problem.requires_grad else EAGER_ADDITIVE
+            return _TOO_SMALL if prod(problem.shape) * problem.q.shape[3] <= limit else None
         scored = terms.scoring is not None and (not terms.scoring.lowers or bool(terms.scoring.kernels))
         if terms.score_mods or scored or terms.sinks is not None or terms.dropout is not None or terms.normalizer is not None:
             limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED
@@ -55,7 +64,7 @@ class CpuBackend:
             limit = EAGER_MASKED_GRAD
         else:
             return None
-        return "eager is faster on a problem this small" if prod(problem.shape) <= limit else None
+        return _TOO_SMALL if prod(problem.shape) <= limit else None
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
         return attention.attention_fwd(call)

@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fused_attn.backends.cpu import additive
 from fused_attn.backends.cpu.tiles import Operands, Tile
 from fused_attn.kernel_score import KernelScore
 from fused_attn.lowering import Grid
 from fused_attn.score_mods import SCORE_MODS, modified
-from fused_attn.scoring import SCORINGS, scored
+from fused_attn.scoring import SCORINGS, Additive, scored
 
 
 def vectors(work: Operands, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The tile's q [batch, heads, rows, head_dim] and k [batch, kv_heads, keys, head_dim], finite; the tile has all heads."""
+    """The tile's q [batch, heads, rows, head_dim] and k [batch, kv_heads, keys, head_dim], finite."""
     batch, heads, rows, keys = tile.shape
     q, k = work.rows(work.q, tile), work.k[tile.keys]
     if work.is_careful:
         q, k = (t.masked_fill(~t.isfinite(), 0.0) for t in (q, k))
-    return q.view(batch, heads, rows, q.shape[-1]), k.view(batch, heads // work.groups, keys, k.shape[-1])
+    return q.view(batch, heads, rows, q.shape[-1]), k.view(batch, k.shape[0] // batch, keys, k.shape[-1])
 
 
 def own_scores(work: Operands, tile: Tile, pair: tuple[Tensor, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
@@ -28,10 +29,14 @@ def own_scores(work: Operands, tile: Tile, pair: tuple[Tensor, Tensor], tensors:
     score = work.call.terms.scoring
     assert score is not None
     q, k = pair
-    scores = scored(SCORINGS[score.name].from_kernel(replace(score, tensors=tensors)), q, k.repeat_interleave(work.groups, 1))
+    groups = q.shape[1] // k.shape[1]
+    if score.name == Additive.name:
+        scores = additive.scores(q, k, tensors[0].expand(-1, work.call.shape[1], -1, -1)[:, slice(*tile.region[1])])
+    else:
+        scores = scored(SCORINGS[score.name].from_kernel(replace(score, tensors=tensors)), q, k.repeat_interleave(groups, 1))
     if not work.is_careful:
         return scores
-    keys = ~work.k[tile.keys].isfinite().all(-1).view(*k.shape[:2], 1, -1).repeat_interleave(work.groups, 1)
+    keys = ~work.k[tile.keys].isfinite().all(-1).view(*k.shape[:2], 1, -1).repeat_interleave(groups, 1)
     broken = keys | ~work.rows(work.q, tile).isfinite().all(-1).view(*q.shape[:3], 1)
     return scores + torch.zeros_like(scores).masked_fill(broken, torch.nan)  # added, so that what arrives flows on
 
@@ -69,7 +74,8 @@ class Leaves:
         parts: list[Tensor] = []
 
         def leaves_of(score: KernelScore) -> tuple[Tensor, ...]:
-            tensors = tuple([t.requires_grad_(left.pop(0)) for t in _parts(score, grid, work.dtype)])
+            whole = score is terms.scoring
+            tensors = tuple([t.requires_grad_(left.pop(0)) for t in _parts(score, grid, work.dtype, whole)])
             parts.extend(tensors)
             return tensors
 
@@ -96,8 +102,8 @@ class Leaves:
         return sources, grads[count:]
 
 
-def _parts(score: KernelScore, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Fresh views of the tensors: what belongs to the region, or all of them where the author's code cuts them."""
-    if score.layout is not None:
+def _parts(score: KernelScore, grid: Grid, dtype: torch.dtype, whole: bool) -> tuple[Tensor, ...]:
+    """Fresh views of the tensors: what belongs to the region, or all of them where the code that reads them cuts them."""
+    if whole or score.layout is not None:
         return tuple(t.detach() for t in score.tensors)
     return tuple(t.view_as(t) for t in (grid.crop(t).detach().to(dtype) for t in score.tensors))

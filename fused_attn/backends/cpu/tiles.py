@@ -16,6 +16,7 @@ from fused_attn.checks import has_finite_products
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Range, stat_dtype
 from fused_attn.mask_rules import Pairs, evaluated, extent, filled
 from fused_attn.score_mods import SCORE_MODS, Bias
+from fused_attn.scoring import SCORINGS
 
 # Elements of one temporary, 2 MB of float32. Forward/backward of float32 B1 H8 L2048 D64 on one core: 2^18 186/435 ms, 2^19 160/370,
 # 2^20 165/395.
@@ -212,7 +213,8 @@ class MaskTiles:
 
 def _is_tame(call: LoweredAttention) -> bool:
     """Whether finite inputs give finite scores and derivatives in masked pairs as well: no code of the user's is asked."""
-    return call.terms.scoring is None and all(SCORE_MODS[m.name].is_tame for m in call.terms.mods)
+    scoring = call.terms.scoring
+    return (scoring is None or SCORINGS[scoring.name].is_tame) and all(SCORE_MODS[m.name].is_tame for m in call.terms.mods)
 
 
 def _is_finite_or_lowest(name: str, tensor: Tensor) -> bool:
@@ -249,7 +251,8 @@ class Plan:
     @property
     def largest(self) -> int:
         """Elements of the largest tile."""
-        return TILE if self.call.terms.scoring is None else SCORED
+        scoring = self.call.terms.scoring
+        return TILE if scoring is None or scoring.layout is None else SCORED
 
     @property
     def is_small(self) -> bool:

@@ -105,7 +105,7 @@ def _scoring_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
 
     if scoring.name not in scorings.FUNCTIONS:
         return [f"{type(scoring).__name__} has no Triton functions (fused_attn.backends.triton.scorings.register)"]
-    if any(t.requires_grad for t in scoring.tensors):
+    if not scorings.FUNCTIONS[scoring.name].by_columns and any(t.requires_grad for t in scoring.tensors):
         return [f"{type(scoring).__name__} has no gradient for its tensor in Triton"]
     return []
 

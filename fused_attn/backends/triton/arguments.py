@@ -59,8 +59,8 @@ class MaskArgs(NamedTuple):
 class ScoreArgs(NamedTuple):
     """How scores come from the product: scale, modifications, and the factor that turns their unit into log2 for exp2.
 
-    ``scoring`` holds the device functions of what stands in the product's place, None for the product itself; ``sigmoid`` the bias of a
-    normaliser that is no softmax, in log2.
+    ``scoring`` holds the device functions of what stands in the product's place, None for the product itself; ``by_columns`` says that
+    they read q and k themselves. ``sigmoid`` is the bias of a normaliser that is no softmax, in log2.
     """
 
     scale: Any
@@ -71,6 +71,7 @@ class ScoreArgs(NamedTuple):
     scoring: Any
     scoring_args: Any
     sigmoid: Any
+    by_columns: Any
     raw: Any
     precision: Any
 
@@ -187,12 +188,18 @@ def scores(terms: Terms, grid: Grid, dtype: torch.dtype) -> ScoreArgs:
         tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in mods),
         tuple(value for value, _ in functions),
         tuple(gradient for _, gradient in functions),
-        None if terms.scoring is None else tuple(scorings.FUNCTIONS[terms.scoring.name]),
+        None if terms.scoring is None else tuple(scorings.FUNCTIONS[terms.scoring.name][:3]),
         None if terms.scoring is None else _scoring_args(terms.scoring, grid),
         None if terms.normalizer is None else terms.normalizer.scalars[0] * LOG2E,
+        tl.constexpr(by_columns(terms)),
         tl.constexpr(raw),
         tl.constexpr(_precision(dtype)),
     )
+
+
+def by_columns(terms: Terms) -> bool:
+    """Whether scores are made column by column of q and k, which wants other tiles."""
+    return terms.scoring is not None and scorings.FUNCTIONS[terms.scoring.name].by_columns
 
 
 def _scoring_args(score: KernelScore, grid: Grid) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Flash attention backward (arXiv 2205.14135): three passes that recompute the probabilities tile by tile.
 
 ``delta`` gives each row's sum of p * dp, ``dq`` walks over keys, ``dkdv`` over queries (and the query heads of a group), so every gradient
-is summed by one program in a fixed order: bit-reproducible without atomics. ``attention_bwd_bias`` is a fourth pass per trainable bias.
+is summed by one program in a fixed order: bit-reproducible without atomics. ``attention_bwd_bias`` is a fourth pass per trainable bias, ``attention_bwd_weight`` one for additive attention's weight.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
 
 from .attention_bwd_bias import bias_gradient
+from .attention_bwd_weight import weight_gradient
 from .attention_fwd import wide_output
 from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches
 from .masks import mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
@@ -81,10 +82,12 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, s
     rows = q_idx < sizes.q_len
     store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
     # 0 * NaN: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
-    if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
-        tl.debug_barrier()
-        for first in range(q_tile * tile.q, q_tile * tile.q + tile.q, small.q):
-            mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, small)
+    # Column by column, such a pair is left out (``additive.slopes``).
+    if not score.by_columns:
+        if any_true((acc != acc) & (rows & (inverse == inverse))[:, None]):
+            tl.debug_barrier()
+            for first in range(q_tile * tile.q, q_tile * tile.q + tile.q, small.q):
+                mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dropout, sizes, small)
 
 
 @triton.jit
@@ -125,7 +128,10 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
     store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
     # 0 * NaN: a key may have got a NaN from a query that may not attend to it, or whose row is empty.
-    if any_true(dk_acc != dk_acc) | any_true(dv_acc != dv_acc):
+    broken = any_true(dv_acc != dv_acc)
+    if not score.by_columns:
+        broken = broken | any_true(dk_acc != dk_acc)
+    if broken:
         tl.debug_barrier()
         for first in range(kv_first, kv_first + tile.kv, small.kv):
             mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, first, (low, high), mask, score, dropout, sizes, small)
@@ -149,7 +155,8 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         plan.launch(kernel, programs, (*arriving.operands, arguments.matrix(dk), arguments.matrix(dv), *arriving.scores, small))
         dv = dv if incoming.dout is not None else torch.zeros_like(dv)
     dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
-    dmods: list[Tensor | None] = []
+    scoring = () if call.terms.scoring is None else call.terms.scoring.tensors
+    dmods: list[Tensor | None] = [weight_gradient(call, arriving, t) if need else None for t, need in zip(scoring, needs[4:], strict=False)]
     for place, mod in enumerate(call.terms.mods):
         wanted = zip(on_device(mod, call.grid).tensors, needs[4 + len(dmods) :], strict=False)
         grads = tuple([bias_gradient(call, arriving, place, t) if need else None for t, need in wanted])

@@ -23,10 +23,14 @@ class TileConfig(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A kernel's stage, and whether tiles besides q, k and v are live in it (modifications, dense masks, dropout): those need registers."""
+    """A kernel's stage, whether tiles besides q, k and v are live in it (modifications, dense masks, dropout): those need registers.
+
+    ``by_columns`` says that scores are made column by column of q and k.
+    """
 
     stage: str
     heavy: bool
+    by_columns: bool = False
 
 
 # The interpreter's cost is per operation, not per element; small tiles only make sure that every loop runs more than once.
@@ -78,6 +82,22 @@ _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
     ("bwd_dq", False, 32): _row((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+}
+# (stage, bits per element): entries for HEAD_SIZES of passes that make scores by columns, on every chip. Sums over a tile's rows want long
+# rows (keys for dq and the weight, queries for dk), so that most of a sum stays within a thread.
+_BY_COLUMNS: dict[tuple[str, int], _Row] = {
+    ("fwd", 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 64, 8, 1)),
+    ("fwd", 32): _row((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("aux", 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+    ("aux", 32): _row((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+    ("bwd_dq", 16): _row((32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
+    ("bwd_dq", 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("bwd_dkdv", 16): _row((64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1)),
+    ("bwd_dkdv", 32): _row((32, 32, 8, 1, 32), (32, 16, 8, 1), (64, 16, 8, 1)),
+    ("bwd_bias", 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    ("bwd_bias", 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("bwd_weight", 16): _row((32, 128, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
+    ("bwd_weight", 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
 }
 _TABLE = {80: _WARP_MMA, 90: _WARP_MMA | _WARPGROUP_MMA, 100: _WARP_MMA | _WARPGROUP_MMA, 120: _WARP_MMA}
 _Place = tuple[int, str, bool, int, int]
@@ -175,6 +195,8 @@ def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileCo
     heavy = (which.heavy and which.stage != "aux") or which.stage == "bwd_bias"
     row, bits = nearest_chip(chip), dtype.itemsize * 8
     size = next(s for s in HEAD_SIZES if head_size <= s)
+    if which.by_columns:
+        return _BY_COLUMNS[which.stage, bits][HEAD_SIZES.index(size)]
     exception = exceptions(triton_version()).get((row, which.stage, heavy, bits, size))
     return exception or _TABLE[row][which.stage, heavy, bits][HEAD_SIZES.index(size)]
 

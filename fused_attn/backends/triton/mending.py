@@ -124,14 +124,15 @@ def mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, kv_first, spa
     """Rows [kv_first, kv_first + tile.kv) of dk and dv; ``span`` holds the queries that may attend to them."""
     kv_idx = kv_first + tl.arange(0, tile.kv)
     kv_ok = kv_idx < sizes.kv_len
-    before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
-    if any_true(before != before):
-        clean = _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, True, tile)
-        hits = _broken_rows(q, stats, b, kv_h, kv_idx, span, mask, sizes, tile.head_dim, tile.d, tile)
-        # Read once more rather than kept over the loops.
+    if not score.by_columns:
         before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
-        after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
-        store_rows(dk, b, kv_h, kv_idx, kv_ok, after, tile.head_dim, tile.d)
+        if any_true(before != before):
+            clean = _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, True, tile)
+            hits = _broken_rows(q, stats, b, kv_h, kv_idx, span, mask, sizes, tile.head_dim, tile.d, tile)
+            # Read once more rather than kept over the loops.
+            before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
+            after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
+            store_rows(dk, b, kv_h, kv_idx, kv_ok, after, tile.head_dim, tile.d)
     if dout is not None:
         before_v = load_rows(dv, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv).to(tl.float32)
         if any_true(before_v != before_v):

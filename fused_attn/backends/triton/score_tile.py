@@ -17,6 +17,8 @@ def product(q, k, q_source, k_source, score, tile):
         scores = contract(q, k, q_source, k_source, score.precision, tile.resident, tile.head_dim, tile.d)
         if not score.raw:
             scores = scores * score.scale
+    elif score.by_columns:
+        scores = score.scoring[0](q_source, k_source, score.scoring_args, tile)
     else:
         scores = score.scoring[0](q, k, score.scoring_args, score.precision)
     return scores

@@ -8,23 +8,30 @@ head_dim; ``args`` holds the scoring's numbers as floats (bools and None left ou
 - ``dq(ds, q_tile, k_tile, args, precision)`` gives the tile's part of dq [BLOCK_Q, head_dim padded] from that of the scores;
 - ``dk(ds, q_tile, k_tile, args, precision)`` gives the tile's part of dk [BLOCK_KV, head_dim padded].
 
-A scoring that lowers to a dot product needs none of them.
+A scoring that lowers to a dot product needs none of them. Those of this package may read columns of q and k (see ``additive``).
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fused_attn.backends.triton import additive
+
 
 class Functions(NamedTuple):
-    """The device functions of one scoring."""
+    """The device functions of one scoring.
+
+    ``by_columns`` says that they take sources (matrix, b, h, rows, ok) in place of tiles, ``tile`` in place of the precision, and what
+    to add a gradient to first; and that its one tensor gets a gradient (``attention_bwd_weight``).
+    """
 
     score: Any
     dq: Any
     dk: Any
+    by_columns: bool = False
 
 
-FUNCTIONS: dict[str, Functions] = {}
+FUNCTIONS: dict[str, Functions] = {"additive": Functions(additive.score, additive.dq, additive.dk, by_columns=True)}
 
 
 def register(name: str, score: Any, dq: Any, dk: Any) -> None:
