@@ -288,7 +288,8 @@ def _on_views(score: KernelScore) -> KernelScore:
 def _attention_through_eager(call: LoweredAttention, incoming: Incoming, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     q, k, v = (t.view_as(t) for t in (call.q, call.k, call.v))
     call = LoweredAttention(q, k, v, _aliased(call.terms))
-    request = AuxRequest(probs=incoming.dprobs is not None, scores=incoming.dscores is not None, lse=incoming.dlse is not None)
+    dtype = None if incoming.dscores is None else incoming.dscores.dtype
+    request = AuxRequest(incoming.dprobs is not None, dtype is not None, incoming.dlse is not None, scores_dtype=dtype)
     problem = AttentionProblem(call.q, call.k, call.v, _modifiers(call.terms, call.grid), request)
     out, aux = eager.attention(problem)
     arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores)

@@ -178,7 +178,7 @@ def _aux(request: AuxRequest, rows: tuple[Tensor, Tensor, Tensor], dtype: torch.
     fixed, shares = scores.detach(), probs.detach()
     return AuxOutput(
         probs=probs.to(dtype).contiguous() if request.probs else None,
-        scores=scores.to(dtype).contiguous() if request.scores else None,
+        scores=scores.to(request.scores_dtype or dtype).contiguous() if request.scores else None,
         lse=lse if request.lse else None,
         max_scores=_row_max(fixed) if request.max_scores else None,
         column_sums=shares.sum(-2) if request.column_sums else None,

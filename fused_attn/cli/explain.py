@@ -105,9 +105,9 @@ def _tensor(args: argparse.Namespace, name: str, shape: tuple[int, ...], dtype: 
 
 
 def _options(args: argparse.Namespace, q: Tensor, k: Tensor) -> dict[str, Any]:
-    unknown = [name for name in args.aux if name not in fa.AuxRequest.__dataclass_fields__]
+    unknown = [name for name in args.aux if name not in fa.AuxOutput.__dataclass_fields__]
     if unknown:
-        raise CommandError(f"--aux takes any of {', '.join(fa.AuxRequest.__dataclass_fields__)}; got {', '.join(unknown)}")
+        raise CommandError(f"--aux takes any of {', '.join(fa.AuxOutput.__dataclass_fields__)}; got {', '.join(unknown)}")
     options: dict[str, Any] = {"scale": args.scale, "q_offset": args.q_offset}
     grid = Grid((q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.device)
     if args.mask:
@@ -120,7 +120,8 @@ def _options(args: argparse.Namespace, q: Tensor, k: Tensor) -> dict[str, Any]:
     if args.sinks:
         options["sinks"] = _tensor(args, "sinks", (grid.shape[1],), torch.float32)
     if args.aux:
-        options["return_aux"] = fa.AuxRequest(**dict.fromkeys(args.aux, True))
+        wanted: dict[str, Any] = dict.fromkeys(args.aux, True)
+        options["return_aux"] = fa.AuxRequest(**wanted)
     return options
 
 
