@@ -186,6 +186,7 @@ KERNEL philox(uint32_t* words, float* factors, const int64_t* seed, int64_t row,
     const uint4 w = philox((row + i / kv_len) * dropout.head + key / 4, *seed);
     const uint32_t all[4] = {w.x, w.y, w.z, w.w};
     words[i] = all[key % 4];
+    if (is_kept(dropout, dropout_words(dropout, 0, i / kv_len, 0, kv), kv) != (words[i] >= limit)) words[i] = 0;
     factors[i] = kept_keys<4>(dropout, 0, i / kv_len, 0, kv / 4 * 4) >> kv % 4 & 1 ? factor : 0.f;
   }
 }

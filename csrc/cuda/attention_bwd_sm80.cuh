@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
           const int kv = kv_row + half * 8;
           const bool ok = q < sizes.q_len && kv < sizes.kv_len && allows(p.mask, b, h, row, kv, full, keep);
           bool stays = true;
-          if (kModified && p.dropout.seed != nullptr && ok) stays = kept_keys<1>(p.dropout, b, h, q, kv) & 1;
+          if (kModified && p.dropout.seed != nullptr && ok) stays = is_kept(p.dropout, dropout_words(p.dropout, b, h, q, kv), kv);
           pair_gradient<T>(s[n][half * 2 + column], dp[n][half * 2 + column], ok, stays, p, scorer, gradient_row, {b, h, q, kv}, 0);
         }
       }
