@@ -208,7 +208,9 @@ std::tuple<Tensor, Tensor> attention_fwd_op(Tensor q, Tensor k, Tensor v, FUSED_
   return {lse, stats};
 }
 
-// probs, scores, max_scores, column_sums, entropy.
+constexpr ScalarType kFloats[] = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float};  // in the order of checks.FLOATS
+
+// probs, scores, max_scores, column_sums, entropy; the request's sixth number is the scores' dtype, 1 to 3, or 0 for that of q.
 std::vector<Tensor> attention_aux_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TERMS, Tensor stats, std::vector<int64_t> request) {
   const Terms terms FUSED_ATTN_TERM_VALUES;
   const OnDevice guard(q);
@@ -219,7 +221,7 @@ std::vector<Tensor> attention_aux_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
     return empty(q, request[which] ? sizes : std::vector<int64_t>{0}, type);
   };
   const Tensor probs = room(0, {batch, heads, q_len, kv_len}, q.scalar_type()),
-               scores = room(1, {batch, heads, q_len, kv_len}, q.scalar_type());
+               scores = room(1, {batch, heads, q_len, kv_len}, request[5] > 0 ? kFloats[request[5] - 1] : q.scalar_type());
   const Tensor max_scores = room(2, {batch, heads, q_len}, ScalarType::Float),
                column_sums = room(3, {batch, heads, kv_len}, ScalarType::Float);
   const Tensor entropy = room(4, {batch, heads, q_len}, ScalarType::Float);
@@ -235,7 +237,7 @@ std::vector<Tensor> attention_aux_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
     check(attention_rows(p, dtype, stream), "attention_rows");
   }
   if (q_len > 0 && request[1]) {
-    p.scores = matrix(scores), p.max_scores = nullptr, p.entropy = nullptr;
+    p.scores = matrix(scores), p.scores_dtype = dtype_of(scores), p.max_scores = nullptr, p.entropy = nullptr;
     check(attention_rows(p, dtype, stream), "attention_rows");
   }
   const Optional columns_summary = request[3] ? summarise(p, terms, Pass::kColumns, dtype, stream) : std::nullopt;
@@ -276,6 +278,7 @@ std::vector<Tensor> attention_bwd_op(Tensor q, Tensor k, Tensor v, FUSED_ATTN_TE
   set_stats(p, stats);
   const Tensor delta = empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   p.out = matrix(out), p.dout = matrix(dout), p.dlse = matrix(dlse, 3), p.dprobs = matrix(dprobs), p.dscores = matrix(dscores);
+  if (dscores.has_value()) p.dscores_dtype = dtype_of(*dscores);
   p.probs = matrix(probs), p.delta = floats_of(delta), p.dq = matrix(dq), p.dk = matrix(dk), p.dv = matrix(dv);
   check(attention_bwd_delta(p, dtype, stream), "attention_bwd_delta");
   if (dq.has_value()) {

@@ -279,7 +279,7 @@ def _attention_through_eager(call: LoweredAttention, incoming: Incoming, needs: 
     q, k, v = (t.view_as(t) for t in (call.q, call.k, call.v))
     call = LoweredAttention(q, k, v, _aliased(call.terms))
     arriving = (incoming.dprobs, incoming.dscores, incoming.dlse, *incoming.statistics)
-    request = AuxRequest.of([t is not None for t in arriving])
+    request = AuxRequest.of([t is not None for t in arriving], None if incoming.dscores is None else incoming.dscores.dtype)
     out, aux = eager.attention(AttentionProblem(call.q, call.k, call.v, _vocabulary(call), request))
     outputs = (out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy)
     return _grad(outputs, (incoming.dout, *arriving), (call.q, call.k, call.v, *call.terms.parameters), needs)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_attn.checks import INTS, described, require_tensor
+from fused_attn.checks import FLOATS, INTS, described, require_tensor
 from fused_attn.pytrees import is_same, register, state
 
 
@@ -19,13 +19,19 @@ class AuxRequest:
 
     Args:
         probs: probabilities after the softmax and before dropout, [batch, heads, q_len, kv_len], inputs' dtype, differentiable.
-        scores: scores after all modifications, -inf where masked, [batch, heads, q_len, kv_len], inputs' dtype, differentiable.
+        scores: scores after all modifications, -inf where masked, [batch, heads, q_len, kv_len], differentiable. As the ``Bias`` of the
+            next layer they make residual attention over depth (RealFormer, arXiv 2012.11747).
         lse: natural log of the softmax denominator (sinks included), [batch, heads, q_len], float32 (float64 for float64), differentiable.
         max_scores: largest allowed score of each row, [batch, heads, q_len], like lse; equal ones share its gradient.
         column_sums: probabilities summed over the queries, [batch, heads, kv_len], like lse.
         entropy: -sum p log p of each row, [batch, heads, q_len], like lse.
-        rows: int64 tensor [n] of queries, from the end where negative: probs and scores are of these alone, [batch, heads, n, kv_len].
-        heads: int64 tensor [n] of query heads, likewise.
+        scores_dtype: a floating-point dtype of the scores; the inputs' by default.
+        rows: int tensor [n] of queries, from the end where negative: probs and scores are of these alone, [batch, heads, n, kv_len].
+        heads: int tensor [n] of query heads, likewise.
+
+    Raises:
+        TypeError: a switch is no bool, scores_dtype no dtype, or rows or heads no int tensor.
+        ValueError: scores_dtype is no floating-point dtype or scores are not asked for; rows or heads are not [n], or of nothing.
 
     Example:
         >>> AuxRequest(probs=True, lse=True).names
@@ -38,6 +44,7 @@ class AuxRequest:
     max_scores: bool = False
     column_sums: bool = False
     entropy: bool = False
+    scores_dtype: torch.dtype | None = None
     rows: Tensor | None = None
     heads: Tensor | None = None
 
@@ -45,15 +52,31 @@ class AuxRequest:
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"AuxRequest {name} must be a bool; got {described(getattr(self, name))}. Pass True or False.")
+        self._check_dtype()
         for name in ("rows", "heads"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            require_tensor(f"AuxRequest {name}", value, INTS, "an int tensor [n]", f"Write torch.tensor([0, 5]) for two {name}.")
-            if value.dim() != 1:
-                raise ValueError(f"AuxRequest {name} must have shape [n]; got {list(value.shape)}. Flatten it.")
-            if not (self.probs or self.scores):
-                raise ValueError(f"AuxRequest {name} must come with probs=True or scores=True; got neither. They alone are cut by it.")
+            self._check_indices(name, getattr(self, name))
+
+    def _check_dtype(self) -> None:
+        if self.scores_dtype is None:
+            return
+        advice = "Pass torch.float32, or leave it out for the inputs' dtype."
+        if not isinstance(self.scores_dtype, torch.dtype):
+            raise TypeError(f"AuxRequest scores_dtype must be a torch.dtype; got {described(self.scores_dtype)}. {advice}")
+        if self.scores_dtype not in FLOATS:
+            raise ValueError(f"AuxRequest scores_dtype must be float16, bfloat16, float32 or float64; got {self.scores_dtype}. {advice}")
+        if not self.scores:
+            raise ValueError(
+                f"AuxRequest scores must be asked for with a scores_dtype; got scores_dtype={self.scores_dtype} alone. Add scores=True."
+            )
+
+    def _check_indices(self, name: str, value: Tensor | None) -> None:
+        if value is None:
+            return
+        require_tensor(f"AuxRequest {name}", value, INTS, "an int tensor [n]", f"Write torch.tensor([0, 5]) for two {name}.")
+        if value.dim() != 1:
+            raise ValueError(f"AuxRequest {name} must have shape [n]; got {list(value.shape)}. Flatten it.")
+        if not (self.probs or self.scores):
+            raise ValueError(f"AuxRequest {name} must come with probs=True or scores=True; got neither. They alone are cut by it.")
 
     def __eq__(self, other: object) -> bool:
         return is_same(state(self), state(other)) if isinstance(other, AuxRequest) else NotImplemented
@@ -62,10 +85,10 @@ class AuxRequest:
         return hash(self.flags)
 
     @classmethod
-    def of(cls, flags: Iterable[bool]) -> AuxRequest:
+    def of(cls, flags: Iterable[bool], scores_dtype: torch.dtype | None = None) -> AuxRequest:
         """The inverse of ``flags``."""
         switches: dict[str, Any] = dict(zip(SWITCHES, flags, strict=True))
-        return cls(**switches)
+        return cls(**switches, scores_dtype=scores_dtype)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,6 +98,17 @@ class AuxRequest:
     def flags(self) -> tuple[bool, ...]:
         """The six switches in the order of the fields."""
         return tuple([getattr(self, name) for name in SWITCHES])
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The request as an op's arguments hold it: the switches, and the place of the scores' dtype among ``FLOATS``, from 1; 0 for None."""
+        return (*map(int, self.flags), 0 if self.scores_dtype is None else 1 + FLOATS.index(self.scores_dtype))
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> AuxRequest:
+        """The inverse of ``numbers``; the dtype may be left out."""
+        flags, dtype = numbers[: len(SWITCHES)], numbers[len(SWITCHES) :]
+        return cls.of(map(bool, flags), FLOATS[dtype[0] - 1] if dtype and dtype[0] else None)
 
     @property
     def needs_pass(self) -> bool:

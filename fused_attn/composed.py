@@ -44,7 +44,7 @@ def _fused_softmax(scores: Tensor) -> Tensor:
 
 
 def _with_picked_rows(problem: AttentionProblem, request: AuxRequest, backend: str) -> tuple[Tensor, AuxOutput]:
-    rest = replace(request, probs=False, scores=False, rows=None, heads=None)
+    rest = replace(request, probs=False, scores=False, scores_dtype=None, rows=None, heads=None)
     out, aux = attention(replace(problem, aux=rest if rest.names else None), backend)
     rows = picked(problem, request)
     return out, replace(aux, probs=rows.probs, scores=rows.scores)

@@ -51,10 +51,6 @@ def _softmax(args: tuple[Any, ...], switches: Any) -> LoweredSoftmax:
     return LoweredSoftmax(args[0], Terms.unflatten(args[1 : 1 + _N_TERMS]), *map(bool, switches))
 
 
-def _request(flags: Any) -> AuxRequest:
-    return AuxRequest.of(map(bool, flags))
-
-
 def _filled(like: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Op results cannot be None; a size-0 tensor stands for it."""
     return [like.new_empty(0) if t is None else t for t in tensors]
@@ -79,19 +75,19 @@ def _attention_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _attention_aux_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (out, lse, stats, request, backend) = _attention(args)
-    return tuple(_filled(call.q, backends.get(backend).attention_aux(call, Forward(out, lse, stats), _request(request))))
+    return tuple(_filled(call.q, backends.get(backend).attention_aux(call, Forward(out, lse, stats), AuxRequest.from_numbers(request))))
 
 
 def _attention_aux_fake(*args: Any) -> tuple[Tensor, ...]:
     call, (_, _, _, request, _) = _attention(args)
-    (batch, heads, q_len, kv_len), wanted = call.shape, _request(request)
+    (batch, heads, q_len, kv_len), wanted = call.shape, AuxRequest.from_numbers(request)
     rows = stat_dtype(call.q.dtype)
     return tuple(
         _filled(
             call.q,
             AuxTensors(
                 call.q.new_empty(call.shape) if wanted.probs else None,
-                call.q.new_empty(call.shape) if wanted.scores else None,
+                call.q.new_empty(call.shape, dtype=wanted.scores_dtype) if wanted.scores else None,
                 call.q.new_empty((batch, heads, q_len), dtype=rows) if wanted.max_scores else None,
                 call.q.new_empty((batch, heads, kv_len), dtype=rows) if wanted.column_sums else None,
                 call.q.new_empty((batch, heads, q_len), dtype=rows) if wanted.entropy else None,
@@ -196,8 +192,8 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     """What else was asked for."""
     if not captured(call.q):
         return backends.get(backend).attention_aux(call, forward, request)
-    call, flags = _storable(call), list(map(int, request.flags))
-    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, flags, backend)
+    call, flags = _storable(call), request.flags
+    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), backend)
     return AuxTensors(*_optional(tensors, (*flags[:2], *flags[3:])))
 
 

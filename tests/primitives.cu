@@ -183,11 +183,11 @@ KERNEL philox(uint32_t* words, float* factors, const int64_t* seed, int64_t row,
   dropout.head = (kv_len + shift + 3) / 4, dropout.first = row * dropout.head;
   for (int i = threadIdx.x; i < rows * kv_len; i += blockDim.x) {
     const int kv = i % kv_len, key = kv + shift;
-    const int64_t counter = dropout_row(dropout, 0, i / kv_len, 0);
-    const uint4 w = philox(counter + key / 4, *seed);
+    const uint4 w = philox((row + i / kv_len) * dropout.head + key / 4, *seed);
     const uint32_t all[4] = {w.x, w.y, w.z, w.w};
     words[i] = all[key % 4];
-    factors[i] = kept_keys<4>(dropout, counter, kv / 4 * 4) >> kv % 4 & 1 ? factor : 0.f;
+    if (is_kept(dropout, dropout_words(dropout, 0, i / kv_len, 0, kv), kv) != (words[i] >= limit)) words[i] = 0;
+    factors[i] = kept_keys<4>(dropout, 0, i / kv_len, 0, kv / 4 * 4) >> kv % 4 & 1 ? factor : 0.f;
   }
 }
 

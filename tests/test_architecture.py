@@ -23,7 +23,10 @@ PACKAGE = ROOT / "fused_attn"
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
 NAMES = [str(p.relative_to(ROOT)) for p in FILES]
 PROJECT = [
-    p for folder in ("fused_attn", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py")) if "__pycache__" not in p.parts
+    p
+    for folder in ("fused_attn", "tests", "benchmarks", "examples")
+    for p in sorted((ROOT / folder).rglob("*.py"))
+    if "__pycache__" not in p.parts
 ]
 TEXTS = [
     p

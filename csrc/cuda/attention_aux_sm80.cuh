@@ -136,8 +136,13 @@ __global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_row
         else s[n][e] = scorer.natural(s[n][e]);
       }
     }
-    if (p.scores.data != nullptr) store_rows<T>(s, p.scores, sizes, b, h, rows, first);
-    else if (p.probs.data != nullptr) store_rows<T>(s, p.probs, sizes, b, h, rows, first);
+    if (p.scores.data != nullptr) {
+      switch (p.scores_dtype) {
+        case DType::kHalf: store_rows<__half>(s, p.scores, sizes, b, h, rows, first); break;
+        case DType::kBFloat16: store_rows<bfloat16>(s, p.scores, sizes, b, h, rows, first); break;
+        default: store_rows<float>(s, p.scores, sizes, b, h, rows, first);
+      }
+    } else if (p.probs.data != nullptr) store_rows<T>(s, p.probs, sizes, b, h, rows, first);
     __syncthreads();
   }
   ptx::cp_async_wait<0>();

@@ -57,7 +57,11 @@ __device__ __forceinline__ void pair_gradient(float& s, float& dp, bool ok, bool
   }
   if (kModified && ok && p.dprobs.data != nullptr) arriving += to_float(*at<const T>(p.dprobs, place.b, place.h, place.q, place.kv));
   float gradient = probability * (arriving - row.delta);
-  if (kModified && ok && p.dscores.data != nullptr) gradient += to_float(*at<const T>(p.dscores, place.b, place.h, place.q, place.kv));
+  if (kModified && ok && p.dscores.data != nullptr) {
+    // Float32 has no register left for a choice at head size 256; its caller converts.
+    if constexpr (sizeof(T) == 2) gradient += load(p.dscores, p.dscores_dtype, place.b, place.h, place.q, place.kv);
+    else gradient += to_float(*at<const T>(p.dscores, place.b, place.h, place.q, place.kv));
+  }
   if (kModified && ok && p.score.count > 0) gradient = pull_back(p.score, gradient, product * p.score.scale, place, down_to);
   s = ok ? weight : 0.f;
   dp = ok ? gradient : 0.f;
@@ -84,7 +88,7 @@ __device__ __forceinline__ void score_gradients(float (&s)[kN][4], float (&dp)[k
     for (int half = 0; half < 2; ++half) {
       const int q = rows[half].q, kv = first + n * 8 + threadIdx.x % 4 * 2;
       uint32_t stays = 0;
-      if (kModified && p.dropout.seed != nullptr) stays = kept_keys<2>(p.dropout, dropout_row(p.dropout, b, h, q), kv);
+      if (kModified && p.dropout.seed != nullptr) stays = kept_keys<2>(p.dropout, b, h, q, kv);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool ok = allows(p.mask, b, h, rows[half], kv + e, full, keep) && q < p.sizes.q_len;
@@ -307,7 +311,7 @@ __global__ void __launch_bounds__(Dkdv<T, kHeadSize>::kThreads, 1) attention_bwd
           const int kv = kv_row + half * 8;
           const bool ok = q < sizes.q_len && kv < sizes.kv_len && allows(p.mask, b, h, row, kv, full, keep);
           bool stays = true;
-          if (kModified && p.dropout.seed != nullptr && ok) stays = kept_keys<1>(p.dropout, dropout_row(p.dropout, b, h, q), kv) & 1;
+          if (kModified && p.dropout.seed != nullptr && ok) stays = is_kept(p.dropout, dropout_words(p.dropout, b, h, q, kv), kv);
           pair_gradient<T>(s[n][half * 2 + column], dp[n][half * 2 + column], ok, stays, p, scorer, gradient_row, {b, h, q, kv}, 0);
         }
       }

@@ -97,7 +97,7 @@ __device__ __forceinline__ void drop(float (&s)[kN][4], const DropoutParams& dro
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int kv = first + n * 8 + threadIdx.x % 4 * 2;
-      const uint32_t stays = kept_keys<2>(dropout, dropout_row(dropout, b, h, rows[half].q), kv);
+      const uint32_t stays = kept_keys<2>(dropout, b, h, rows[half].q, kv);
       s[n][half * 2] = stays & 1 ? s[n][half * 2] * kept : 0.f;
       s[n][half * 2 + 1] = stays & 2 ? s[n][half * 2 + 1] * kept : 0.f;
     }

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kBiasColumns* kBiasRows) softmax_bwd_bias_kern
     const SoftmaxRow row(p, (static_cast<int64_t>(b) * sizes.heads + h) * sizes.q_len + q);
     if (kv >= sizes.kv_len) continue;
     float y = to_float(*at<const T>(p.result, b, h, q, kv)), g = to_float(*at<const T>(p.dout, b, h, q, kv));
-    if (p.dropout.seed != nullptr) g *= kept_keys<1>(p.dropout, dropout_row(p.dropout, b, h, q), kv) & 1 ? p.dropout.factor : 0.f;
+    if (p.dropout.seed != nullptr) g *= is_kept(p.dropout, dropout_words(p.dropout, b, h, q, kv), kv) ? p.dropout.factor : 0.f;
     if (!row.allows(p, kv) || p.totals[static_cast<int64_t>(sizes.batch) * sizes.heads * sizes.q_len + row.r] == 0.f) continue;
     if (p.log) y = ptx::ex2(y * kLog2e);
     total += score_gradient(p.log, y, g, p.totals[row.r]);

@@ -109,10 +109,9 @@ __device__ __forceinline__ void load_scores(float (&x)[kVector<T>], const Softma
 // Multiplies a chunk by 0 where dropout removes and by 1 / (1 - p) where it does not; four neighbours share a call of Philox.
 template <int kCount>
 __device__ __forceinline__ void drop(float (&x)[kCount], const DropoutParams& dropout, const SoftmaxRow& row, int kv) {
-  const int64_t counter = dropout_row(dropout, row.b, row.h, row.q);
 #pragma unroll
   for (int j = 0; j < kCount; j += 4) {
-    const uint32_t stays = kept_keys<4>(dropout, counter, kv + j);
+    const uint32_t stays = kept_keys<4>(dropout, row.b, row.h, row.q, kv + j);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[j + i] = stays >> i & 1 ? x[j + i] * dropout.factor : 0.f;
   }

@@ -108,6 +108,8 @@ class CudaBackend:
             sizes = (problem.q.shape[-1], problem.v.shape[-1])
             if not all(1 <= size <= MAX_HEAD_DIM for size in sizes):
                 reasons.append(f"head_dim and value_dim must be in [1, {MAX_HEAD_DIM}]; got {sizes[0]} and {sizes[1]}")
+            if problem.aux is not None and problem.aux.scores_dtype == torch.float64:
+                reasons.append("scores in float64 are given out by triton, cpu and eager only")
             if dtype == torch.float32 and allows_tf32():
                 reasons.append("TF32 is asked for, and these kernels compute float32 to its full precision")
         return reasons + authored_refusals(problem) + composition_refusals(problem) + _mod_refusals(problem)
@@ -134,13 +136,17 @@ class CudaBackend:
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
         probs, scores, _, *per_row = request.flags
         wanted = (probs, scores, *per_row)
-        tensors = self.call("attention_aux", call.q, call.k, call.v, *_flat(call), forward.stats, [int(w) for w in wanted])
+        numbers = [*map(int, wanted), request.numbers[-1]]
+        tensors = self.call("attention_aux", call.q, call.k, call.v, *_flat(call), forward.stats, numbers)
         return AuxTensors(*(t if want else None for t, want in zip(tensors, wanted, strict=True)))
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
         if 0 in call.shape:
             return gradients_without_scores(call, incoming, needs)
-        arriving = (incoming.dout, incoming.dlse, incoming.dprobs, incoming.dscores, incoming.probs)
+        # The 16-bit kernels read score gradients of any of the three dtypes; those of float32 have no register left to.
+        wide = incoming.dscores is not None and call.q.dtype == torch.float32
+        dscores = incoming.dscores.float() if wide and incoming.dscores is not None else incoming.dscores
+        arriving = (incoming.dout, incoming.dlse, incoming.dprobs, dscores, incoming.probs)
         keys = needs[1] or needs[2]  # one launch writes both
         dq, dk, dv = _room(call.q, needs[0]), _room(call.k, keys), _room(call.v, keys)
         flat = _flat(call)

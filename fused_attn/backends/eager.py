@@ -131,7 +131,7 @@ class Rows(NamedTuple):
         """What is asked for."""
         return AuxOutput(
             probs=self.probs.to(dtype).contiguous() if request.probs else None,
-            scores=self.scores.to(dtype).contiguous() if request.scores else None,
+            scores=self.scores.to(request.scores_dtype or dtype).contiguous() if request.scores else None,
             lse=self.lse if request.lse else None,
             max_scores=_row_max(self.scores) if request.max_scores else None,
             column_sums=self.probs.sum(-2) if request.column_sums else None,

@@ -79,6 +79,7 @@ struct AttentionParams {
   float* sum = nullptr;    // [rows] sum of exp(score - top), sinks included; 0 in rows without keys or with scores of -inf alone
   float* delta = nullptr;  // [rows]
   Matrix dout, dprobs, dscores, dq, dk, dv;
+  DType scores_dtype = DType::kFloat, dscores_dtype = DType::kFloat;
   Matrix dlse;                   // float [batch, heads, q_len, 1]
   Matrix probs, scores;          // outputs of the auxiliary pass, or (probs) an input of delta
   float* max_scores = nullptr;   // [rows]

@@ -19,22 +19,35 @@ __device__ inline uint4 philox(uint64_t counter, uint64_t seed) {
   return w;
 }
 
-// The counter of a query's first group of keys.
-__device__ inline int64_t dropout_row(const DropoutParams& dropout, int b, int h, int q) {
-  return dropout.first + b * dropout.batch + h * dropout.head + q * dropout.row;
-}
-
 __device__ inline uint32_t kept_words(const uint4& words, uint32_t limit) {
   return (words.x >= limit) | (words.y >= limit) << 1 | (words.z >= limit) << 2 | (words.w >= limit) << 3;
+}
+
+// The words of the group of keys that a key belongs to, turned so that its own is word kv % 4: where every register is taken, a caller that
+// had to know the shift would spill (dk and dv of float32 at head size 256).
+__device__ __noinline__ inline uint4 dropout_words(const DropoutParams& dropout, int b, int h, int q, int kv) {
+  const uint64_t counter = dropout.first + b * dropout.batch + h * dropout.head + q * dropout.row + (kv + dropout.shift) / 4;
+  uint4 w = philox(counter, static_cast<uint64_t>(*dropout.seed));
+  const int shift = dropout.shift;
+  if (shift & 1) w = {w.y, w.z, w.w, w.x};
+  if (shift & 2) w = {w.z, w.w, w.x, w.y};
+  return w;
+}
+
+// Whether the key stays, from its words.
+__device__ inline bool is_kept(const DropoutParams& dropout, const uint4& words, int kv) {
+  const int lane = kv % 4;
+  return (lane == 0 ? words.x : lane == 1 ? words.y : lane == 2 ? words.z : words.w) >= dropout.limit;
 }
 
 // Bit j: whether key kv + j stays. Keys of one group share a call; kCount of them reach into a second one where their origin is no multiple
 // of 4.
 template <int kCount>
-__device__ __noinline__ uint32_t kept_keys(const DropoutParams& dropout, int64_t row, int kv) {
+__device__ __noinline__ uint32_t kept_keys(const DropoutParams& dropout, int b, int h, int q, int kv) {
   static_assert(kCount <= 4);
   const int key = kv + dropout.shift, lane = key % 4;
-  const uint64_t counter = static_cast<uint64_t>(row) + key / 4, seed = static_cast<uint64_t>(*dropout.seed);
+  const uint64_t counter = dropout.first + b * dropout.batch + h * dropout.head + q * dropout.row + key / 4;
+  const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
   uint32_t bits = kept_words(philox(counter, seed), dropout.limit);
   if (lane + kCount > 4) bits |= kept_words(philox(counter + 1, seed), dropout.limit) << 4;
   return bits >> lane;

@@ -53,7 +53,7 @@ def attention_aux(call: LoweredAttention, request: AuxRequest) -> AuxTensors:
     work = Operands(call)
     aux = AuxTensors(
         call.q.new_empty(call.shape) if request.probs else None,
-        call.q.new_empty(call.shape) if request.scores else None,
+        call.q.new_empty(call.shape, dtype=request.scores_dtype) if request.scores else None,
         call.q.new_full(call.shape[:3], -torch.inf, dtype=work.dtype) if request.max_scores else None,
         call.q.new_zeros((*call.shape[:2], call.shape[3]), dtype=work.dtype) if request.column_sums else None,
         call.q.new_zeros(call.shape[:3], dtype=work.dtype) if request.entropy else None,

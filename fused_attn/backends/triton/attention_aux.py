@@ -103,7 +103,7 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest)
 
     result = AuxTensors(
         room(request.probs, *call.shape, dtype=call.q.dtype),
-        room(request.scores, *call.shape, dtype=call.q.dtype),
+        room(request.scores, *call.shape, dtype=request.scores_dtype or call.q.dtype),
         room(request.max_scores, batch, heads, q_len, dtype=torch.float32),
         room(request.column_sums, batch, heads, kv_len, dtype=torch.float32),
         room(request.entropy, batch, heads, q_len, dtype=torch.float32),
