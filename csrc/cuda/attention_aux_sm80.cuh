@@ -85,8 +85,10 @@ __device__ __forceinline__ void store_rows(const float (&s)[kN][4], const Matrix
   }
 }
 
+// In 16 bits four blocks a multiprocessor: left alone, the choice of the scores' dtype takes 3 registers too many for that.
 template <class T, int kHeadSize>
-__global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, 1) attention_rows_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(Rows<T, kHeadSize>::kThreads, sizeof(T) == 2 ? 4 : 1)
+    attention_rows_kernel(const __grid_constant__ AttentionParams p) {
   using C = Rows<T, kHeadSize>;
   constexpr int kBlockQ = C::kShape.q, kBlockKv = C::kShape.kv, kStages = C::kShape.stages, kN = kBlockKv / 8;
   extern __shared__ __align__(128) unsigned char shared[];
