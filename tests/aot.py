@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for chips this machine does not have, through the library's own launch code, and reads what ptxas made.
 
-Run as a program (a fresh process without TRITON_INTERPRET), ``python -m tests.aot CHIP:DTYPE:HEAD_DIM ...``, ``CHIP:DTYPE:additive ...`` or ``CHIP:DTYPE:softmax ...``, it
+Run as a program (a fresh process without TRITON_INTERPRET), ``python -m tests.aot CHIP:DTYPE:HEAD_DIM ...``, ``CHIP:DTYPE:additive``,
+``CHIP:DTYPE:sigmoid`` or ``CHIP:DTYPE:softmax``, it
 prints one JSON line per combination as soon as that is compiled: its name, and what ``measured`` says of each kernel.
 """
 
@@ -85,23 +86,29 @@ def sass(kernel: Any) -> str:
         return subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def problem(dtype: torch.dtype, head_dim: int, variant: str, additive: bool = False) -> Any:
-    """A lowered call: "causal" runs the plain passes, "everything" the heavy ones with every kind of operand."""
+# Attention other than the softmax of a dot product.
+KINDS = ("additive", "sigmoid")
+
+
+def problem(dtype: torch.dtype, head_dim: int, variant: str, what: str = "") -> Any:
+    """A lowered call: "causal" runs the plain passes, "everything" the heavy ones with every kind of operand; ``what`` as in ``KINDS``."""
     q, k, v = torch.zeros(3, 1, 2, 512, head_dim, dtype=dtype).unbind(0)
     options = dict.fromkeys(("scale", "q_offset", "sinks", "dropout", "return_aux")) | {"mask": fa.Causal(), "score_mods": ()}
-    options["scoring"] = fa.Additive(torch.zeros(2, head_dim, requires_grad=True)) if additive else None
+    options["scoring"] = fa.Additive(torch.zeros(2, head_dim, requires_grad=True)) if what == "additive" else None
     if variant == "everything":
         bias = torch.zeros(1, 2, 512, 512, dtype=dtype, requires_grad=True)
         options["mask"] = fa.Causal() & fa.Dense(torch.ones(512, 512, dtype=torch.bool))
         options["score_mods"] = (fa.SoftCap(30.0), fa.ALiBi(torch.ones(2)), fa.Bias(bias))
         options["dropout"], options["sinks"] = fa.Dropout(0.1, seed=1), torch.zeros(2)
+    if what == "sigmoid":
+        options["normalizer"], options["sinks"] = fa.Sigmoid(-6.0), None
     return AttentionProblem.check(q, k, v, options).lower()
 
 
-def compile_attention(dtype: torch.dtype, head_dim: int, variant: str, additive: bool = False) -> None:
-    call, backend = problem(dtype, head_dim, variant, additive), get("triton")
+def compile_attention(dtype: torch.dtype, head_dim: int, variant: str, what: str = "") -> None:
+    call, backend = problem(dtype, head_dim, variant, what), get("triton")
     forward = backend.attention_fwd(call)
-    extra = backend.attention_aux(call, forward, AuxRequest(*[True] * 6))
+    extra = backend.attention_aux(call, forward, AuxRequest.of([True] * 6))
     square = (extra.probs, extra.scores, extra.probs) if variant == "everything" else (None, None, None)
     parameters = call.terms.parameters
     needs = (True, True, True, parameters[0] is not None, *(t.requires_grad for t in parameters[1:]))
@@ -132,14 +139,14 @@ def measured(name: str, kernel: Any) -> dict[str, Any]:
 
 
 def compile_combination(chip: int, dtype: torch.dtype, what: str) -> list[dict[str, Any]]:
-    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones; additive's at every size."""
+    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones; of ``KINDS`` at every size."""
     target(chip)
     compiled.clear()
     if what == "softmax":
         compile_softmax(dtype)
-    elif what == "additive":
+    elif what in KINDS:
         for size, variant in itertools.product(config.HEAD_SIZES, ("causal", "everything")):
-            compile_attention(dtype, size, variant, additive=True)
+            compile_attention(dtype, size, variant, what)
     else:
         for variant in ("causal", "everything"):
             compile_attention(dtype, int(what), variant)

@@ -34,7 +34,7 @@ ENDS = (min(VERSIONS), max(VERSIONS))
 # ptxas counts a stack frame for indexed arrays as well; this much is not a spill in a loop.
 MAX_STACK = 64
 COLUMNS = (
-    *(f"{dtype}:{what}" for dtype, what in itertools.product(("bfloat16", "float32"), (*config.HEAD_SIZES, "additive"))),
+    *(f"{dtype}:{what}" for dtype, what in itertools.product(("bfloat16", "float32"), (*config.HEAD_SIZES, "additive", "sigmoid"))),
     "bfloat16:softmax",
 )
 INTERPRETED = (
@@ -185,8 +185,8 @@ Written by `make matrix`; `tests/test_matrix.py` holds it to the present sources
 ## Triton, compiled ahead of time
 
 Every kernel of attention (plain and with every kind of operand, forward, auxiliary outputs and backward) per element type and head size,
-of additive attention at every head size, and of the softmax: most registers per thread / most bytes of stack. The bound is {MAX_STACK} bytes of stack, no local memory, no traps, and
-the chip's shared memory; a cell that breaks it says FAILS.
+of additive and of sigmoid attention at every head size, and of the softmax: most registers per thread / most bytes of stack. The bound
+is {MAX_STACK} bytes of stack, no local memory, no traps, and the chip's shared memory; a cell that breaks it says FAILS.
 
 {table(["Triton", "chip", *(c.replace(":", " ") for c in COLUMNS)], rows)}
 
