@@ -86,8 +86,13 @@ def sass(kernel: Any) -> str:
         return subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
-# Attention other than the softmax of a dot product.
-KINDS = ("additive", "sigmoid")
+# Attention other than the softmax of a dot product, with the head sizes and variants that are compiled of it. The sigmoid's passes are the
+# softmax's, tiles included, without the rows' statistics.
+_BOTH = ("causal", "everything")
+KINDS: dict[str, tuple[tuple[int, str], ...]] = {
+    "additive": tuple(itertools.product(config.HEAD_SIZES, _BOTH)),
+    "sigmoid": ((64, "causal"), (128, "everything"), (256, "causal")),
+}
 
 
 def problem(dtype: torch.dtype, head_dim: int, variant: str, what: str = "") -> Any:
@@ -139,16 +144,16 @@ def measured(name: str, kernel: Any) -> dict[str, Any]:
 
 
 def compile_combination(chip: int, dtype: torch.dtype, what: str) -> list[dict[str, Any]]:
-    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones; of ``KINDS`` at every size."""
+    """Every kernel of the softmax, or of attention at a head size: the plain passes first, then the heavy ones."""
     target(chip)
     compiled.clear()
     if what == "softmax":
         compile_softmax(dtype)
     elif what in KINDS:
-        for size, variant in itertools.product(config.HEAD_SIZES, ("causal", "everything")):
+        for size, variant in KINDS[what]:
             compile_attention(dtype, size, variant, what)
     else:
-        for variant in ("causal", "everything"):
+        for variant in _BOTH:
             compile_attention(dtype, int(what), variant)
     return [measured(name, kernel) for name, kernel in compiled]
 

@@ -40,6 +40,8 @@ COLUMNS = (
 INTERPRETED = (
     "test_attention",
     "test_softmax",
+    "test_normalizers",
+    "test_additive",
     "test_extension",
     "test_bug_classes_contract",
     "test_bug_classes_masks",
@@ -185,7 +187,7 @@ Written by `make matrix`; `tests/test_matrix.py` holds it to the present sources
 ## Triton, compiled ahead of time
 
 Every kernel of attention (plain and with every kind of operand, forward, auxiliary outputs and backward) per element type and head size,
-of additive and of sigmoid attention at every head size, and of the softmax: most registers per thread / most bytes of stack. The bound
+of additive attention at every head size, of sigmoid attention, and of the softmax: most registers per thread / most bytes of stack. The bound
 is {MAX_STACK} bytes of stack, no local memory, no traps, and the chip's shared memory; a cell that breaks it says FAILS.
 
 {table(["Triton", "chip", *(c.replace(":", " ") for c in COLUMNS)], rows)}
