@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 import fused_attn as fa
 from fused_attn.backends import EAGER, Explanation, Target
 from fused_attn.masks import from_mask_mod
+from fused_attn.normalizers import TopK
 from fused_attn.score_mods import ScoreMod
 from fused_attn.scoring import Scoring
 
@@ -94,10 +95,16 @@ def features() -> Iterator[Feature]:
     yield Feature("nine modifications", {"score_mods": (fa.SoftCap(30.0),) * 9})
     yield Feature("a modification of your own, no device functions", {"score_mods": (Own(),)})
     yield Feature("`DotProduct`, `NegativeL2`, learned scale", {"scoring": fa.NegativeL2(seen())})
+    yield Feature("`Additive`, learned weight", {"scoring": fa.Additive(seen(HEADS, 64))})
     yield Feature("a scoring of your own, no device functions", {"scoring": OwnScoring()})
+    yield Feature("`Selective`", {"score_mods": (fa.SoftCap(30.0), fa.Selective()), "mask": fa.Causal()})
+    yield Feature("`Sigmoid`", {"normalizer": fa.Sigmoid()})
+    yield Feature("`TopK`, `Hard`, `Gumbel`, `TalkingHeads`, a normaliser of your own", {"normalizer": TopK(8)})
+    yield Feature("empty rows uniform or as the softmax", {"empty_rows": "softmax", "mask": fa.Causal()})
     yield Feature("sinks, learned", {"sinks": seen(HEADS)})
     yield Feature("dropout", {"dropout": fa.Dropout(0.1, seed=7)})
     yield Feature("every auxiliary output", {"return_aux": everything})
+    yield Feature("probabilities of some rows and heads", {"return_aux": fa.AuxRequest(probs=True, rows=torch.tensor([0, 9]))})
     yield Feature("forward-mode AD, `torch.func`", under=forward_ad.dual_level())
     yield Feature("double backward", note="double backward recomputes through eager")
 
