@@ -26,7 +26,10 @@ def bend(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def column(source, d):
-    """Column d of the rows that a source (matrix, b, h, rows, ok) names, in float32; NaN for what is not finite, as in every backend."""
+    """Column d of the rows that a source (matrix, b, h, rows, ok) names, in float32; NaN for what is not finite, as in every backend.
+
+    Sources that gradients loop over end with None, for Triton 3.6: see ``arguments.MaskArgs``.
+    """
     x = tl.load(pointers(source[0], source[1], source[2], source[3], source[3] * 0 + d), mask=source[4], other=0.0).to(tl.float32)
     return x + (x - x)
 

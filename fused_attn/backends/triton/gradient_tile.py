@@ -106,8 +106,8 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
     if score.scoring is None:
         acc = dot(ds.to(k_tile.dtype), k_tile, acc, score.precision)
     elif score.by_columns:
-        q_source = (rows_of[8][0], place[0], place[1], place[2], rows_of[7])
-        k_source = (k, place[0], place[1] // sizes.group, kv_idx, kv_ok)
+        q_source = (rows_of[8][0], place[0], place[1], place[2], rows_of[7], None)
+        k_source = (k, place[0], place[1] // sizes.group, kv_idx, kv_ok, None)
         acc = score.scoring[1](acc, ds, q_source, k_source, score.scoring_args, tile)
     else:
         acc += score.scoring[1](ds, rows_of[0], k_tile, score.scoring_args, score.precision)
@@ -140,8 +140,8 @@ def dkdv_step(
     if score.scoring is None:
         dk = dot(tl.trans(ds.to(q_rows.dtype)), q_rows, dk, score.precision)
     elif score.by_columns:
-        k_source = (keys_of[5][0], b, keys_of[4], keys_of[2], keys_of[3])
-        dk = score.scoring[2](dk, ds, (q, b, h, q_idx, rows_of[7]), k_source, score.scoring_args, tile)
+        k_source = (keys_of[5][0], b, keys_of[4], keys_of[2], keys_of[3], None)
+        dk = score.scoring[2](dk, ds, (q, b, h, q_idx, rows_of[7], None), k_source, score.scoring_args, tile)
     else:
         dk += score.scoring[2](ds, q_rows, keys_of[0], score.scoring_args, score.precision)
     return dk, dv
