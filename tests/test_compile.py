@@ -89,7 +89,7 @@ def test_attention_ops(options):
     dout, dlse = torch.randn_like(forward[0]), torch.randn_like(forward[1])
     needs = [True] * (3 + len(call.terms.parameters))
     needs[3] = call.terms.sinks is not None
-    opcheck("attention_bwd", (*inputs, *forward, dout, None, None, None, None, needs, "cpu"))
+    opcheck("attention_bwd", (*inputs, *forward, dout, *[None] * 7, needs, "cpu"))
     opcheck(
         "attention_bwd",
         (
@@ -100,6 +100,9 @@ def test_attention_ops(options):
             torch.randn_like(probs),
             torch.randn_like(probs),
             probs,
+            torch.randn_like(dlse),
+            torch.randn(call.shape[0], call.shape[1], call.shape[3], dtype=dlse.dtype),
+            torch.randn_like(dlse),
             [False, True, *[False] * (len(needs) - 2)],
             "cpu",
         ),
@@ -432,6 +435,6 @@ def test_a_backward_op_takes_tensors_that_require_grad_and_differentiates_once()
     x = torch.randn(1, 2, 3, 2, requires_grad=True)
     inputs = (x, x, x, *(None,) * 6, [], [-1, -1, 0], [0.7, 0.0], "")
     forward = [t.detach() for t in torch.ops.fused_attn.attention_fwd(*inputs, "cpu")]
-    dq, *_ = torch.ops.fused_attn.attention_bwd(*inputs, *forward, torch.ones(1, 2, 3, 2), None, None, None, None, [1, 1, 1, 0], "cpu")
+    dq, *_ = torch.ops.fused_attn.attention_bwd(*inputs, *forward, torch.ones(1, 2, 3, 2), *[None] * 7, [1, 1, 1, 0], "cpu")
     with pytest.raises(fa.UnsupportedError, match="create_graph=True"):
         dq.sum().backward()

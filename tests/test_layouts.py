@@ -154,9 +154,10 @@ def test_attention_fakes(how: str, kernel_backend: str) -> None:
         opcheck("attention_aux", (*inputs, *forward, request, backend), backend)
         probs = torch.ops.fused_attn.attention_aux(*inputs, *forward, request, backend)[0]
         dout = LAYOUTS["LBHD"](torch.randn(q.shape)).to(dtype)
-        arriving = (dout, torch.randn(q.shape[:3]), torch.randn(probs.shape).to(dtype), None, probs)
+        statistics = (torch.randn(q.shape[:3]), torch.randn(*q.shape[:2], k.shape[2]), torch.randn(q.shape[:3]))
+        arriving = (dout, torch.randn(q.shape[:3]), torch.randn(probs.shape).to(dtype), None, probs, *statistics)
         opcheck("attention_bwd", (*inputs, *forward, *arriving, needs, backend), backend)
-        opcheck("attention_bwd", (*inputs, *forward, dout, None, None, None, None, needs, backend), backend)
+        opcheck("attention_bwd", (*inputs, *forward, dout, *[None] * 7, needs, backend), backend)
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
