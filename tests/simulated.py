@@ -75,6 +75,17 @@ def check_broken(dtype: torch.dtype) -> None:
         assert bool(got[:, :, :25].isnan().any())
 
 
+def check_sigmoid(dtype: torch.dtype) -> None:
+    """Another normaliser, masked and full tiles, and rows without keys as a fill that is added leaves them."""
+    q, k, v = (torch.randn(1, h, n, 32).to(dtype) for h, n in ((2, 40), (1, 140), (1, 140)))
+    options = {"mask": fa.Causal(), "q_offset": 90, "score_mods": (fa.SoftCap(2.0),), "dropout": fa.Dropout(0.3, seed=5)}
+    request = fa.AuxRequest(probs=True, scores=True, max_scores=True, column_sums=True)
+    inputs = inputs_of(q, k, v, **options, normalizer=fa.Sigmoid(-1.0), return_aux=request)
+    check_inputs(inputs, "triton", ("out", "probs", "scores"), title="sigmoid")
+    empty = inputs_of(q, k, v, mask=fa.Causal(), q_offset=-20, empty_rows="softmax")
+    check_inputs(empty, "triton", DIFFERENTIABLE, title="empty rows")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     simulate(int(sys.argv[1]))
@@ -83,6 +94,8 @@ if __name__ == "__main__":
         print(name)
     check_additive(getattr(torch, sys.argv[2]))
     print("additive")
+    check_sigmoid(getattr(torch, sys.argv[2]))
+    print("sigmoid")
     check_broken(getattr(torch, sys.argv[2]))
     print("broken")
     for length in (40, 3000):  # a row in one tile, and in several
