@@ -26,6 +26,10 @@ class KernelDropout(NamedTuple):
     origin: Sizes = (0, 0, 0, 0)
     extent: Sizes | None = None
 
+    def is_whole(self, shape: Sizes) -> bool:
+        """Whether a call of that shape is the whole problem."""
+        return self.origin == (0, 0, 0, 0) and self.extent in (None, shape)
+
     def counters(self, shape: Sizes) -> tuple[Sizes, int]:
         """How the elements of a call of that shape are numbered: ((first, batch, head, row), shift).
 

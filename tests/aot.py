@@ -105,8 +105,9 @@ def problem(dtype: torch.dtype, head_dim: int, variant: str, what: str = "") -> 
         options["mask"] = fa.Causal() & fa.Dense(torch.ones(512, 512, dtype=torch.bool))
         options["score_mods"] = (fa.SoftCap(30.0), fa.ALiBi(torch.ones(2)), fa.Bias(bias))
         options["dropout"], options["sinks"] = fa.Dropout(0.1, seed=1), torch.zeros(2)
-    if what == "sigmoid":
+    if what == "sigmoid":  # and a part of a larger problem, whose keys begin inside a group of four
         options["normalizer"], options["sinks"] = fa.Sigmoid(-6.0), None
+        options["dropout"] = options["dropout"] and fa.Dropout(0.1, seed=1, origin=(0, 0, 0, 3), extent=(1, 2, 512, 1024))
     return AttentionProblem.check(q, k, v, options).lower()
 
 

@@ -79,6 +79,8 @@ class ScoreArgs(NamedTuple):
 class DropoutArgs(NamedTuple):
     """Seed pointer, the smallest 32-bit word that stays, 1 / (1 - p), and where the call's counters lie (``KernelDropout.counters``).
 
+    Where the call is no part of a larger problem they are constants that nobody reads: its kernels count by its own sizes, and need no
+    registers for others. (None in their place is what Triton 3.6 cannot compare the tuple with.)
     ``shift``, what is left of the first key's index modulo 4, is a constant: only 0 lets four neighbours share a Philox call.
     """
 
@@ -89,6 +91,7 @@ class DropoutArgs(NamedTuple):
     batch: Any
     head: Any
     row: Any
+    is_part: Any
     shift: Any
 
 
@@ -214,8 +217,12 @@ def dropout(terms: Terms, shape: tuple[int, int, int, int]) -> DropoutArgs | Non
         return None
     p = terms.dropout.p
     # The largest word is 2^32 - 1; with p = 1 the factor 0 removes what the comparison leaves.
+    limit, factor = min(threshold(p), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0
+    if terms.dropout.is_whole(shape):
+        nothing = tl.constexpr(0)
+        return DropoutArgs(terms.dropout.seed, limit, factor, nothing, nothing, nothing, nothing, tl.constexpr(False), nothing)
     numbers, shift = terms.dropout.counters(shape)
-    return DropoutArgs(terms.dropout.seed, min(threshold(p), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0, *numbers, tl.constexpr(shift))
+    return DropoutArgs(terms.dropout.seed, limit, factor, *numbers, tl.constexpr(True), tl.constexpr(shift))
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -128,9 +128,10 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     store_rows(dk, b, kv_h, kv_idx, kv_ok, dk_acc * score.scale, tile.head_dim, tile.d)
     store_rows(dv, b, kv_h, kv_idx, kv_ok, dv_acc, tile.value_dim, tile.dv)
     # 0 * NaN: a key may have got a NaN from a query that may not attend to it, or whose row is empty.
-    broken = any_true(dv_acc != dv_acc)
-    if not score.by_columns:
-        broken = broken | any_true(dk_acc != dk_acc)
+    if score.by_columns:
+        broken = any_true(dv_acc != dv_acc)
+    else:
+        broken = any_true(dk_acc != dk_acc) | any_true(dv_acc != dv_acc)
     if broken:
         tl.debug_barrier()
         for first in range(kv_first, kv_first + tile.kv, small.kv):

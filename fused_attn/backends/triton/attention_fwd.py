@@ -44,17 +44,19 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
         # The same rounding as in p, so that sums of earlier tiles stay sums of the same exponentials.
         alpha = exponentials(m, m_safe, score)
         l = l * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
         m = m_new
     else:
         # Nothing is divided by: the sum only says that the row has a key.
         p = sigmoid(scores, score)
         l = tl.maximum(l, tl.max(tl.where(scores == float("-inf"), 0.0, 1.0), 1))
     if dropout is not None:
-        kept = keep_tile(dropout, dropout_row(dropout, b, h), q_idx, first, tile.q, tile.kv)
+        kept = keep_tile(dropout, dropout_row(dropout, b, h, sizes), q_idx, first, sizes, tile.q, tile.kv)
         p = tl.where(kept, p, 0.0)
     v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
-    acc = dot(p.to(v_tile.dtype), v_tile, acc, score.precision)
+    p = p.to(v_tile.dtype)
+    if score.sigmoid is None:
+        acc = acc * alpha[:, None]
+    acc = dot(p, v_tile, acc, score.precision)
     return acc, m, l
 
 

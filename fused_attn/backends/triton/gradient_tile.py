@@ -40,7 +40,7 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
         dout_source, v_source = (row_matrices[1], b, h, q_idx, row_ok), (key_matrices[1], b, kv_h, kv_idx, kv_ok)
         dp = contract(dout, v, dout_source, v_source, score.precision, tile.resident, tile.value_dim, tile.dv)
         if dropout is not None:
-            kept = keep_tile(dropout, dropout_row(dropout, b, h), q_idx, tl.min(kv_idx, 0), tile.q, tile.kv)
+            kept = keep_tile(dropout, dropout_row(dropout, b, h, sizes), q_idx, tl.min(kv_idx, 0), sizes, tile.q, tile.kv)
             dp = tl.where(kept, dp * dropout.factor, 0.0)
             weights = tl.where(kept, p * dropout.factor, 0.0)
     if grads[0] is not None:

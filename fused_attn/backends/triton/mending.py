@@ -44,8 +44,8 @@ def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, size
             scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
             weights = probabilities(scores, m, inverse, score)
             if dropout is not None:
-                kept = keep_tile(dropout, dropout_row(dropout, b, h), q_idx, kv_first, tile.q, tile.kv)
-                weights = tl.where(kept, weights, 0.0)
+                first_row = dropout_row(dropout, b, h, sizes)
+                weights = tl.where(keep_tile(dropout, first_row, q_idx, kv_first, sizes, tile.q, tile.kv), weights, 0.0)
             v_tile = load_rows(v, b, h // sizes.group, kv_idx, kv_ok, tile.value_dim, tile.dv)
             clean = dot(weights.to(v_tile.dtype), cleaned(v_tile), clean, score.precision)
             hits = count_broken(tl.where(ok, 1.0, 0.0), v_tile, hits)

@@ -117,15 +117,21 @@ def tanh(x):
 
 
 @triton.jit
-def dropout_row(dropout, b, h):
-    """The counter of the first query's and key's word, as ``keep_tile`` takes it; b and h are scalars or broadcast against each other."""
-    return b.to(tl.int64) * dropout.batch + h.to(tl.int64) * dropout.head + dropout.first
+def dropout_row(dropout, b, h, sizes):
+    """Where the queries of [b, h] begin, as ``keep_tile`` takes it: a row where the call is the whole problem, else a counter."""
+    if not dropout.is_part:
+        return (b * sizes.heads + h).to(tl.int64) * sizes.q_len
+    else:
+        return b.to(tl.int64) * dropout.batch + h.to(tl.int64) * dropout.head + dropout.first
 
 
 @triton.jit
-def _words(dropout, rows, group):
+def _words(dropout, rows, groups, group):
     """The four Philox words of (row, key group) pairs; rows and group broadcast against each other."""
-    counter = rows + group
+    if groups is None:
+        counter = rows + group
+    else:
+        counter = rows * groups + group
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
@@ -133,16 +139,21 @@ def _words(dropout, rows, group):
 
 
 @triton.jit
-def keep_tile(dropout, first, q_idx, kv_first, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def keep_tile(dropout, first, q_idx, kv_first, sizes, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """Which elements of a tile dropout leaves, bool [BLOCK_Q, BLOCK_KV], as fused_attn.dropout defines it.
 
     ``first`` is a ``dropout_row`` or one for each of the queries ``q_idx`` [BLOCK_Q]; ``kv_first`` is a multiple of 4.
     """
-    row = (first + q_idx.to(tl.int64) * dropout.row)[:, None]
+    if not dropout.is_part:
+        groups = (sizes.kv_len + 3) // 4
+        row = (first + q_idx)[:, None]
+    else:
+        groups = None
+        row = (first + q_idx.to(tl.int64) * dropout.row)[:, None]
     limit = dropout.limit.to(tl.uint32)
     if BLOCK_Q * BLOCK_KV >= 1024 and dropout.shift == 0:
         # One call serves four neighbouring keys: word j belongs to key 4 * group + j.
-        w0, w1, w2, w3 = _words(dropout, row, (kv_first // 4 + tl.arange(0, BLOCK_KV // 4))[None, :])
+        w0, w1, w2, w3 = _words(dropout, row, groups, (kv_first // 4 + tl.arange(0, BLOCK_KV // 4))[None, :])
         even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
         odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
         return tl.reshape(tl.join(even, odd), (BLOCK_Q, BLOCK_KV)) != 0
@@ -150,7 +161,7 @@ def keep_tile(dropout, first, q_idx, kv_first, BLOCK_Q: tl.constexpr, BLOCK_KV: 
         # A quarter of a small tile has fewer elements than a block has threads, and joining such replicated tiles gave wrong
         # masks on sm_80 (Triton 3.7.1, PTX simulator); here, and where the first key stands inside a group, every element makes its own call.
         kv = (kv_first + tl.arange(0, BLOCK_KV) + dropout.shift)[None, :]
-        w0, w1, w2, w3 = _words(dropout, row, kv // 4)
+        w0, w1, w2, w3 = _words(dropout, row, groups, kv // 4)
         lane = kv % 4
         word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
         return word >= limit

@@ -72,13 +72,22 @@ def _finish(scores, ok, m, l, score, sizes, LOG: tl.constexpr, UNIFORM: tl.const
 
 
 @triton.jit
+def _kept(dropout, place, kv_idx, sizes, tile):
+    """What dropout leaves of a tile, whose rows are of any batches and heads."""
+    if not dropout.is_part:
+        return keep_tile(dropout, tl.zeros_like(place[4]), place[4], tl.min(kv_idx, 0), sizes, tile.q, tile.kv)
+    else:
+        return keep_tile(dropout, dropout_row(dropout, place[0], place[1], sizes), place[2], tl.min(kv_idx, 0), sizes, tile.q, tile.kv)
+
+
+@triton.jit
 def _write(result, out, probs, place, kv_idx, dropout, sizes, tile):
     """Stores the result, and with dropout the probabilities before it."""
     b, h, q = place[0][:, None], place[1][:, None], place[2][:, None]
     inside = place[3][:, None] & (kv_idx < sizes.kv_len)[None, :]
     if dropout is not None:
         tl.store(pointers(probs, b, h, q, kv_idx[None, :]), result.to(probs.ptr.dtype.element_ty), mask=inside)
-        kept = keep_tile(dropout, dropout_row(dropout, place[0], place[1]), place[2], tl.min(kv_idx, 0), tile.q, tile.kv)
+        kept = _kept(dropout, place, kv_idx, sizes, tile)
         result = tl.where(kept, result * dropout.factor, 0.0)
     tl.store(pointers(out, b, h, q, kv_idx[None, :]), result.to(out.ptr.dtype.element_ty), mask=inside)
 
@@ -123,7 +132,7 @@ def _incoming(x, result, dout, place, kv_idx, interval, mask, score, dropout, si
     y = tl.load(pointers(result, b, h, q, kv_idx[None, :]), mask=inside, other=float("-inf") if LOG else 0.0).to(tl.float32)
     g = tl.load(pointers(dout, b, h, q, kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
     if dropout is not None:
-        kept = keep_tile(dropout, dropout_row(dropout, place[0], place[1]), place[2], tl.min(kv_idx, 0), tile.q, tile.kv)
+        kept = _kept(dropout, place, kv_idx, sizes, tile)
         g = tl.where(kept, g * dropout.factor, 0.0)
     p = tl.exp2(y * LOG2E) if LOG else y
     some = y != float("-inf") if LOG else y != 0.0
