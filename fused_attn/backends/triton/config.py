@@ -25,12 +25,13 @@ class TileConfig(NamedTuple):
 class Pass(NamedTuple):
     """A kernel's stage, whether tiles besides q, k and v are live in it (modifications, dense masks, dropout): those need registers.
 
-    ``by_columns`` says that scores are made column by column of q and k.
+    ``by_columns`` says that scores are made column by column of q and k; ``scattered`` that dropout draws four words for every element.
     """
 
     stage: str
     heavy: bool
     by_columns: bool = False
+    scattered: bool = False
 
 
 # The interpreter's cost is per operation, not per element; small tiles only make sure that every loop runs more than once.
@@ -198,7 +199,8 @@ def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileCo
         return _INTERPRETER
     heavy = (which.heavy and which.stage != "aux") or which.stage == "bwd_bias"
     row, bits = nearest_chip(chip), dtype.itemsize * 8
-    size = next(s for s in HEAD_SIZES if head_size <= s)
+    # The words need the registers that the widest rows need: 440 bytes of stack otherwise (sm_80, bfloat16, head size 128, Triton 3.6).
+    size = HEAD_SIZES[-1] if which.scattered else next(s for s in HEAD_SIZES if head_size <= s)
     if which.by_columns:
         of_chip = _BY_COLUMNS_EXCEPTIONS.get((row, which.stage, bits, size))
         return of_chip or _BY_COLUMNS[which.stage, bits][HEAD_SIZES.index(size)]

@@ -31,8 +31,9 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
         ok = ok & pairs_allowed(q_idx, kv_idx, (start, end), place, mask, tile)
         scores = tl.where(ok, scores, float("-inf"))
     p = probabilities(scores, m, inverse, score)
-    if MASKED:
-        # In a row that attended to a NaN even exp(-inf) * inverse is one.
+    if MASKED or score.by_columns:
+        # In a row that attended to a NaN even exp(-inf) * inverse is one, and exp(score) * 0 where a row of zeros, which stands for no query,
+        # scores high: a product never does.
         p = tl.where(ok, p, 0.0)
     dp = tl.zeros([tile.q, tile.kv], tl.float32)
     weights = p

@@ -29,7 +29,8 @@ class Plan:
         terms, head_size = call.terms, max(call.q.shape[-1], call.v.shape[-1])
         heavy = more_tiles or bool(terms.mods) or terms.dropout is not None or terms.mask.keep is not None
         chip = target_chip or config.chip_of(call.q.device)
-        chosen = config.lookup(chip, config.Pass(stage, heavy, arguments.by_columns(terms)), call.q.dtype, head_size)
+        scattered = terms.dropout is not None and terms.dropout.counters(call.shape)[1] != 0
+        chosen = config.lookup(chip, config.Pass(stage, heavy, arguments.by_columns(terms), scattered), call.q.dtype, head_size)
         return cls(call, chosen, arguments.mask(call.terms, _summary(call, chosen)), arguments.scores(call.terms, call.grid, call.q.dtype))
 
     @property
