@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -93,11 +95,28 @@ class Variant:
         mask: makes a mask, or a bool tensor, for a grid.
         probs: whether the probabilities are returned too, with a gradient of their own.
         bias: whether a full bias is added, with gradient.
+        additive: whether scores are sum_d weight_d tanh(q_d + k_d), with a weight [heads, head_dim] with gradient.
+        selective: whether head 0's scores are taken off those of later queries in every head.
+        layers: so many, each with tensors of its own; each adds the scores of the one before, and the output is the sum of all.
     """
 
     mask: Callable[[Grid, torch.Generator], Mask | Tensor | None] = lambda grid, generator: None
     probs: bool = False
     bias: bool = False
+    additive: bool = False
+    selective: bool = False
+    layers: int = 1
+
+    @property
+    def beyond_sdpa(self) -> str:
+        """What no argument of scaled_dot_product_attention says; empty where one does."""
+        reasons = {
+            "cannot return probabilities": self.probs,
+            "has no additive scores": self.additive,
+            "cannot take one head's scores off the others'": self.selective,
+            "cannot return scores for the next layer": self.layers > 1,
+        }
+        return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -109,6 +128,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "bias": Variant(bias=True),
         "window": Variant(lambda grid, _: fa.Causal() & fa.SlidingWindow(255, 0)),
         "documents": Variant(lambda grid, _: fa.Documents(torch.arange(grid.shape[3], device=grid.device) * 4 // grid.shape[3])),
+        "additive": Variant(additive=True),
+        "selective": Variant(lambda grid, _: fa.Causal(), selective=True),
+        "realformer": Variant(layers=3),
     },
     "softmax": {"plain": Variant(), "masked": Variant(_padding), "dense": Variant(_dense), "causal": Variant(lambda grid, _: fa.Causal())},
 }
@@ -133,10 +155,13 @@ class Problem:
             return torch.randn(shape, generator=generator).to(self.device, dtype)
 
         shape, backward = self.case.shape, self.case.mode != "fwd"
-        names = ("q", "k", "v") if self.case.op == "attention" else ("scores",)
+        layers = ["", *range(2, self.variant.layers + 1)]
+        names = [f"{name}{layer}" for layer in layers for name in "qkv"] if self.case.op == "attention" else ["scores"]
         leaves = {name: make(shape) for name in names}
         if self.variant.bias:
             leaves["bias"] = make((1, shape[1], shape[2], shape[2]))
+        if self.variant.additive:
+            leaves["weight"] = make((shape[1], shape[3]))
         made = self.variant.mask(self.grid, generator)
         mask = fa.Dense(made.to(self.device)) if isinstance(made, Tensor) else made
         object.__setattr__(self, "leaves", {name: t.requires_grad_(backward) for name, t in leaves.items()})
@@ -183,24 +208,29 @@ class Problem:
         return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming, retain_graph=True))
 
     def reference(self, dtype: torch.dtype) -> Results:
-        """The definition in plain torch, computed in ``dtype`` one head at a time so that float64 fits."""
-        parts: dict[str, list[Tensor]] = {}
-        for at in self._heads():
-            mine = [t.expand(self.case.shape[0], *t.shape[1:])[at].detach().to(dtype) for t in self.leaves.values()]
-            leaves = [t.requires_grad_(self.case.mode != "fwd") for t in mine]
-            keep = None if self.keep is None else self.keep.expand(self.grid.shape)[at]
-            outputs = plain(self, keep, *leaves)
-            grads = torch.autograd.grad(outputs, leaves, [t[at].to(dtype) for t in self.incoming]) if self.incoming else ()
+        """The definition in plain torch, computed in ``dtype`` one head at a time so that float64 fits; all at once where heads look at each other."""
+        shapes = dict(zip(self.output_names, self.output_shapes, strict=True))
+        if self.incoming:
+            shapes |= {f"d{name}": t.shape for name, t in self.leaves.items()}
+        sums = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, shape in shapes.items()}
+        heads = self.case.shape[1] if self.variant.selective else 1
+        for b, h in itertools.product(range(self.case.shape[0]), range(0, self.case.shape[1], heads)):
+            part = functools.partial(_part, batch=b, heads=slice(h, h + heads))
+            leaves = [part(t).detach().to(dtype).requires_grad_(bool(self.incoming)) for t in self.leaves.values()]
+            outputs = plain(self, None if self.keep is None else part(self.keep.expand(self.grid.shape)), *leaves)
+            grads = torch.autograd.grad(outputs, leaves, [part(t).to(dtype) for t in self.incoming]) if self.incoming else ()
             for name, tensor in self.results(outputs, grads).items():
-                parts.setdefault(name, []).append(tensor)
-        batch, heads = self.case.shape[:2]
-        whole = {n: torch.cat(p).unflatten(0, (batch, heads)).squeeze(2) for n, p in parts.items()}
-        return {n: t.sum(0, keepdim=True) if n == "dbias" else t for n, t in whole.items()}
+                part(sums[name]).add_(tensor)
+        return sums
 
-    def _heads(self) -> Iterator[tuple[slice, slice]]:
-        for b in range(self.case.shape[0]):
-            for h in range(self.case.shape[1]):
-                yield slice(b, b + 1), slice(h, h + 1)
+    @property
+    def held(self) -> int:
+        """Elements, in tensors of queries x keys, that one part of the reference holds in the place of one head's scores."""
+        return (
+            (self.case.shape[1] if self.variant.selective else 1)
+            * (self.case.shape[3] if self.variant.additive else 1)
+            * self.variant.layers
+        )
 
     @cached_property
     def pairs(self) -> int:
@@ -209,34 +239,69 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Of the matrix products alone: 4 per pair and channel forward, 10 backward, as FlashAttention's authors count."""
+        """Of the matrix products alone: 4 per pair, channel and layer forward, 10 backward, as FlashAttention's authors count; additive scores have none."""
         if self.case.op == "softmax":
             return 0
-        return {"fwd": 4, "bwd": 10, "fwd+bwd": 14}[self.case.mode] * self.pairs * self.case.shape[3]
+        forward, backward = (2, 4) if self.variant.additive else (4, 10)
+        count = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[self.case.mode]
+        return count * self.variant.layers * self.pairs * self.case.shape[3]
 
     @property
     def bytes(self) -> int:
-        """The least that has to be moved: every tensor read or written once per pass, masks as the tensors that the caller holds."""
-        size = next(iter(self.leaves.values())).element_size()
-        inputs = sum(t.numel() for t in self.leaves.values())
-        outputs = sum(math.prod(s) for s in self.output_shapes)
+        """The least that has to be moved: every tensor read or written once per pass and layer, masks as the tensors that the caller holds."""
+        size, layers = next(iter(self.leaves.values())).element_size(), self.variant.layers
+        # Scores from layer to layer are float32 or wider.
+        handed = (layers - 1) * math.prod(self.grid.shape) * max(size, 4) // size
+        inputs = sum(t.numel() for t in self.leaves.values()) + handed
+        outputs = layers * sum(math.prod(s) for s in self.output_shapes) + handed
         held = sum(t.numel() for t in [self.keep] if t is not None and self.case.variant in ("masked", "dense"))
         forward, backward = inputs + outputs, 2 * inputs + 2 * outputs if self.case.op == "attention" else inputs + 2 * outputs
         return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[self.case.mode] * size + held
 
 
+def _part(tensor: Tensor, batch: int, heads: slice) -> Tensor:
+    """Some heads of one sequence as a view; what has a batch of 1 or none is every sequence's."""
+    if tensor.dim() == 2:
+        return tensor[heads]
+    start = batch if tensor.shape[0] > 1 else 0
+    return tensor[start : start + 1, heads]
+
+
 def plain(problem: Problem, keep: Tensor | None, *leaves: Tensor) -> tuple[Tensor, ...]:
-    """What a user would write: softmax(masked_fill(q k^T / sqrt(d) + bias)) v, or the softmax alone."""
+    """What a user would write: softmax(masked_fill(q k^T / sqrt(d) + bias)) v, its variants, or the softmax alone."""
     if problem.case.op == "softmax":
         return (torch.softmax(leaves[0] if keep is None else leaves[0].masked_fill(~keep, -torch.inf), -1),)
-    q, k, v, *bias = leaves
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if bias:
-        scores = scores + bias[0]
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -torch.inf)
-    probs = torch.softmax(scores, -1)
-    return (probs @ v, probs)[: 1 + problem.variant.probs]
+    variant, outputs = problem.variant, []
+    layers, more = layers_of(problem, leaves)
+    added = more[0] if variant.bias else None
+    for q, k, v in layers:
+        scores = _additive(q, k, *more) if variant.additive else q @ k.mT * q.shape[-1] ** -0.5
+        scores = scores if added is None else scores + added
+        scores = scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+        scores = _selected(scores) if variant.selective else scores
+        probs, added = torch.softmax(scores, -1), scores
+        outputs.append(probs @ v)
+    return (functools.reduce(torch.add, outputs), probs)[: 1 + variant.probs]
+
+
+def layers_of(problem: Problem, leaves: tuple[Tensor, ...]) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """q, k and v of each layer, and the other tensors."""
+    ends = range(3, 3 * problem.variant.layers + 1, 3)
+    return [leaves[end - 3 : end] for end in ends], leaves[ends[-1] :]
+
+
+def _additive(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    """Through [batch, heads, q_len, kv_len, head_dim]."""
+    return ((q[..., :, None, :] + k[..., None, :, :]).tanh() * weight[:, None, None, :]).sum(-1)
+
+
+def _selected(scores: Tensor) -> Tensor:
+    """As x-transformers writes it: positive scores of head 0, but for the first key and a query's own, summed over the queries before."""
+    gate = torch.relu(scores[:, 0])
+    first = torch.arange(gate.shape[-1], device=gate.device) == 0
+    gate = gate.masked_fill(first | torch.eye(gate.shape[-1], dtype=torch.bool, device=gate.device), 0.0)
+    gate = torch.nn.functional.pad(gate, (0, 0, 1, -1)).cumsum(-2)
+    return scores - gate[:, None]
 
 
 def defaults(device: torch.device) -> list[Case]:
@@ -244,7 +309,13 @@ def defaults(device: torch.device) -> list[Case]:
     gpu = device.type == "cuda"
     dtype, attention = ("bfloat16", (2, 16, 4096, 128)) if gpu else ("float32", (1, 4, 1024, 64))
     softmax = [(4, 16, 4096, 4096), (1, 8, 256, 65536)] if gpu else [(2, 4, 512, 1024), (1, 2, 64, 32768)]
-    cases = [Case("attention", variant, mode, dtype, attention) for variant in VARIANTS["attention"] for mode in ("fwd", "fwd+bwd")]
+    # Additive attention in plain torch holds head_dim values per pair, several times over: 1 GB of float32 each at this shape.
+    shapes = {"additive": (2, 4, 512, 64)}
+    cases = [
+        Case("attention", variant, mode, dtype, shapes.get(variant, attention))
+        for variant in VARIANTS["attention"]
+        for mode in ("fwd", "fwd+bwd")
+    ]
     cases += [
         Case("softmax", variant, mode, dtype, shape) for shape in softmax for variant in ("plain", "masked") for mode in ("fwd", "fwd+bwd")
     ]

@@ -213,10 +213,10 @@ def _unthrottled(taken: dict[str, list[Sample]], floor: int) -> tuple[dict[str, 
 
 
 def shortage(problem: Problem) -> str:
-    """Why the exact result cannot be computed here: one head's scores in float64, six at a time; empty when they fit."""
+    """Why the exact result cannot be computed here: one head's scores in float64, or what a variant holds instead, six at a time; empty when they fit."""
     _, _, q_len, kv_len = problem.grid.shape
     held = sum(t.numel() for t in problem.leaves.values()) + len(problem.output_shapes) * q_len * kv_len
-    needed, free = 8 * (6 * q_len * kv_len + 4 * held), free_bytes(problem.device)
+    needed, free = 8 * (6 * problem.held * q_len * kv_len + 4 * held), free_bytes(problem.device)
     return "" if needed < 0.8 * free else f"the check needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 

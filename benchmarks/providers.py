@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_attn as fa
-from benchmarks.cases import Problem, Results, plain
+from benchmarks.cases import Problem, Results, layers_of, plain
 
 Forward = Callable[..., tuple[Tensor, ...]]
 
@@ -154,14 +154,26 @@ def observed() -> Iterator[list[str]]:
 
 def _fused(backend: str) -> Maker:
     def bind_attention(problem: Problem) -> Forward:
-        request = fa.AuxRequest(probs=True) if problem.variant.probs else None
+        variant = problem.variant
+        request = fa.AuxRequest(probs=True) if variant.probs else None
+        hand_on = fa.AuxRequest(scores=True, scores_dtype=torch.promote_types(getattr(torch, problem.case.dtype), torch.float32))
+        attend = functools.partial(fa.attention, mask=problem.mask, backend=backend)
 
-        def forward(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-            mods = tuple(fa.Bias(b) for b in bias)
-            returned = fa.attention(q, k, v, mask=problem.mask, score_mods=mods, return_aux=request, backend=backend)
+        def forward(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+            scoring = fa.Additive(*more) if variant.additive else None
+            mods = (fa.Selective(),) if variant.selective else tuple(map(fa.Bias, more)) if variant.bias else ()
+            returned = attend(q, k, v, scoring=scoring, score_mods=mods, return_aux=request)
             return (returned,) if isinstance(returned, Tensor) else (returned[0], returned[1].probs)
 
-        return forward
+        def chained(*leaves: Tensor) -> tuple[Tensor, ...]:
+            (*layers, last), _ = layers_of(problem, leaves)
+            total, mods = 0.0, ()
+            for layer in layers:
+                out, aux = attend(*layer, score_mods=mods, return_aux=hand_on)
+                total, mods = total + out, (fa.Bias(aux.scores),)
+            return (total + attend(*last, score_mods=mods),)
+
+        return chained if variant.layers > 1 else forward
 
     def bind_any(problem: Problem) -> Forward:
         if problem.case.op == "attention":
@@ -189,7 +201,7 @@ def _compile(problem: Problem) -> Forward:
 
 def _sdpa(kernel: SDPBackend | None) -> Maker:
     def bind_attention(problem: Problem) -> Forward:
-        _requires(not problem.variant.probs, "cannot return probabilities")
+        _requires(not problem.variant.beyond_sdpa, problem.variant.beyond_sdpa)
         causal = isinstance(problem.mask, fa.Causal)
         keep = None if causal else problem.keep
         # torch's own function, also while fused_attn.integrations.sdpa is installed.
@@ -239,7 +251,7 @@ def _compiled_flex() -> Any:
 def _flex(problem: Problem) -> Forward:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    _requires(not problem.variant.probs, "cannot return probabilities")
+    _requires(not problem.variant.beyond_sdpa, problem.variant.beyond_sdpa)
     _requires(problem.device.type == "cuda" or problem.case.mode == "fwd", "has no backward on the CPU")
     keep, blocks = problem.keep, None
     if keep is not None:

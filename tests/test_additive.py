@@ -274,7 +274,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.quick
 def test_memory():
     """No array of head_dim values per pair, and no array of all scores: a block is the largest thing there is."""
-    q, k, v = (torch.randn(1, 4, 512, 64) for _ in range(3))
+    q, k, v = (torch.randn(1, 8, 512, 64) for _ in range(3))
     options = {"mask": fa.Causal(), "scale": None, "q_offset": None, "score_mods": (), "sinks": None, "dropout": None, "return_aux": None}
     call = AttentionProblem.check(q, k, v, {**options, "scoring": fa.Additive(torch.ones(64, requires_grad=True))}).lower()
     largest = Largest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import pkgutil
@@ -59,13 +60,8 @@ def test_the_reference_is_the_definition(case: Case) -> None:
     problem = Problem(case, CPU)
     exact = problem.reference(torch.float64)
     doubled = [t.detach().double().requires_grad_(case.mode != "fwd") for t in problem.leaves.values()]
-    if case.op == "softmax":
-        outputs = (fa.masked_softmax(doubled[0], problem.mask, q_offset=0, backend="eager"),)
-    else:
-        q, k, v, *bias = doubled
-        mods = tuple(map(fa.Bias, bias))
-        out, aux = fa.attention(q, k, v, mask=problem.mask, score_mods=mods, return_aux=fa.AuxRequest(probs=True), backend="eager")
-        outputs = (out, aux.probs)[: 1 + problem.variant.probs]
+    whole = Problem(dataclasses.replace(case, dtype="float64"), CPU)
+    outputs = providers._fused("eager")(whole)(*doubled)
     grads = torch.autograd.grad(outputs, doubled, [t.double() for t in problem.incoming]) if problem.incoming else ()
     want = problem.results(outputs, grads)
     assert exact.keys() == want.keys()
@@ -77,8 +73,8 @@ def test_the_reference_is_the_definition(case: Case) -> None:
 @pytest.mark.parametrize("case", EVERY, ids=lambda c: c.name)
 def test_every_provider_is_right_or_refuses(case: Case, provider: str) -> None:
     problem = Problem(case, CPU)
-    if provider.startswith("sdpa") and (case.op == "softmax" or case.variant == "probs"):
-        with pytest.raises(Refusal, match="has no softmax" if case.op == "softmax" else "cannot return probabilities"):
+    if provider.startswith("sdpa") and (case.op == "softmax" or problem.variant.beyond_sdpa):
+        with pytest.raises(Refusal, match="has no softmax" if case.op == "softmax" else problem.variant.beyond_sdpa):
             providers.bind(provider, problem)
         return
     if provider == "sdpa:flash" and case.variant == "bias" and case.mode != "fwd":
@@ -105,6 +101,12 @@ def test_work_is_counted_from_the_pairs_that_attend() -> None:
     both = Problem(Case.parse("attention/plain/fwd+bwd/float16/2x3x5x8"), CPU)
     assert both.flops == 14 * (2 * 3 * 25) * 8
     assert both.bytes == 2 * (4 + 8) * (2 * 3 * 5 * 8)
+    additive = Problem(Case.parse("attention/additive/fwd+bwd/float32/2x3x5x8"), CPU)
+    assert additive.flops == 6 * (2 * 3 * 25) * 8
+    assert additive.bytes == 4 * (4 + 8) * (2 * 3 * 5 * 8) + 4 * 3 * (3 * 8), "the weight is read twice and its gradient written"
+    layers = Problem(Case.parse("attention/realformer/fwd/float16/2x3x5x8"), CPU)
+    assert layers.flops == 3 * 4 * (2 * 3 * 25) * 8
+    assert layers.bytes == 2 * 3 * 4 * (2 * 3 * 5 * 8) + 2 * 2 * 4 * (2 * 3 * 25), "float32 scores are written and read twice"
     softmax = Problem(Case.parse("softmax/masked/fwd/float32/2x3x5x8"), CPU)
     assert softmax.flops == 0
     assert softmax.bytes == 2 * 4 * (2 * 3 * 5 * 8) + 2 * 8, "the mask has a byte per key and sequence"
@@ -125,6 +127,39 @@ def test_what_ran_is_recorded() -> None:
     assert about.backend == "triton"
     assert "fwd=64x64x4x1" in about.config and "bwd_dkdv=64x64x4x1" in about.config
     assert Local("fused_attn", problem, harness.judge(problem), Setup()).prepare().backend == "cpu"
+
+
+@pytest.mark.parametrize(("variant", "sixteen"), [("additive", "bfloat16"), ("selective", "float16"), ("realformer", "bfloat16")])
+def test_16_bit_inputs(variant: str, sixteen: str) -> None:
+    problem = Problem(Case("attention", variant, "fwd+bwd", sixteen, SMALL["attention"]), CPU)
+    for provider in ("fused_attn", "eager"):
+        assert not harness.judge(problem)(providers.bind(provider, problem)()).broken
+
+
+@pytest.mark.parametrize("variant", ["additive", "selective", "realformer"])
+def test_formulas_that_are_not_the_variant_s_are_wrong(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain attention in the place of each; the first of three layers has the same gradient of v."""
+    problem = Problem(Case("attention", variant, "fwd+bwd", "float32", SMALL["attention"]), CPU)
+    judge = harness.judge(problem)
+    plain = dataclasses.replace(problem.variant, additive=False, selective=False, layers=1)
+    monkeypatch.setattr(Problem, "variant", plain)
+    q, k, v = (problem.leaves[name] for name in "qkv")
+    (out,) = cases.plain(problem, problem.keep, q, k, v)
+    results = problem.results((out,), torch.autograd.grad(out, (q, k, v), problem.incoming))
+    assert set(judge(judge.plain | results).broken) >= {"out", "dq", "dk"}
+
+
+@pytest.mark.parametrize("name", ["flex", "flash-attn", "xformers", "x-transformers"])
+@pytest.mark.parametrize("variant", ["additive", "selective", "realformer"])
+def test_what_others_have_no_word_for(variant: str, name: str) -> None:
+    with pytest.raises(Refusal, match=r"has no additive|the others'|next layer|takes no dense mask|is measured without"):
+        providers.bind(name, Problem(Case("attention", variant, "fwd", "float32", SMALL["attention"]), CPU))
+
+
+def test_the_check_s_memory_is_that_of_the_variant() -> None:
+    """One head of 9 x 9, head_dim 8, two heads and three layers."""
+    held = {v: Problem(Case("attention", v, "fwd", "float32", SMALL["attention"]), CPU).held for v in VARIANTS["attention"]}
+    assert {v: n for v, n in held.items() if n > 1} == {"additive": 8, "selective": 2, "realformer": 3}
 
 
 def test_refusals_say_why() -> None:

@@ -10,7 +10,7 @@ import torch
 
 import fused_attn as fa
 from benchmarks import __main__ as cli
-from benchmarks import bounds, memory, overhead
+from benchmarks import additive, bounds, memory, overhead
 from fused_attn.testing import comparison, measure
 from fused_attn.testing.measure import Effort
 from fused_attn.testing.workload import Judge, Workload
@@ -122,6 +122,22 @@ def test_overhead_measures_the_cuda_backend_where_it_runs(monkeypatch: pytest.Mo
 def test_memory_of_a_window_stays_below_the_dense_one() -> None:
     report = memory.measure((1, 1, 2048, 16), CPU)
     assert report.holds and [row.cells[0] for row in report.rows] == ["fused_attn", "eager", "SDPA"]
+
+
+@pytest.mark.quick
+def test_additive_attention_is_held_to_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    for name, easy in (("SHAPE", (1, 2, 9, 8)), ("SPEED", 0.0), ("MEMORY", 1e9)):
+        monkeypatch.setattr(additive, name, easy)
+    assert [row.cells[0] for row in additive.run(CPU, 0.0).rows] == ["fwd", "fwd+bwd"]
+    assert additive.run(CPU, 0.0).holds
+    for name, unreachable in (("SPEED", 1e9), ("MEMORY", 0.0)):
+        with monkeypatch.context() as patched:
+            patched.setattr(additive, name, unreachable)
+            assert not additive.run(CPU, 0.0).holds
+    monkeypatch.setattr("benchmarks.providers.plain", lambda problem, keep, *leaves: (leaves[0] * 1.01,))
+    report = additive.run(CPU, 0.0)
+    assert not report.holds and "breaks the error rule in out" in str(report)
 
 
 def test_bounds_print_and_set_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def test_summaries() -> None:
 @pytest.mark.quick
 def test_every_step_is_planned(tmp_path: Path) -> None:
     planned = {step.name: step for step in gpu_check.steps(tmp_path, "cuda", 1.0)}
-    assert set(planned) == {"parity", "memcheck", "racecheck", "synccheck", "overhead", "memory", "sweep"}
+    assert set(planned) == {"parity", "memcheck", "racecheck", "synccheck", "overhead", "memory", "additive", "sweep"}
     for part in planned["parity"].command:
         assert not part.startswith("tests/") or (ROOT / part).is_file()
 

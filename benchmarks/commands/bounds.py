@@ -1,4 +1,4 @@
-"""Figures that are held to a bound: host cost of a call, and peak memory of a long window."""
+"""Figures that are held to a bound: host cost of a call, peak memory of a long window, time and peak memory of additive attention."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import memory, overhead
+from benchmarks import additive, memory, overhead
 from benchmarks.commands import selection
 
-BOUNDS = {"overhead": overhead.run, "memory": memory.run}
+BOUNDS = {"overhead": overhead.run, "memory": memory.run, "additive": additive.run}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
