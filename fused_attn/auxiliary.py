@@ -123,7 +123,8 @@ class AuxRequest:
     def indices(self, heads: int, q_len: int) -> tuple[Tensor | None, Tensor | None]:
         """The heads and rows asked for as int64 indices from 0 on, None for all of them."""
         head, row = (
-            None if t is None else torch.where(t < 0, t + size, t).to(torch.int64) for t, size in ((self.heads, heads), (self.rows, q_len))
+            None if t is None else torch.where(t < 0, t.to(torch.int64) + size, t.to(torch.int64))
+            for t, size in ((self.heads, heads), (self.rows, q_len))
         )
         return head, row
 

@@ -170,7 +170,7 @@ def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...]
 def require_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str, device: torch.device) -> None:
     """A tensor that broadcasts to a shape without widening it, where the inputs are."""
     got = tuple(tensor.shape)
-    if len(got) > len(shape) or any(n not in (1, full) for n, full in zip(reversed(got), reversed(shape), strict=False)):
+    if len(got) > len(shape) or any(not (n == 1 or n == full) for n, full in zip(reversed(got), reversed(shape), strict=False)):
         raise ValueError(
             f"{name} must broadcast to {layout} = {list(shape)}; got {list(got)}. Insert size-1 dimensions where it should repeat."
         )

@@ -100,6 +100,10 @@ class Dropout:
         """
         self.check(whole)
         (b, h, q, k), moved = self.origin, _sizes("start", start)
+        if any(first > size for first, size in zip(moved, _sizes("whole", whole), strict=True)):
+            raise ValueError(
+                f"a part must begin within the call's sizes {list(whole)}; got start {list(start)}. Count from the call's first element."
+            )
         origin = (b + moved[0], h + moved[1], q + moved[2], k + moved[3])
         return replace(self, origin=origin, extent=_sizes("extent", whole) if self.extent is None else self.extent)
 

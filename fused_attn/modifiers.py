@@ -178,7 +178,7 @@ def require_request(aux: object, grid: Grid) -> None:
         if indices is not None:
             require_device(f"AuxRequest {name}", indices, grid.device)
             require_true(
-                ((indices >= -size) & (indices < size)).all(),
+                ((indices.to(torch.int64) >= -size) & (indices.to(torch.int64) < size)).all(),
                 f"AuxRequest {name} must lie in [-{size}, {size}); got others. Count from 0, or from the end with negative numbers.",
                 indices,
             )

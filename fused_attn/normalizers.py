@@ -209,7 +209,8 @@ class Gumbel(Normalizer):
 class TalkingHeads(Normalizer):
     """Mixes the weights of all heads before they meet the values: head h uses sum_g weight[h, g] * weights_g (arXiv 2003.02436).
 
-    Mixing scores before the softmax is a score modification of your own, which finds all heads together.
+    Mixing scores before the softmax is a score modification of your own, which finds all heads together. A value counts in every head
+    where its key may be attended in any: a NaN reaches heads whose weight for it is 0.
 
     Args:
         weight: float tensor [heads, heads], with gradient.

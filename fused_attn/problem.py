@@ -294,7 +294,7 @@ def _aligned(name: str, tensor: object, scores: Tensor, dim: int, dtypes: tuple[
     tensor = require_tensor(name, tensor, dtypes, kind, "Booleans go to mask=, numbers to bias=.")
     require_device(name, tensor, scores.device)
     got = tuple(tensor.shape)
-    if len(got) > scores.dim() or any(n not in (1, full) for n, full in zip(reversed(got), reversed(scores.shape), strict=False)):
+    if len(got) > scores.dim() or any(not (n == 1 or n == full) for n, full in zip(reversed(got), reversed(scores.shape), strict=False)):
         padding = dtypes == (torch.bool,) and got == (scores.shape[0], scores.shape[dim])
         advice = "Write KeyPadding(mask) for [batch, kv_len]." if padding else "Insert size-1 dimensions where it should repeat."
         raise ValueError(f"{name} must broadcast to the scores {list(scores.shape)}; got {list(got)}. {advice}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import autograd
@@ -19,7 +20,7 @@ from fused_attn.checks import captured
 from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Terms, stat_dtype
-from fused_attn.mask_rules import Rule
+from fused_attn.mask_rules import Pairs, Rule
 from fused_attn.modifiers import Modifiers
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import Bias
@@ -54,19 +55,40 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
     modifiers, request = problem.modifiers, problem.aux or NOTHING
     call = replace(problem, modifiers=replace(modifiers, score_mods=modifiers.score_mods[:-1])).lower()
     q_len, wants = call.shape[2], problem.requires_grad
-    queries = call.q.split(BLOCK, 2)
+    # A graph holds one block, so that it is right at other lengths.
+    queries = (call.q,) if captured(call.q) else call.q.split(BLOCK, 2)
     parameters = [_split(t, q_len, len(queries)) for t in call.terms.parameters]
     carry = call.k.new_zeros((call.shape[0], 1, 1, call.shape[3]), dtype=stat_dtype(call.q.dtype))
     parts = []
     for index, q in enumerate(queries):
         block = _Block(call, index * BLOCK, q.shape[2], request, backend, wants)
         inputs = (q, call.k, call.v, carry, *(p[index] for p in parameters))
-        if wants and len(queries) > 1 and not captured(call.q):
-            *results, carry = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if wants and len(queries) > 1:
+            *results, carry = checkpoint(_Unmodified(block, inputs), *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             *results, carry = block(*inputs)
         parts.append(results)
     return _joined(parts, call.q)
+
+
+class _Unmodified:
+    """A block that says so where any of its tensors was modified before backward runs it again; a checkpoint itself looks at none of them."""
+
+    def __init__(self, block: _Block, inputs: tuple[Tensor | None, ...]) -> None:
+        terms = block.call.terms
+        dropout = None if terms.dropout is None else terms.dropout.seed
+        held = (terms.q_offset, terms.mask.kv_start, terms.mask.kv_end, terms.mask.keep, dropout)
+        rules = tree_leaves([rule.keep if isinstance(rule, Pairs) else rule for rule in terms.mask.rules])
+        self.block = block
+        self.tensors = [t for t in (*inputs, *held, *rules) if isinstance(t, Tensor) and not t.is_inference()]
+        self.versions = [t._version for t in self.tensors]
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Any, ...]:
+        if [t._version for t in self.tensors] != self.versions:
+            raise RuntimeError(
+                "the tensors of a Selective call must be the same in forward and backward; got one that was modified in place in between. Pass a clone."
+            )
+        return self.block(*inputs)
 
 
 def _split(tensor: Tensor | None, q_len: int, count: int) -> tuple[Tensor | None, ...]:
@@ -100,8 +122,9 @@ class _Block:
     backend: str
     requires_grad: bool
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Output, auxiliary outputs and the sums that the next block begins with."""
+        q, k, v, carry, *parameters = inputs
         terms = with_parameters(self._terms, parameters)
         part = LoweredAttention(q, k, v, terms)
         taken = self._taken(part)
@@ -123,7 +146,8 @@ class _Block:
             b, h, first, kv = dropout.origin
             dropout = dropout._replace(origin=(b, h, first + self.start, kv), extent=dropout.extent or self.call.shape)
         form = KernelMask(mask.left, mask.right, kv_start, kv_end, keep, rules)
-        return replace(terms, mask=form, q_offset=terms.q_offset + self.start, dropout=dropout)
+        offset = terms.q_offset.to(torch.int64) if isinstance(terms.q_offset, Tensor) else terms.q_offset
+        return replace(terms, mask=form, q_offset=offset + self.start, dropout=dropout)
 
     def _taken(self, part: LoweredAttention) -> Tensor:
         """What each query takes off later ones, [batch, 1, rows, kv_len], by the definition on head 0 alone."""

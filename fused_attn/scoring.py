@@ -254,7 +254,8 @@ class NegativeL2(Scoring):
 class Additive(Scoring):
     """sum_d weight_d * tanh(scale * (q_d + k_d)): additive attention (Bahdanau et al., arXiv 1409.0473).
 
-    Kernel backends never hold head_dim values for every pair; on eager, blocks of queries do.
+    Kernel backends never hold head_dim values for every pair; on eager, blocks of queries do. A score of a query or key that is not finite is NaN,
+    as in every scoring with code of its own, where tanh alone would make 1 of an infinity.
 
     Args:
         weight: a float, or a float tensor with gradient: 0-d, [head_dim], or [heads, head_dim] by query heads.
@@ -359,4 +360,5 @@ def _squares(vectors: Tensor) -> Tensor:
     The product carries them to the rows that attend to them, and here they would reach every row of the key.
     """
     wide = vectors.to(stat_dtype(vectors.dtype))
-    return torch.where(wide.isfinite(), wide, torch.zeros_like(wide)).square().sum(-1)
+    finite = torch.where(wide.isfinite(), wide, torch.zeros_like(wide))
+    return (finite * finite).sum(-1)  # the derivative of square() is 2 x times what arrives: infinity times 0 where 2 x overflows

@@ -329,3 +329,57 @@ def test_errors(applying):
         fa.Additive(1.0, math.inf)
     with pytest.raises(ValueError, match="scale and scoring must not be combined"):
         fa.attention(q, k, v, scale=0.5, scoring=fa.Additive(1.0))
+
+
+@pytest.mark.parametrize("head_dim", [160, 8])
+def test_rows_of_no_query_weigh_nothing(head_dim, backend):
+    """A row of zeros, which fills a tile, may score e^100 where a product scores 0."""
+    if backend == "cuda":
+        return
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, d, generator=made) for n, d in ((16, head_dim), (9, head_dim), (9, 4)))
+    leaves = [t.requires_grad_() for t in (q, k + 1, v)]
+    bias = torch.zeros(1, 1, 16, 1).index_fill(2, torch.tensor([3]), -torch.inf)
+    results = []
+    for name in (backend, "eager"):
+        out = fa.attention(*leaves, scoring=fa.Additive(1280.0 / head_dim / 8), score_mods=(fa.Bias(bias),), backend=name)
+        results.append(torch.autograd.grad(out.square().sum(), leaves))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
+
+
+def test_masked_keys_do_not_change_a_bit_on_cpu():
+    made = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 33, 8, generator=made) * 0.1 for _ in range(3))
+    results = []
+    for last in (0.0, 50.0, 1e30):
+        k[:, :, -1] = last
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = fa.attention(*leaves, mask=fa.Causal(), scoring=fa.Additive(1.0), backend="cpu")
+        results.append([out[:, :, :-1], *(g[:, :, :-1] for g in torch.autograd.grad(out[:, :, :-1].sum(), leaves))])
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scale", "outlier", "weight"), [(1e-4, ("k", 100.0), 1e4), (1e-3, ("channel", 50.0), 1e3), (1e-2, ("token", 200.0), 1.0)]
+)
+def test_small_arguments_keep_their_digits(scale, outlier, weight, backend):
+    if backend == "cuda":
+        return
+    made = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 1, 16, 8, generator=made) for _ in range(3))
+    q, k, weights = q * scale, k * scale, torch.full((8,), weight)
+    if outlier[0] == "channel":
+        q[..., 0], weights[0] = outlier[1], 1.0
+    else:
+        (k if outlier[0] == "k" else q)[:, :, -1] = outlier[1]
+    check_inputs(inputs_of(q, k, v, scoring=fa.Additive(weights), mask=fa.ValidLengths(torch.tensor([15]))), backend, title=outlier[0])
+
+
+def test_no_columns():
+    q = torch.randn(2, 2, 3, 0, requires_grad=True)
+    v = torch.randn(2, 2, 3, 4)
+    out = fa.attention(q, q, v, scoring=fa.Additive(1.0), backend="cpu")
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+    out.sum().backward()

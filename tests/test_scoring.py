@@ -452,3 +452,11 @@ def test_eager_asks_for_blocks_of_queries(monkeypatch):
     assert max(seen) == 6 and sum(seen) == 20
     torch.testing.assert_close(out, fa.attention(q, q, q, scoring=Watched(), backend="cpu"))
     SCORINGS.pop("test_watched")
+
+
+def test_a_masked_key_that_is_nearly_infinite(backend):
+    x, k = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    k[:, :, 1] = 3e38
+    leaves = [t.requires_grad_() for t in (x, k)]
+    out = fa.attention(*leaves, x, mask=torch.tensor([[True, False]]), scoring=fa.NegativeL2(), backend=backend)
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(out.sum(), leaves))

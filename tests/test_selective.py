@@ -170,3 +170,61 @@ def test_memory_does_not_hold_the_scores():
     """Head 0's scores alone are 64 MiB, and the definition keeps ten times that."""
     used = int(subprocess.run([sys.executable, "-c", _MEMORY], check=True, capture_output=True, text=True).stdout)
     assert used < 100
+
+
+@pytest.mark.parametrize("what", ["q_offset", "mask", "seed", "k"])
+def test_what_was_modified_before_backward_is_said(what):
+    q, k, v = tensors()
+    q.requires_grad_()
+    held = {
+        "q_offset": torch.tensor([6, 5]),
+        "mask": torch.ones(37, 43, dtype=torch.bool).tril(6),
+        "seed": torch.tensor(3),
+        "k": k,
+    }
+    out = fa.attention(
+        q, k, v, mask=fa.Dense(held["mask"]), q_offset=held["q_offset"], dropout=fa.Dropout(0.2, seed=held["seed"]),
+        score_mods=(fa.Selective(),), backend="cpu",
+    )  # fmt: skip
+    torch.autograd.grad(out.sum(), q, retain_graph=True)
+    held[what].sub_(1) if held[what].dtype != torch.bool else held[what].logical_not_()
+    with pytest.raises(RuntimeError, match="must be the same in forward and backward|modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_offsets_of_any_integer_dtype(dtype):
+    q, k, v = (torch.randn(1, 2, 300, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    options = {"mask": fa.Causal(), "q_offset": torch.tensor([3], dtype=dtype), "score_mods": (fa.Selective(),)}
+    got, right = (fa.attention(q, k, v, **options, backend=name) for name in ("cpu", "eager"))
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_rows_take_from_allowed_pairs_only():
+    """The one combination that eager alone computes, against its formula."""
+    q, k, v = (t[:, :2, :6].double().requires_grad_() for t in (tensors()[0], *(t for t in tensors()[1:])))
+    keep = torch.ones(6, 6, dtype=torch.bool).tril()
+    keep[[2, 5]] = False
+    out = fa.attention(q, k, v, mask=keep, q_offset=0, score_mods=(fa.Selective(),), empty_rows="softmax")
+    scores = q @ k.mT * 24**-0.5
+    taking = keep & (torch.arange(6) > 0) & ~torch.eye(6, dtype=torch.bool)
+    gate = scores[:, :1].masked_fill(~taking, 0.0).relu()
+    taken = torch.stack([gate[:, :, :i].sum(2) for i in range(6)], 2)
+    left = scores - taken
+    rows = keep.any(-1, keepdim=True)
+    probs = torch.where(rows, left.masked_fill(~keep & rows, -torch.inf).softmax(-1), (left - left.detach()).softmax(-1))
+    want = probs @ v
+    torch.testing.assert_close(out, want)
+    arriving = torch.randn_like(out)
+    for got, right in zip(*(torch.autograd.grad(t, (q, k, v), arriving) for t in (out, want)), strict=True):
+        torch.testing.assert_close(got, right)
+
+
+def test_a_trace_is_right_at_other_lengths():
+    def attend(q, k, v):
+        return fa.attention(q, k, v, mask=fa.Causal(), score_mods=(fa.Selective(),), backend="cpu")
+
+    traced = torch.jit.trace(attend, tuple(torch.randn(1, 2, 20, 4) for _ in range(3)), check_trace=False)
+    for length in (7, 45):
+        q, k, v = (torch.randn(1, 2, length, 4) for _ in range(3))
+        torch.testing.assert_close(traced(q, k, v), attend(q, k, v), rtol=1e-5, atol=1e-6)

@@ -192,3 +192,24 @@ def test_weights_of_a_long_sequence_without_the_matrix():
     """The probabilities of all rows would be 275 MiB, eight times with what autograd keeps."""
     used = int(subprocess.run([sys.executable, "-c", _MEMORY], check=True, capture_output=True, text=True).stdout)
     assert used < 150
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_chosen_rows_in_any_integer_dtype(dtype):
+    q = torch.randn(1, 1, 300, 4)
+    rows = torch.tensor([0, 100] if dtype == torch.uint8 else [-1, 100, -128], dtype=dtype)
+    _, aux = fa.attention(q, q, q, return_aux=fa.AuxRequest(probs=True, rows=rows))
+    torch.testing.assert_close(aux.probs, (q @ q.mT / 2).softmax(-1)[:, :, rows.long()])
+
+
+def test_chosen_rows_in_a_graph_of_any_length():
+    torch._dynamo.reset()
+    mask = from_mask_mod(lambda b, h, i, j: (i + j) % 3 != 0)
+
+    def weights(q, rows):
+        return fa.attention(q, q, q, mask=mask, return_aux=fa.AuxRequest(probs=True, rows=rows))[1].probs
+
+    compiled = torch.compile(weights, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 2, 9, 4), (3, 3, 12, 4)):
+        q, rows = torch.randn(shape), torch.tensor([1, -1, 4])
+        torch.testing.assert_close(compiled(q, rows), weights(q, rows))

@@ -189,6 +189,9 @@ def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     rows.append(Verdict(EAGER, ""))
     chosen = next(row.backend for row in rows if not row.reason)
     notes = ["the definition; needs O(q_len * kv_len) memory"] if chosen == EAGER else []
+    normalizer = problem.modifiers.normalizer
+    if chosen == EAGER and normalizer is not None and not normalizer.name and problem.transform is None:
+        notes.append(f"{type(normalizer).__name__} takes whole rows: what it builds on is the fused masked softmax")
     if chosen != EAGER and problem.requires_grad:
         notes.append("double backward recomputes through eager and needs O(q_len * kv_len) memory")
     notes += [] if chosen == EAGER else [*_mask_notes(problem, chosen), *_composition_notes(problem)]

@@ -124,7 +124,8 @@ class Rows(NamedTuple):
         nobody = (lse == -torch.inf)[..., None]
         levels = torch.zeros_like(scores)
         if empty_rows == "softmax":
-            levels = Level().apply(_scores(modifiers, pair, grid, nobody.expand(scores.shape), careful), grid)
+            union = None if within is None else (within | nobody).expand(scores.shape)
+            levels = Level().apply(_scores(modifiers, pair, grid, union, careful, within), grid)
         return cls(scores, torch.where(nobody, _softmax(levels, None)[0], probs), lse, None if within is None else within | nobody)
 
     def aux(self, request: AuxRequest, dtype: torch.dtype) -> AuxOutput:
@@ -144,10 +145,13 @@ def masked_scores(pair: tuple[Tensor, Tensor], modifiers: Modifiers, grid: Grid,
     return _scores(modifiers, pair, grid, allowed, _may_break(*pair, modifiers))
 
 
-def _scores(modifiers: Modifiers, pair: tuple[Tensor, Tensor], grid: Grid, allowed: Tensor | None, careful: bool) -> Tensor:
+def _scores(
+    modifiers: Modifiers, pair: tuple[Tensor, Tensor], grid: Grid, allowed: Tensor | None, careful: bool, attended: Tensor | None = None
+) -> Tensor:
     """Scores after all modifications, -inf where masked.
 
-    ``careful`` keeps everything in a masked pair finite on the way, so that its derivative is 0 and not 0 * NaN.
+    ``careful`` keeps everything in a masked pair finite on the way, so that its derivative is 0 and not 0 * NaN. ``attended`` are the
+    pairs that take from others, where they are fewer than those that are allowed a score.
     """
     q, k = pair
     hidden = None if allowed is None else ~allowed
@@ -158,7 +162,11 @@ def _scores(modifiers: Modifiers, pair: tuple[Tensor, Tensor], grid: Grid, allow
         scores = differentiable_products(q, k, allowed) if careful else q @ k.mT
     scores = scores.to(stat_dtype(q.dtype)) * modifiers.scale
     for mod in modifiers.score_mods:
-        scores = mod.masked(scores, grid, allowed) if isinstance(mod, Selective) else modified(mod, scores, grid)
+        scores = (
+            mod.masked(scores, grid, allowed if attended is None else attended)
+            if isinstance(mod, Selective)
+            else modified(mod, scores, grid)
+        )
         scores = scores.masked_fill(hidden, 0.0) if careful and hidden is not None else scores
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
