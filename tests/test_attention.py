@@ -100,7 +100,7 @@ def test_asking_for_more_never_changes_out(dtype: torch.dtype, backend: str, dev
     problem = AttentionProblem(inputs.problem.q, inputs.problem.k, inputs.problem.v, inputs.problem.modifiers)
     alone, _ = call(problem, backend)
     grads = run(Inputs(problem, inputs.incoming), backend, ("out",))
-    names = list(vars(EVERYTHING))
+    names = list(EVERYTHING.names)
     for chosen in ((), *((n,) for n in names), *zip(names, names[1:] + names[:1], strict=True), tuple(names)):
         request = AuxRequest(**dict.fromkeys(chosen, True))
         more = AttentionProblem(problem.q, problem.k, problem.v, problem.modifiers, request)

@@ -128,3 +128,19 @@ def test_the_grammar_refuses_everything_but_names_and_numbers(text: str) -> None
     for separator in (ast.BitAnd, None):
         with pytest.raises(errors.CommandError):
             grammar.parse_calls(text, separator)
+
+
+@pytest.mark.quick
+def test_explain_knows_scorings_normalizers_and_empty_rows(capsys):
+    asked = ["explain", "--mask", "causal", "--on", "sm_90"]
+    for more, said in (
+        (["--scoring", "additive(0.5)"], "-> triton"),
+        (["--normalizer", "topk(4)"], "TopK takes whole rows"),
+        (["--normalizer", "sigmoid(-6)"], "-> triton"),
+        (["--empty-rows", "uniform"], "second pass"),
+        (["--mods", "softcap(30), selective"], "blocks of queries"),
+    ):
+        assert main([*asked, *more]) == 0
+        assert said in capsys.readouterr().out
+    assert main(["explain", "--normalizer", "softmin"]) == 2
+    assert "there is no normalizer 'softmin'" in capsys.readouterr().err

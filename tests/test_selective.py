@@ -188,7 +188,7 @@ def test_what_was_modified_before_backward_is_said(what):
     )  # fmt: skip
     torch.autograd.grad(out.sum(), q, retain_graph=True)
     held[what].sub_(1) if held[what].dtype != torch.bool else held[what].logical_not_()
-    with pytest.raises(RuntimeError, match="must be the same in forward and backward|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"must be the same in forward and backward|modified by an inplace operation"):
         torch.autograd.grad(out.sum(), q)
 
 

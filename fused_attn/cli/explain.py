@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -26,8 +26,12 @@ from fused_attn.checks import FLOATS, require_integer
 from fused_attn.cli.errors import CommandError
 from fused_attn.cli.grammar import build, parse_calls
 from fused_attn.lowering import Grid
+from fused_attn.normalizers import Gumbel, Hard, TopK
+from fused_attn.problem import EmptyRows
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_SCORINGS = {"dotproduct": fa.DotProduct, "l2": fa.NegativeL2, "additive": fa.Additive}
+_NORMALIZERS = {"sigmoid": fa.Sigmoid, "topk": TopK, "hard": Hard, "gumbel": Gumbel}
 LEARNED = ("q", "k", "v", "sinks", "alibi", "bias", "decay")
 
 
@@ -44,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", help='such as "causal & window(128, 0)"')
     parser.add_argument("--mods", help='score modifications in order, such as "softcap(30), alibi"')
     parser.add_argument("--scale", type=float)
+    parser.add_argument("--scoring", help=f'instead of scale * q k^T: {", ".join(_SCORINGS)}, such as "l2(0.5)"')
+    parser.add_argument("--normalizer", help=f'instead of the softmax: {", ".join(_NORMALIZERS)}, such as "sigmoid(-6)"')
+    parser.add_argument("--empty-rows", choices=get_args(EmptyRows), default="zero", help="what rows without keys give")
     parser.add_argument("--q-offset", type=int, help="key position of query 0")
     parser.add_argument("--dropout", type=float, metavar="P")
     parser.add_argument("--sinks", action="store_true", help="one logit per head that joins the denominator")
@@ -109,7 +116,12 @@ def _options(args: argparse.Namespace, q: Tensor, k: Tensor) -> dict[str, Any]:
     unknown = [name for name in args.aux if name not in SWITCHES]
     if unknown:
         raise CommandError(f"--aux takes any of {', '.join(SWITCHES)}; got {', '.join(unknown)}")
-    options: dict[str, Any] = {"scale": args.scale, "q_offset": args.q_offset}
+    options: dict[str, Any] = {"scale": args.scale, "q_offset": args.q_offset, "empty_rows": args.empty_rows}
+    for name, makers in (("scoring", _SCORINGS), ("normalizer", _NORMALIZERS)):
+        text = getattr(args, name)
+        if text:
+            (call,) = parse_calls(text, ast.BitAnd)
+            options[name] = build(call, makers, name)
     grid = Grid((q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.device)
     if args.mask:
         masks = [build(call, _mask_makers(grid), "mask") for call in parse_calls(args.mask, ast.BitAnd)]
@@ -157,4 +169,5 @@ def _mod_makers(args: argparse.Namespace, grid: Grid) -> dict[str, Any]:
         "alibi": lambda: fa.ALiBi(learned("alibi", (heads,))),
         "bias": lambda *shape: fa.Bias(learned("bias", shape or (1, heads, q_len, kv_len))),
         "decay": lambda: fa.DecayBias(learned("decay", (1, heads, kv_len))),
+        "selective": fa.Selective,
     }

@@ -101,9 +101,6 @@ _BY_COLUMNS: dict[tuple[str, int], _Row] = {
     ("bwd_weight", 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
 }
 # Entries of them that one chip needs differently: (chip, stage, bits, head size).
-_BY_COLUMNS_EXCEPTIONS: dict[tuple[int, str, int, int], TileConfig] = {
-    (120, "bwd_dkdv", 32, 256): TileConfig(64, 16, 8, 1),  # 32 x 16: 88 bytes; 72 with this on sm_80
-}
 _TABLE = {80: _WARP_MMA, 90: _WARP_MMA | _WARPGROUP_MMA, 100: _WARP_MMA | _WARPGROUP_MMA, 120: _WARP_MMA}
 _Place = tuple[int, str, bool, int, int]
 # Entries that one chip needs differently: (chip, stage, heavy, bits, head size).
@@ -202,8 +199,7 @@ def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileCo
     # The words need the registers that the widest rows need: 440 bytes of stack otherwise (sm_80, bfloat16, head size 128, Triton 3.6).
     size = HEAD_SIZES[-1] if which.scattered else next(s for s in HEAD_SIZES if head_size <= s)
     if which.by_columns:
-        of_chip = _BY_COLUMNS_EXCEPTIONS.get((row, which.stage, bits, size))
-        return of_chip or _BY_COLUMNS[which.stage, bits][HEAD_SIZES.index(size)]
+        return _BY_COLUMNS[which.stage, bits][HEAD_SIZES.index(size)]
     exception = exceptions(triton_version()).get((row, which.stage, heavy, bits, size))
     return exception or _TABLE[row][which.stage, heavy, bits][HEAD_SIZES.index(size)]
 
