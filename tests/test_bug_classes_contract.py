@@ -160,12 +160,15 @@ def test_46_every_public_option_runs_backward(backend: str, device: torch.device
     values: dict[str, Any] = {
         "mask": fa.Causal(), "scale": 0.3, "q_offset": 0, "score_mods": (fa.SoftCap(3.0),), "sinks": torch.zeros(2, device=device, requires_grad=True),
         "dropout": fa.Dropout(0.1, 1), "return_aux": EVERYTHING, "scoring": fa.NegativeL2(torch.full((2, 1, 1), 0.1, device=device, requires_grad=True)),
+        "normalizer": fa.Sigmoid(-1.0), "empty_rows": "softmax",
     }  # fmt: skip
     options = [n for n, p in inspect.signature(fa.attention).parameters.items() if p.kind is p.KEYWORD_ONLY and n != "backend"]
     assert set(options) == set(values), "a new option needs a value here"
     for chosen in (*((n,) for n in options), *zip(options, options[1:] + options[:1], strict=True), options):
         if {"scale", "scoring"} <= set(chosen):
             chosen = [n for n in chosen if n != "scale"]  # refused: a scoring has a scale of its own
+        refused = {"normalizer"} if backend == "cuda" else {"sinks", "empty_rows", "return_aux"} if "normalizer" in chosen else set()
+        chosen = [n for n in chosen if n not in refused]  # what belongs to a softmax, beside another normaliser
         q, k, v = leaves_of(device, 1, 2, 5, 8)
         result = fa.attention(q, k, v, backend=backend, **{n: values[n] for n in chosen})
         out = result if isinstance(result, Tensor) else result[0]
