@@ -41,9 +41,13 @@ def test_attention_compiles_without_spills(chip: int, dtype: str, head_size: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    "chip", [pytest.param(chip, marks=() if chip in (80, 90) else pytest.mark.exhaustive) for chip in config.SHARED_MEMORY]
+    ("chip", "dtype"),
+    [
+        pytest.param(chip, dtype, marks=() if (chip, dtype) == (90, "bfloat16") else pytest.mark.exhaustive)
+        for chip in config.SHARED_MEMORY
+        for dtype in ("bfloat16", "float32")
+    ],
 )
 def test_additive_attention_compiles_without_spills(chip: int, dtype: str) -> None:
     (report,) = matrix.compiled(None, [f"{chip}:{dtype}:additive"])
