@@ -282,7 +282,7 @@ def test_a_place_is_structure_to_a_tree_walk() -> None:
         (lambda: fa.Dropout(0.5, 1, (0, 0, 0, 0.5), (1, 1, 1, 1)), TypeError, "origin must be an int; got 0.5"),
         (lambda: fa.Dropout(0.5, 1, (0, 0, 0, 2), (1, 1, 1, 1)), ValueError, "must lie within the extent"),
         (lambda: fa.Dropout(0.5, 1, extent=(2**20,) * 4), ValueError, "less than 2\\*\\*62 elements"),
-        (lambda: fa.Dropout(0.5, 1).part((0, 0, 4, 0), (1, 1, 3, 3)), ValueError, "must lie within the extent"),
+        (lambda: fa.Dropout(0.5, 1).part((0, 0, 4, 0), (1, 1, 3, 3)), ValueError, "must begin within the call's sizes"),
     ],
 )
 def test_a_place_outside_the_whole_is_refused(make: Any, error: type[Exception], message: str) -> None:

@@ -8,12 +8,12 @@ namespace fused_attn {
 
 // In the order of kMods. name: that of the normal form (KernelScore.name); has_gradient: whether its tensor gets one, which
 // attention_bwd_bias computes as the gradient of what is added to a score.
-enum class ModKind : int { kSoftCap, kALiBi, kLevel, kBias };
+enum class ModKind : int { kSoftCap, kALiBi, kBias, kLevel };
 struct ModEntry {
   const char* name;
   bool has_gradient;
 };
-constexpr ModEntry kMods[] = {{"softcap", false}, {"alibi", false}, {"level", false}, {"bias", true}};
+constexpr ModEntry kMods[] = {{"softcap", false}, {"alibi", false}, {"bias", true}, {"level", false}};
 
 // Where a score stands.
 struct Place {
