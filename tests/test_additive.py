@@ -331,7 +331,7 @@ def test_errors(applying):
         fa.attention(q, k, v, scale=0.5, scoring=fa.Additive(1.0))
 
 
-@pytest.mark.parametrize("head_dim", [160, 8])
+@pytest.mark.parametrize("head_dim", [40, 8])
 def test_rows_of_no_query_weigh_nothing(head_dim, backend):
     """A row of zeros, which fills a tile, may score e^100 where a product scores 0."""
     if backend == "cuda":

@@ -7,8 +7,8 @@
 
 namespace fused_attn {
 
-// delta[row] = sum(out * dout) + sum(probs * dprobs) - dlse, one warp per row. Left alone, ptxas keeps float32 to 32 registers on sm_100, and
-// spills one.
+// delta[row] = sum(out * dout) + sum(probs * dprobs) - dlse, one warp per row. Left alone, ptxas keeps float32 to 32 registers on sm_100,
+// and spills one.
 template <class T>
 __global__ void __launch_bounds__(128, 1) attention_bwd_delta_kernel(const __grid_constant__ AttentionParams p) {
   const Sizes& sizes = p.sizes;
