@@ -6,6 +6,7 @@ Double backward recomputes through eager on the same normal form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,15 +78,17 @@ def _split(terms: Terms) -> tuple[Any, ...]:
     rules = terms.mask.rules
     stored = replace(terms, mask=replace(terms.mask, rules=())) if rules else terms
     q_offset, kv_start, kv_end, keep, seed, sinks, mod_tensors, ints, floats, mods = stored.flatten()
-    return (tuple(ints), tuple(floats), mods, rules, _versions(rules)), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
+    return (tuple(ints), tuple(floats), mods, rules, versions(held_by(rules))), sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors
 
 
-def _versions(rules: tuple[Rule, ...]) -> tuple[int, ...]:
-    """How often each tensor that the rules hold was modified: autograd looks after those that it saves, and these it does not."""
-    if not rules:
-        return ()
-    tensors = tree_leaves([rule.keep if isinstance(rule, Pairs) else rule for rule in rules])
-    return tuple(t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference())
+def held_by(rules: tuple[Rule, ...]) -> list[Any]:
+    """What a mask's rules hold, tensors among it."""
+    return tree_leaves([rule.keep if isinstance(rule, Pairs) else rule for rule in rules]) if rules else []
+
+
+def versions(held: Sequence[Any]) -> tuple[int, ...]:
+    """How often each tensor among these was modified: autograd looks after those that it saves, and these it does not."""
+    return tuple([t._version for t in held if isinstance(t, Tensor) and not t.is_inference()])
 
 
 def _distinct(*arguments: Any) -> tuple[Any, ...]:
@@ -99,8 +102,8 @@ def _join(static: Static, tensors: tuple[Tensor | None, ...]) -> Terms:
     if isinstance(static, Terms):
         return static
     sinks, q_offset, kv_start, kv_end, keep, seed, *mod_tensors = tensors
-    *scalars, rules, versions = static
-    if _versions(rules) != versions:
+    *scalars, rules, seen = static
+    if versions(held_by(rules)) != seen:
         raise RuntimeError(
             "a mask's tensors must be the same in forward and backward; got one that was modified in place in between. Pass a clone to the mask."
         )

@@ -20,6 +20,7 @@ from fused_attn.modifiers import Modifiers
 from fused_attn.picked import picked
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 from fused_attn.score_mods import Level
+from fused_attn.selective import is_selective
 
 
 def attention(problem: AttentionProblem, backend: str, is_free: bool = False) -> tuple[Tensor, AuxOutput]:
@@ -31,7 +32,7 @@ def attention(problem: AttentionProblem, backend: str, is_free: bool = False) ->
         return _with_picked_rows(problem, problem.aux, backend)
     if problem.empty_rows != "zero" and problem.shape[3]:
         return _with_empty_rows(problem, backend)
-    if query_blocks.is_selective(problem.modifiers):
+    if is_selective(problem.modifiers.score_mods):
         return query_blocks.attention(problem, backend)
     return autograd.attention(problem, backend)
 

@@ -99,6 +99,13 @@ def require_dropout(value: object, shape: tuple[int, int, int, int]) -> Dropout 
     return value if value is not None and value.p > 0 else None
 
 
+def _require_dataclass(value: object) -> None:
+    if not is_dataclass(value):
+        raise TypeError(
+            f"{type(value).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
+        )
+
+
 def checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
     """Score modifications that fit the grid."""
     if isinstance(mods, ScoreMod):
@@ -112,10 +119,7 @@ def checked_mods(mods: object, grid: Grid) -> tuple[ScoreMod, ...]:
             raise TypeError(
                 f"score_mods must hold fused_attn score modifications; got {described(mod)}. A dense tensor is written Bias(tensor)."
             )
-        if not is_dataclass(mod):
-            raise TypeError(
-                f"{type(mod).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
-            )
+        _require_dataclass(mod)
         mod.check(grid)
     if any(isinstance(mod, Selective) for mod in mods[:-1]):
         raise ValueError(
@@ -129,10 +133,7 @@ def checked_scoring(scoring: object, scale: object, grid: Grid) -> Scoring:
     if not isinstance(scoring, Scoring):
         got = f"the class {scoring.__name__} itself" if isinstance(scoring, type) else described(scoring)
         raise TypeError(f"scoring must be a fused_attn scoring; got {got}. Write DotProduct(0.5) or NegativeL2(), or subclass Scoring.")
-    if not is_dataclass(scoring):
-        raise TypeError(
-            f"{type(scoring).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
-        )
+    _require_dataclass(scoring)
     if scale is not None:
         raise ValueError(
             f"scale and scoring must not be combined; got scale={described(scale)}. Give the scoring its scale, as in DotProduct(scale)."
@@ -146,10 +147,7 @@ def checked_normalizer(normalizer: object, grid: Grid) -> Normalizer:
     if not isinstance(normalizer, Normalizer):
         got = f"the class {normalizer.__name__} itself" if isinstance(normalizer, type) else described(normalizer)
         raise TypeError(f"normalizer must be a fused_attn normaliser; got {got}. Write Sigmoid(), or None for the softmax.")
-    if not is_dataclass(normalizer):
-        raise TypeError(
-            f"{type(normalizer).__name__} must be a dataclass; got a plain class. Decorate it with @dataclass(frozen=True, eq=False)."
-        )
+    _require_dataclass(normalizer)
     normalizer.check(grid)
     return normalizer
 

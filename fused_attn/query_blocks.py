@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import autograd
@@ -20,8 +19,7 @@ from fused_attn.checks import captured
 from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Terms, stat_dtype
-from fused_attn.mask_rules import Pairs, Rule
-from fused_attn.modifiers import Modifiers
+from fused_attn.mask_rules import Rule
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import Bias
 from fused_attn.selective import Selective, before
@@ -30,11 +28,6 @@ from fused_attn.vocabulary import modifiers_of, with_parameters
 RESULTS = tuple(f.name for f in fields(AuxOutput))
 # Queries of a block: its bias is 1/heads of the scores of as many rows, and the sums between blocks are 1/BLOCK of one head's scores.
 BLOCK = 256
-
-
-def is_selective(modifiers: Modifiers) -> bool:
-    """Whether the last modification is ``Selective``."""
-    return bool(modifiers.score_mods) and isinstance(modifiers.score_mods[-1], Selective)
 
 
 @dataclass(frozen=True)
@@ -78,13 +71,12 @@ class _Unmodified:
         terms = block.call.terms
         dropout = None if terms.dropout is None else terms.dropout.seed
         held = (terms.q_offset, terms.mask.kv_start, terms.mask.kv_end, terms.mask.keep, dropout)
-        rules = tree_leaves([rule.keep if isinstance(rule, Pairs) else rule for rule in terms.mask.rules])
         self.block = block
-        self.tensors = [t for t in (*inputs, *held, *rules) if isinstance(t, Tensor) and not t.is_inference()]
-        self.versions = [t._version for t in self.tensors]
+        self.tensors = (*inputs, *held, *autograd.held_by(terms.mask.rules))
+        self.versions = autograd.versions(self.tensors)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Any, ...]:
-        if [t._version for t in self.tensors] != self.versions:
+        if autograd.versions(self.tensors) != self.versions:
             raise RuntimeError(
                 "the tensors of a Selective call must be the same in forward and backward; got one that was modified in place in between. Pass a clone."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +47,11 @@ class Selective(ScoreMod):
         takes = (grid.kv_idx > start) & (grid.kv_idx != grid.q_pos)
         takes = takes if allowed is None else takes & allowed
         return first.masked_fill(~takes, 0.0).relu()
+
+
+def is_selective(mods: Sequence[ScoreMod]) -> bool:
+    """Whether the last modification is ``Selective``."""
+    return bool(mods) and isinstance(mods[-1], Selective)
 
 
 def before(taken: Tensor) -> Tensor:

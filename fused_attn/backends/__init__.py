@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fused_attn.checks import described
 from fused_attn.mask_rules import Pairs, extent
 from fused_attn.problem import AttentionProblem, SoftmaxProblem, UnsupportedError
-from fused_attn.selective import Selective
+from fused_attn.selective import is_selective
 from fused_attn.targets import Target
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     if isinstance(problem, SoftmaxProblem):
         return []
     notes, request, mods = [], problem.aux, problem.modifiers.score_mods
-    if mods and isinstance(mods[-1], Selective):
+    if is_selective(mods):
         notes.append(
             "Selective: blocks of queries one after another, O(q_len * kv_len / block) memory (inside torch.compile one head's scores)"
         )

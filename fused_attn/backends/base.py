@@ -15,7 +15,7 @@ from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 from fused_attn.score_mods import SCORE_MODS, is_authored
 from fused_attn.scoring import SCORINGS
-from fused_attn.selective import Selective
+from fused_attn.selective import is_selective
 
 
 class Forward(NamedTuple):
@@ -144,7 +144,7 @@ def composition_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str
     modifiers, reasons = problem.modifiers, []
     if modifiers.normalizer is not None and not modifiers.normalizer.name:
         reasons.append(f"{type(modifiers.normalizer).__name__} takes whole rows of scores (the dense path, O(q_len * kv_len) memory)")
-    if not modifiers.score_mods or not isinstance(modifiers.score_mods[-1], Selective):
+    if not is_selective(modifiers.score_mods):
         return reasons
     scoring = modifiers.scoring
     authored = [m for m in modifiers.score_mods if is_authored(m)]
