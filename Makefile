@@ -26,7 +26,7 @@ demo: $(DONE)/package $(DONE)/demo $(DONE)/model  ## run a real sentence encoder
 test: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests but those against other packages
 	$(PY) -m pytest -m "not peers" $(PYTEST_ARGS) $(ARGS)
 
-test-peers: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests against other packages, and the simulator's own
+test-peers: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test $(DONE)/peers  ## run the tests against other packages, and the simulator's own
 	$(PY) -m pytest -m peers $(PYTEST_ARGS) $(ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS) tests/cusim
 
@@ -102,6 +102,11 @@ $(DONE)/bench: $(DONE)/runtime $(REQ)/bench.txt
 $(DONE)/test: $(DONE)/runtime $(REQ)/test.txt
 	@echo "==> pytest, hypothesis, ninja, selenium"
 	@$(PIP) -r $(REQ)/test.txt
+	@touch $@
+
+$(DONE)/peers: $(DONE)/runtime $(DONE)/demo $(REQ)/peers.txt
+	@echo "==> Keras, x-transformers, diffusers"
+	@$(PIP) --no-deps -r $(REQ)/peers.txt
 	@touch $@
 
 $(DONE)/lint: $(DONE)/venv $(REQ)/lint.txt $(REQ)/constraints.txt

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_attn import backends, flops, statistics
+from fused_attn import backends, fingerprint, flops, statistics
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
 from fused_attn.batching import is_batched, older_vmap_kernel, vmap_rule
@@ -41,10 +41,19 @@ library.define(
 )
 
 
+def _traced(backend: str) -> str:
+    """A backend's name as a graph holds it: with the code that captured it, so that no cache on disk gives other code's graph to this."""
+    return f"{backend}@{fingerprint.PACKAGE}"
+
+
+def _backend_name(traced: str) -> str:
+    return traced.partition("@")[0]
+
+
 def _attention(args: tuple[Any, ...]) -> tuple[LoweredAttention, tuple[Any, ...]]:
-    q, k, v, *rest = args
+    q, k, v, *rest, backend = args
     call = LoweredAttention(q, k, v, Terms.unflatten(tuple(rest[:_N_TERMS])))
-    return call, tuple(rest[_N_TERMS:])
+    return call, (*rest[_N_TERMS:], _backend_name(backend))
 
 
 def _softmax(args: tuple[Any, ...], switches: Any) -> LoweredSoftmax:
@@ -128,7 +137,7 @@ def _attention_bwd_fake(*args: Any) -> list[Tensor]:
 
 def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
     call = _softmax(args, args[-2])
-    return tuple(_filled(call.scores, backends.get(args[-1]).softmax_fwd(call)))
+    return tuple(_filled(call.scores, backends.get(_backend_name(args[-1])).softmax_fwd(call)))
 
 
 def _softmax_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -140,7 +149,7 @@ def _softmax_bwd_impl(*args: Any) -> list[Tensor]:
     result, dout, switches, needs, backend = args[-5:]
     call = _softmax(args, switches)
     with _differentiable():
-        return _filled(call.scores, backends.get(backend).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
+        return _filled(call.scores, backends.get(_backend_name(backend)).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
 
 
 def _softmax_bwd_fake(*args: Any) -> list[Tensor]:
@@ -184,7 +193,7 @@ def attention_fwd(call: LoweredAttention, backend: str) -> Forward:
     """Output, lse and row statistics."""
     if captured(call.q):
         call = _storable(call)
-        return Forward(*_counted("attention_fwd")(call.q, call.k, call.v, *call.terms.flatten(), backend))
+        return Forward(*_counted("attention_fwd")(call.q, call.k, call.v, *call.terms.flatten(), _traced(backend)))
     return backends.get(backend).attention_fwd(call)
 
 
@@ -193,7 +202,7 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     if not captured(call.q):
         return backends.get(backend).attention_aux(call, forward, request)
     call, flags = _storable(call), request.flags
-    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), backend)
+    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), _traced(backend))
     return AuxTensors(*_optional(tensors, (*flags[:2], *flags[3:])))
 
 
@@ -203,7 +212,9 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     if not captured(call.q) and not is_batched(*arriving):
         return _gradients(call, forward, incoming, needs, backend)
     call = _storable(call)
-    tensors = _counted("attention_bwd")(call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), backend)
+    tensors = _counted("attention_bwd")(
+        call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), _traced(backend)
+    )
     return _optional(tensors, needs)
 
 
@@ -212,7 +223,7 @@ def softmax_fwd(call: LoweredSoftmax, backend: str) -> tuple[Tensor, Tensor | No
     if not captured(call.scores):
         return backends.get(backend).softmax_fwd(call)
     call, switches = _storable(call), [int(call.log), int(call.uniform_empty)]
-    out, probs = torch.ops.fused_attn.softmax_fwd(call.scores, *call.terms.flatten(), switches, backend)
+    out, probs = torch.ops.fused_attn.softmax_fwd(call.scores, *call.terms.flatten(), switches, _traced(backend))
     return out, probs if call.terms.dropout else None
 
 
@@ -221,5 +232,7 @@ def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple
     if not captured(call.scores) and not is_batched(dout):
         return backends.get(backend).softmax_bwd(call, result, dout, needs)
     call, switches = _storable(call), [int(call.log), int(call.uniform_empty)]
-    tensors = torch.ops.fused_attn.softmax_bwd(call.scores, *call.terms.flatten(), result, dout, switches, list(map(int, needs)), backend)
+    tensors = torch.ops.fused_attn.softmax_bwd(
+        call.scores, *call.terms.flatten(), result, dout, switches, list(map(int, needs)), _traced(backend)
+    )
     return _optional(tensors, needs)

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fused_attn as fa
+from fused_attn import fingerprint
 from fused_attn.backends import cpu
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
@@ -74,6 +75,26 @@ def opcheck(name, arguments):
     torch.library.opcheck(
         getattr(torch.ops.fused_attn, name), arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
     )
+
+
+@pytest.mark.quick
+def test_a_graph_names_the_code_that_captured_it(tmp_path):
+    x = torch.randn(1, 2, 3, 2, requires_grad=True)
+    graph = make_fx(lambda x: torch.autograd.grad(fa.masked_softmax(fa.attention(x, x, x)).square().sum(), x))(x)
+    ops = [node for node in graph.graph.nodes if str(node.target).startswith("fused_attn")]
+    assert [node.target.name().removeprefix("fused_attn::") for node in ops] == [
+        "attention_fwd",
+        "softmax_fwd",
+        "softmax_bwd",
+        "attention_bwd",
+    ]
+    assert {node.args[-1] for node in ops} == {f"cpu@{fingerprint.PACKAGE}"}
+    seen = set()
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("b.py", ""), ("deep/a.py", "x = 1")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen |= {fingerprint.fingerprint(tmp_path), fingerprint.fingerprint(tmp_path)}
+    assert len(seen) == 4
 
 
 @pytest.mark.quick

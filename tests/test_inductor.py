@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_attn as fa
+from fused_attn import fingerprint
 from fused_attn.backends import cpu
 from fused_attn.integrations.sdpa import patched
 
@@ -57,6 +58,47 @@ def test_the_first_example_of_the_readme(gradients: bool, dynamic: bool) -> None
     if gradients:
         dout = [torch.randn(t.shape) for t in want]
         same(torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout))
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same-code", "changed-code"])
+def test_graphs_kept_on_disk_are_of_the_code_that_runs(changed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward from the cache calls the ops as the code of that day did, so code that has changed may not find it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    hits = []
+    for code in ("before", "after" if changed else "before"):
+        monkeypatch.setattr(fingerprint, "PACKAGE", code)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        out = torch.compile(lambda q: fa.attention(q, q, q, mask=fa.Causal()), fullgraph=True)(q)
+        same(torch.autograd.grad(out.sum(), q), torch.autograd.grad(fa.attention(q, q, q, mask=fa.Causal()).sum(), q))
+        hits.append(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
+    assert hits == [0, 0 if changed else 2]  # forward and backward
+
+
+def test_graphs_kept_on_disk_tell_patched_from_unpatched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of ``nn.MultiheadAttention`` reads the same with both, and with this package's code of another day."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer, x = nn.MultiheadAttention(24, 3, batch_first=True), torch.randn(2, 5, 24)
+    hits = []
+
+    def run() -> None:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        out = torch.compile(lambda x: layer(x, x, x, need_weights=False)[0])(x)
+        same([out], [layer(x, x, x, need_weights=False)[0]])
+        out.sum().backward()  # what has a backward is kept once that is compiled
+        hits.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+
+    for code in ("before", "before", "after"):
+        monkeypatch.setattr(fingerprint, "PACKAGE", code)
+        with patched():
+            run()
+    run()
+    with patched("eager"):
+        run()
+    run()
+    assert hits == [0, 1, 0, 0, 0, 1]
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

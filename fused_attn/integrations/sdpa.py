@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -29,6 +30,7 @@ from torch.jit._builtins import _get_builtin_table
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fused_attn import fingerprint
 from fused_attn.checks import is_causal_bias
 from fused_attn.functional import torch_attention
 
@@ -138,6 +140,20 @@ def _recognising(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = 
     return _answer_of_bias(cls, func, types, args, kwargs)
 
 
+_mark = ""
+
+
+def _mark_caches() -> None:
+    """Says whose attention is traced to torch's caches of compiled graphs, in the tag they offer.
+
+    A graph that calls a function of torch's around this one (``F.multi_head_attention_forward``) reads the same with and without a patch.
+    """
+    global _mark
+    tag = torch.compiler.config.cache_key_tag.removesuffix(_mark)
+    _mark = f"[fused_attn {_requests[-1].backend} {fingerprint.PACKAGE}]" if _requests else ""
+    torch.compiler.config.cache_key_tag = tag + _mark
+
+
 def _enter(backend: str) -> _Request:
     request = _Request(backend)
     with _lock:
@@ -148,12 +164,14 @@ def _enter(backend: str) -> _Request:
             _get_builtin_table()[id(scaled_dot_product_attention)] = "aten::scaled_dot_product_attention"
             CausalBias.__torch_function__ = classmethod(_recognising)  # type: ignore[method-assign,assignment]
         _requests.append(request)
+        _mark_caches()
     return request
 
 
 def _leave(request: _Request) -> None:
     with _lock:
         _requests.remove(request)
+        _mark_caches()
         # Whoever patched over us meanwhile stays; what they kept of ours passes through to torch's own.
         if not _requests and torch.nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:
             torch.nn.functional.scaled_dot_product_attention = _displaced[-1]  # type: ignore[assignment]
