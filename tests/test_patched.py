@@ -213,13 +213,14 @@ def test_the_page_in_docs_says_what_is_so():
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session).failed == 0
 
 
-def test_torchs_caches_of_compiled_graphs_are_told_and_told_off(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "of the user")
-    with sdpa.patched():
-        assert re.fullmatch(r"of the user\[fused_attn auto [0-9a-f]{12}\]", torch.compiler.config.cache_key_tag)
-        with sdpa.patched("cpu"):
-            assert torch.compiler.config.cache_key_tag.count("fused_attn") == 1
-            assert "fused_attn cpu" in torch.compiler.config.cache_key_tag
-        assert "fused_attn auto" in torch.compiler.config.cache_key_tag
-        torch.compiler.config.cache_key_tag = "changed meanwhile"
-    assert torch.compiler.config.cache_key_tag == "changed meanwhile"
+def test_torchs_caches_of_compiled_graphs_are_told_and_told_off():
+    config = torch.compiler.config
+    with config.patch(cache_key_tag="of the user"):
+        with sdpa.patched():
+            assert re.fullmatch(r"of the user\[fused_attn auto [0-9a-f]{12}\]", config.cache_key_tag)
+            with sdpa.patched("cpu"):
+                assert config.cache_key_tag.count("fused_attn") == 1
+                assert "fused_attn cpu" in config.cache_key_tag
+            assert "fused_attn auto" in config.cache_key_tag
+            config.cache_key_tag = "changed meanwhile"
+        assert config.cache_key_tag == "changed meanwhile"
