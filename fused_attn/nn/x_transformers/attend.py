@@ -290,7 +290,7 @@ class Attend(nn.Module):
             whole = Inputs(q, k, v, mask, biases, None, False)
             biases = tuple([Bias(nn.functional.pad(_as_tensor(mod, whole), (1, 0))) for mod in biases])
             k, v = (nn.functional.pad(t, (0, 0, 1, 0)) for t in (k, v))
-            mask = None if mask is None else nn.functional.pad(whole.keep, (1, 0), value=True)
+            mask = None if whole.keep is None else nn.functional.pad(whole.keep, (1, 0), value=True)
         return Inputs(q, k, v, mask, biases, prev_attn, bool(causal) and q.shape[2] != 1)
 
     def _dense_because(self, attn_delta: Tensor | None) -> str:

@@ -14,19 +14,19 @@ from fused_attn.nn.x_transformers.attend import Attend
 from fused_attn.nn.x_transformers.cope import CoPE
 from fused_attn.nn.x_transformers.feedforward import begin_output, softclamp
 from fused_attn.nn.x_transformers.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
-from fused_attn.nn.x_transformers.gates import by_heads, gate
+from fused_attn.nn.x_transformers.gates import Finish
 from fused_attn.nn.x_transformers.intermediates import Intermediates
 from fused_attn.nn.x_transformers.norms import MultiheadRMSNorm
 from fused_attn.nn.x_transformers.pairs import Pairs, before_keys, keys_of_call
 from fused_attn.nn.x_transformers.parameters import constant, normal
 from fused_attn.nn.x_transformers.positions import AlibiPositionalBias, PositionBias, RelativeProjPositionalBias
+from fused_attn.nn.x_transformers.projections import Projections
 from fused_attn.nn.x_transformers.refusals import needs, refuse
-from fused_attn.nn.x_transformers.residuals import orthogonal
-from fused_attn.nn.x_transformers.rotary import Rotation, inverse, polar, rotated
+from fused_attn.nn.x_transformers.rotary import Rotation
 from fused_attn.score_mods import Bias, ScoreMod
 
 
-class Attention(nn.Module):
+class Attention(Projections, Finish):
     """Multi-head attention with x-transformers' options, which its README explains; ``docs/migrating.md`` says which are left out.
 
     Memory is O(length) but for what ``Attend`` lists, ``data_dependent_alibi_per_row``, a bidirectional ``data_dependent_alibi``, and biases
@@ -221,51 +221,6 @@ class Attention(nn.Module):
         begin_output(self.to_out, zero_init_output, output_proj_depth)
         self.sublayer_dropout = nn.Dropout(sublayer_dropout) if sublayer_dropout > 0 else None
 
-    def _latents(self, dim: int, dim_kv: int, latents: tuple[bool, int | None, bool, int | None], subheads: int | None) -> None:
-        """The projections to queries, keys and values, through low-rank latents where asked for (arXiv 2405.04434)."""
-        use_q, dim_q, self.use_latent_kv, dim_latent_kv = latents
-        needs(not use_q or dim_q is not None, "dim_latent_q must be given with use_latent_q", "None", "Pass its size")
-        needs(
-            not self.use_latent_kv or dim_latent_kv is not None, "dim_latent_kv must be given with use_latent_kv", "None", "Pass its size"
-        )
-        self.to_latent_q = nn.Linear(dim, dim_q or dim, bias=False) if use_q else None
-        self.to_latent_kv = nn.Linear(dim_kv, dim_latent_kv or dim_kv, bias=False) if self.use_latent_kv else None
-        self.to_rotateable_k = None if subheads is None else nn.Linear(dim, self.dim_head * subheads, bias=False)
-        into = (dim_latent_kv if self.use_latent_kv else None) or dim_kv
-        self.to_q = nn.Linear((dim_q if use_q else None) or dim, self.dim_head * self.heads, bias=False)
-        self.to_k = nn.Linear(into, self.dim_head * (self.kv_heads - (subheads or 0)), bias=False)
-        self.to_v = nn.Linear(into, self.value_dim * self.kv_heads, bias=False)
-
-    def _gates(
-        self,
-        dim: int,
-        merged: int,
-        by_input: tuple[bool, bool, int | None],
-        by_output: tuple[bool, bool, int | None],
-        activation: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        for name, (given, headwise, rank) in (("gate_values", by_input), ("output_gate", by_output)):
-            needs(not headwise or rank is None, f"{name}_rank must be left out with {name}_headwise", repr(rank), "Choose one")
-            size = self.heads if headwise else merged
-            made = gate(dim if name == "gate_values" else merged, size, rank, activation) if given else None
-            setattr(self, "to_v_gate" if name == "gate_values" else "to_output_gate", made)
-
-    def _norms(self, qk_norm: bool, groups: int, scale: float, dim_scale: bool) -> float:
-        """Cosine similarity's parts; the factor of the scores."""
-        self.qk_norm, self.qk_norm_groups = qk_norm, groups
-        self.qk_norm_q_scale: nn.Parameter | int = 1
-        self.qk_norm_k_scale: nn.Parameter | int = 1
-        if not qk_norm:
-            return self.scale
-        size = self.dim_head // groups
-        needs(self.dim_head % groups == 0, f"qk_norm_groups must divide dim_head = {self.dim_head}", repr(groups), "Choose a divisor")
-        needs(size > 2, "a group of qk_norm must have more than 2 elements", repr(size), "Use fewer groups")
-        if not dim_scale:
-            return scale
-        self.qk_norm_q_scale = constant(self.dim_head**0.25, self.heads, 1, self.dim_head)
-        self.qk_norm_k_scale = constant(self.dim_head**0.25, self.kv_heads, 1, self.dim_head)
-        return self.scale
-
     @torch.no_grad()
     def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
         """Shrinks the weights of queries and keys of heads whose largest score exceeds ``tau`` (MuonClip)."""
@@ -275,7 +230,7 @@ class Attention(nn.Module):
         self.to_q.weight.mul_(factors)
         self.to_k.weight.mul_(factors)
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """The parameters of values and output."""
         return [*self.to_v.parameters(), *self.to_out.parameters()]
 
@@ -354,7 +309,8 @@ class Attention(nn.Module):
             v = torch.lerp(value_residual, v, self._mix(q_input).to(v.dtype))
         q, k, v = self._normed(q, k, v)
         if not self.use_latent_kv:
-            k, v = (_continued(t, before, mem_len) for t, before in zip((k, v), cache.cached_kv if cache else (None, None), strict=True))
+            before = (None, None) if cache is None or cache.cached_kv is None else cache.cached_kv
+            k, v = _continued(k, before[0], mem_len), _continued(v, before[1], mem_len)
             cached = (k[..., mem_len:, :], v[..., mem_len:, :])
         q, k = self._positioned(q, k, rotary_pos_emb, context_rotary_pos_emb if context is not None else rotary_pos_emb, polar_pos_emb)
         keys = keys_of_call((mask, context_mask, mem_mask), context is not None, mem_len, x.shape[1])
@@ -378,90 +334,6 @@ class Attention(nn.Module):
             return out
         left.cached_kv = cached
         return out, left
-
-    def _projected(
-        self, q_input: Tensor, source: Tensor, deltas: tuple[Tensor | None, ...], cache: Intermediates | None
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None] | None]:
-        """Queries, keys and values by heads, and what a cache keeps where they come from latents."""
-        cached, subheads = None, None
-        if self.to_latent_kv is not None:
-            subheads = None if self.to_rotateable_k is None else _by_heads(self.to_rotateable_k(source), self.dim_head)
-            source = self.to_latent_kv(source)
-            if cache is not None and cache.cached_kv is not None:
-                source = torch.cat((cache.cached_kv[0], source), -2)
-                before = cache.cached_kv[1]
-                subheads = subheads if subheads is None or before is None else torch.cat((before, subheads), -2)
-            cached = (source, subheads)
-        q, k, v = (
-            projected if delta is None else projected + delta
-            for projected, delta in zip((self.to_q(q_input), self.to_k(source), self.to_v(source)), deltas, strict=True)
-        )
-        k = _by_heads(k, self.dim_head)
-        return (
-            _by_heads(q, self.dim_head),
-            k if subheads is None else torch.cat((k, subheads), 1),
-            _by_heads(v, self.value_dim),
-            cached,
-        )
-
-    def _mix(self, q_input: Tensor) -> Tensor:
-        """How much of a layer's own values counts, [batch, heads, q_len, 1]."""
-        if self.to_value_residual_mix is None:
-            return torch.full((), 0.5, device=q_input.device)
-        mix: Tensor = self.to_value_residual_mix(q_input)
-        return mix.transpose(1, 2)[..., None]
-
-    def _normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.qk_norm:
-            q, k = self._unit(q) * self.qk_norm_q_scale, self._unit(k) * self.qk_norm_k_scale
-        q = q if self.q_rmsnorm is None else self.q_rmsnorm(q)
-        k = k if self.k_rmsnorm is None else self.k_rmsnorm(k)
-        return q, k, v if self.value_rmsnorm is None else self.value_rmsnorm(v)
-
-    def _unit(self, x: Tensor) -> Tensor:
-        """Groups of each vector at length 1."""
-        groups: Tensor = x.unflatten(-1, (self.qk_norm_groups, -1))
-        return nn.functional.normalize(groups, dim=-1).flatten(-2)
-
-    def _positioned(
-        self, q: Tensor, k: Tensor, rotary: Rotation | None, of_keys: Rotation | None, phases: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        if rotary is not None:
-            needs(of_keys is not None, "context_rotary_pos_emb must be given with a context", "None", "Pass the context's angles")
-            assert of_keys is not None
-            still = self.heads - self.rotate_num_heads
-            turned = [
-                rotated(part[:, still:], angles, scale)
-                for part, angles, scale in ((q, rotary[0], 1.0 if rotary[1] is None else rotary[1]), (k, of_keys[0], inverse(of_keys[1])))
-            ]
-            q, k = (torch.cat((t[:, :still], new), 1) if still else new for t, new in zip((q, k), turned, strict=True))
-        if phases is not None:
-            q, k = polar(q, phases[0]), polar(k, phases[0] + phases[1])
-        return q, k
-
-    def _with_memories(self, k: Tensor, v: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Learned keys and values in front."""
-        if not self.num_mem_kv:
-            return k, v, keys
-        mem_k = self._unit(self.mem_k) * self.qk_norm_k_scale if self.qk_norm else self.mem_k
-        k, v = (torch.cat((m.to(t.dtype).expand(t.shape[0], -1, -1, -1), t), -2) for m, t in ((mem_k, k), (self.mem_v, v)))
-        return k, v, None if keys is None else nn.functional.pad(keys, (self.num_mem_kv, 0), value=True)
-
-    def _with_additional(
-        self, k: Tensor, v: Tensor, keys: Tensor | None, added: tuple[Tensor, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A call's own keys and values in front; where they have another number of heads, all are repeated to the queries'."""
-        if added is None:
-            return k, v, keys
-        pairs = [(added[0], k), (added[1], v)]
-        if added[0].shape[1] != self.kv_heads:
-            needs(self.heads % added[0].shape[1] == 0, f"additional heads must divide {self.heads}", repr(added[0].shape[1]), "Repeat them")
-            pairs = [(a.repeat(1, self.heads // a.shape[1], 1, 1), t.repeat(1, self.heads // t.shape[1], 1, 1)) for a, t in pairs]
-        front, length = added[0].shape[2], k.shape[2]
-        k, v = (torch.cat(pair, -2) for pair in pairs)
-        if mask is None:
-            return k, v, None if keys is None else nn.functional.pad(keys, (front, 0), value=True)
-        return k, v, nn.functional.pad(mask, (0, length), value=True) if keys is None else torch.cat((mask, keys), -1)
 
     def _biases(
         self,
@@ -490,31 +362,6 @@ class Attention(nn.Module):
         if self.rel_proj_pos_bias is not None:
             found = (*found, Bias(before_keys(self.rel_proj_pos_bias(q_input, lengths[1]), kv_len, 0.0)))
         return found
-
-    def _finished(self, x: Tensor, out: Tensor, values: Tensor, o_delta: Tensor | None) -> Tensor:
-        """From heads [batch, heads, q_len, value_dim] to the layer's output: scales, gates, projection."""
-        out = out if self.head_scale_params is None else out * self.head_scale_params
-        if self.to_v_head_gate is not None:
-            out = out * self.to_v_head_gate(x).sigmoid().transpose(1, 2)[..., None]
-        out = out.transpose(1, 2).flatten(2)
-        out = out if o_delta is None else out + o_delta
-        logits = [
-            by_heads(made(given), self.heads) for made, given in ((self.to_v_gate, x), (self.to_output_gate, out)) if made is not None
-        ]
-        if logits:
-            gated = by_heads(out, self.heads) * self.to_v_gate_activation(logits[0] if len(logits) == 1 else logits[0] + logits[1])
-            out = gated.flatten(2)
-        if self.orthogonal_parts:
-            along = values.transpose(1, 2).flatten(2).repeat(1, 1, self.heads // self.kv_heads)
-            out = torch.cat([orthogonal(out, along)] * self.orthogonal_parts, -1)
-        out = self.to_out(out)
-        return out if self.sublayer_dropout is None else self.sublayer_dropout(out)
-
-
-def _by_heads(x: Tensor, dim: int) -> Tensor:
-    """[batch, length, heads * dim] as [batch, heads, length, dim]."""
-    parts: Tensor = x.unflatten(-1, (-1, dim))
-    return parts.transpose(1, 2)
 
 
 def _continued(now: Tensor, before: Tensor | None, mem_len: int) -> Tensor:

@@ -144,7 +144,7 @@ class FeedForward(nn.Module):
         self.ff = nn.Sequential(enter, *norm, nn.Dropout(dropout), leave, *last)
         begin_output(leave, zero_init_output, output_proj_depth)
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """The weights of the linear maps."""
         return [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
 

@@ -88,8 +88,9 @@ class AttentionLayers(nn.Module):
             begins, block = index % self.plan.block == 0, index // self.plan.block
             joins = self.unet_skips and begins and block >= self.depth / 2
             needs(not joins or len(skips) > 0, "unet_skips must have an earlier block for each later one", repr(self.depth), "Raise depth")
-            self.skip_combines.append(ConcatCombine(dim, skips.pop()) if joins else None)
-            norms = [norm() if option.pre_norm else None, norm() if option.sandwich_norm else None, post() if post else None]
+            join: Any = ConcatCombine(dim, skips.pop()) if joins else None
+            self.skip_combines.append(join)
+            norms: list[Any] = [norm() if option.pre_norm else None, norm() if option.sandwich_norm else None, post() if post else None]
             self.layers.append(nn.ModuleList([nn.ModuleList(norms), made(kind), self._residual(option, index)]))
         has_final = option.pre_norm and option.pre_norm_has_final_norm and not option.pre_and_post_norm
         self.final_norm = norm() if has_final else nn.Identity()
@@ -112,7 +113,7 @@ class AttentionLayers(nn.Module):
         for layer, of_layer in zip(self.attentions, left, strict=True):
             layer.qk_clip_(of_layer, tau=tau)
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """Parameters that the package hands to Muon."""
         return [p for m in self.modules() if isinstance(m, (Attention, FeedForward)) for p in m.muon_parameters()]
 
@@ -217,7 +218,8 @@ class AttentionLayers(nn.Module):
         kinds = {"gate_residual": GRUGating, "orthog_residual": OrthogonalResidualUpdate, "mv_split_residual": MVSplitResidualUpdate}
         made = next((cls for name, cls in kinds.items() if option.given(name)), Residual)
         scale = {"scale_residual": option.scale_residual, "scale_residual_constant": option.scale_residual_constant}
-        return made(self.dim, layer_index=index, **scale, **option.residual_fn_kwargs)
+        residual: nn.Module = made(self.dim, layer_index=index, **scale, **option.residual_fn_kwargs)
+        return residual
 
     def _keep_scores(self) -> None:
         """Layers whose scores the next one of their type gets give them out of the pass that computes them."""

@@ -34,7 +34,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, unit_offset: bool = False) -> None:
         super().__init__()
-        self.unit_offset, self.scale = unit_offset, dim**0.5
+        self.unit_offset = unit_offset
+        self.scale: float = dim**0.5
         self.g = constant(1.0 - unit_offset, self._gains(dim))
 
     @staticmethod
@@ -43,7 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim]."""
-        return normalize(x, dim=-1) * self.scale * (self.g + float(self.unit_offset))
+        unit: Tensor = normalize(x, dim=-1)
+        return unit * self.scale * (self.g + float(self.unit_offset))
 
 
 class ScaleNorm(RMSNorm):
@@ -59,11 +61,12 @@ class SimpleRMSNorm(nn.Module):
 
     def __init__(self, dim: int, unit_offset: bool = False) -> None:
         super().__init__()
-        self.scale = dim**0.5
+        self.scale: float = dim**0.5
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim]."""
-        return normalize(x, dim=-1) * self.scale
+        unit: Tensor = normalize(x, dim=-1)
+        return unit * self.scale
 
 
 class MultiheadRMSNorm(nn.Module):
@@ -111,11 +114,12 @@ class AdaptiveRMSNorm(_Adaptive):
 
     def __init__(self, dim: int, dim_condition: int | None = None) -> None:
         super().__init__(dim, dim_condition)
-        self.scale = dim**0.5
+        self.scale: float = dim**0.5
 
     def forward(self, x: Tensor, *, condition: Tensor) -> Tensor:
         """x [batch, length, dim]."""
-        return normalize(x, dim=-1) * self.scale * self._gain(condition)
+        unit: Tensor = normalize(x, dim=-1)
+        return unit * self.scale * self._gain(condition)
 
 
 class DynamicTanh(nn.Module):

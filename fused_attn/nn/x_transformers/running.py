@@ -86,7 +86,8 @@ class Run:
     def _layer(self, step: int, x: Tensor) -> Tensor:
         """One layer's branch and how it joins the stream."""
         kind, stack = self.stack.layer_types[self.order[step]], self.stack
-        (pre, post_branch, post_main), layer, residual = stack.layers[self.order[step]]  # type: ignore[misc]
+        parts: Any = stack.layers[self.order[step]]
+        (pre, post_branch, post_main), layer, residual = parts
         if kind == "a":
             self.left.hiddens.append(x)
         elif kind == "c" and stack.training and stack.cross_attn_tokens_dropout > 0 and self.context is not None:

@@ -67,11 +67,12 @@ class PrefixDecoder(AttentionLayers):
         **arguments: Any,
     ) -> Any:
         """``AttentionLayers.forward`` with a prefix: an int, or an int tensor [batch]; without one, causal."""
-        prefix: Mask | Tensor = PrefixLM(0 if prefix_attn_len is None else prefix_attn_len)
-        if attn_mask is not None:
-            grid = Grid((x.shape[0], 1, x.shape[1], x.shape[1]), x.device)
-            prefix = prefix.allowed(grid) & (attn_mask.allowed(grid) if isinstance(attn_mask, Mask) else attn_mask)
-        return super().forward(x, context, mask, attn_mask=prefix, **arguments)
+        prefix = PrefixLM(0 if prefix_attn_len is None else prefix_attn_len)
+        if attn_mask is None:
+            return super().forward(x, context, mask, attn_mask=prefix, **arguments)
+        grid = Grid((x.shape[0], 1, x.shape[1], x.shape[1]), x.device)
+        other = attn_mask.allowed(grid) if isinstance(attn_mask, Mask) else attn_mask
+        return super().forward(x, context, mask, attn_mask=prefix.allowed(grid) & other, **arguments)
 
 
 class CrossAttender(AttentionLayers):
