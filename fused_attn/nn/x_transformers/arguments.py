@@ -97,10 +97,13 @@ class Arguments:
         Raises:
             TypeError: one of them is unknown.
         """
-        unknown = sorted(set(others) - {f.name for f in fields(cls)})
+        unknown = sorted(set(others) - NAMES)
         if unknown:
             raise TypeError(f"arguments of a call must be known; got {', '.join(unknown)}. Options go to the constructor.")
         for name in ("flash_pack_seq_kwargs", "flash_pack_seq_context_kwargs"):
             if others.get(name) is not None:
                 raise refuse(name, "Pack sequences with attn_mask=fused_attn.Documents(...)")
         return cls(context, mask, **others)
+
+
+NAMES = frozenset(f.name for f in fields(Arguments))

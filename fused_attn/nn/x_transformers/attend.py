@@ -334,12 +334,17 @@ class Attend(nn.Module):
         return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev)
 
     def _run(self, fused: _Fused) -> tuple[Tensor, Intermediates]:
-        arrays = Intermediates(**{name: partial(fused.array, name) for name in ARRAYS})  # type: ignore[arg-type]
+        arrays = Intermediates(**{name: partial(_array, fused, name) for name in ARRAYS})  # type: ignore[arg-type]
         if not self.keeps_scores:
             return fused.order.tiled(fused.run()), arrays
         out, aux = fused.run(return_aux=AuxRequest(scores=True))
         arrays.pre_softmax_attn = fused.scores(aux)
         return fused.order.tiled(out), arrays
+
+
+def _array(fused: _Fused, name: str) -> Tensor:
+    """A function by its name, for a compiled graph can give it out where it cannot give out a method."""
+    return fused.array(name)
 
 
 def _mask(call: Inputs, order: HeadOrder) -> Mask | None:

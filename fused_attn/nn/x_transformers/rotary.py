@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_attn.lowering import stat_dtype
 from fused_attn.nn.x_transformers.parameters import constant
 from fused_attn.nn.x_transformers.refusals import needs
 
@@ -51,11 +52,17 @@ class RotaryEmbedding(nn.Module):
         """Positions [length] or [batch, length] to angles [batch|1, length, dim] and their scale, 1.0 without xPos."""
         t = t[None] if t.dim() == 1 else t
         with torch.autocast(t.device.type, enabled=False):
-            angles = t.to(self.inv_freq.dtype)[..., None] * self.inv_freq / self.interpolation_factor
+            angles = _angles(t, self.inv_freq) / self.interpolation_factor
             if self.scale is None:
                 return angles.repeat_interleave(2, -1), 1.0
             power = (t - (t.max() + 1) // 2) / self.scale_base
             return angles.repeat_interleave(2, -1), (self.scale ** power[..., None]).repeat_interleave(2, -1)
+
+
+def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """[..., dim] in float32 or wider: 16 bits tell no more than some hundred positions apart."""
+    frequencies = frequencies.to(stat_dtype(frequencies.dtype))
+    return positions.to(frequencies.dtype)[..., None] * frequencies
 
 
 def rotated(x: Tensor, angles: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -96,7 +103,7 @@ class PolarEmbedding(nn.Module):
         """Positions [length] to angles [1, length, dim] and phases [heads, 1, dim]."""
         t = t[None] if t.dim() == 1 else t
         with torch.autocast(t.device.type, enabled=False):
-            return t.to(self.inv_freq.dtype)[..., None] * self.inv_freq, self.learned_bias.clamp(-2 * math.pi, 0.0)
+            return _angles(t, self.inv_freq), self.learned_bias.clamp(-2 * math.pi, 0.0)
 
 
 def polar(x: Tensor, angles: Tensor) -> Tensor:
