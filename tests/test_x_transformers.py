@@ -250,12 +250,6 @@ def test_clipping_bounds_the_scores() -> None:
 
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
-    "num_residual_streams": {"num_residual_streams": 2},
-    "integrate_layers": {"integrate_layers": True},
-    "attn_aggregated_residuals": {"attn_aggregated_residuals": True},
-    "gated_multi_residual": {"gated_multi_residual": True},
-    "qkv_receive_diff_residuals": {"qkv_receive_diff_residuals": True},
-    "hybrid_module": {"attn_hybrid_module": torch.nn.Identity()},
     "flash_pack_seq": {"attn_flash_pack_seq": True, "attn_flash": True},
     "cope_soft_onehot_pos": {"attn_use_cope": True, "attn_cope_soft_onehot_pos": True},
 }

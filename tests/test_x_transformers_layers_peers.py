@@ -80,6 +80,21 @@ DECODERS: dict[str, dict[str, Any]] = {
     "reinjected": {"reinject_input": True, "learned_reinject_input_gate": True},
     "clamped_output": {"softclamp_output": True, "softclamp_output_value": 1.0},
     "per_layer_options": {"attn_kv_heads": (4, 2), "ff_glu": (True, False), "attn_sparse_topk": (None, 2)},
+    "hyper_connections": {"num_residual_streams": 3},
+    "hyper_connections_three_views": {"num_residual_streams": 2, "qkv_receive_diff_residuals": True, "attn_kv_heads": 2},
+    "gated_streams": {"num_residual_streams": 2, "gated_multi_residual": True, "residual_fn_kwargs": {"read_gate_rank": 4}},
+    "gated_streams_three_views": {
+        "num_residual_streams": 2, "gated_multi_residual": True, "residual_fn_kwargs": {"read_gate_rank": 4}, "qkv_receive_diff_residuals": True,
+    },
+    "integrated_layers": {"integrate_layers": True},
+    "integrated_layers_relu": {"integrate_layers": True, "layer_integrate_use_softmax": False, "num_residual_streams": 1},
+    "attention_over_depth": {"attn_aggregated_residuals": True, "attn_aggregated_residual_kwargs": {"lora_rank": 8}},
+    "attention_over_depth_three_views": {
+        "attn_aggregated_residuals": True, "attn_aggregated_residual_kwargs": {"lora_rank": 8}, "qkv_receive_diff_residuals": True,
+    },
+    "recurrence_beside": {
+        "attn_hybrid_module": torch.nn.GRU(32, 32, batch_first=True), "attn_hybrid_fold_axial_dim": 2, "attn_hybrid_learned_mix": True,
+    },
     "ff_variants": {"ff_relu_squared": True, "ff_post_act_ln": True, "ff_no_bias": True},
     "ff_solu": {"ff_solu": True, "ff_softclamp_value": 1.0},
     "ff_gated_clamped": {"ff_glu": True, "ff_glu_mult_bias": True, "ff_glu_softclamp": True},

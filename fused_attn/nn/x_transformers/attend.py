@@ -306,8 +306,8 @@ class Attend(nn.Module):
             "attn_delta": attn_delta is not None,
             "sigmoid with head_learned_sink": isinstance(self.normalizer, Sigmoid) and self.head_attn_sink is not None,
         }
-        if self.normalizer is not None and not isinstance(self.normalizer, Sigmoid):
-            options[type(self.normalizer).__name__.lower()] = True
+        kinds = {"hard": Hard, "sparse_topk": TopK, "gumbel_softmax": Gumbel}
+        options |= {name: isinstance(self.normalizer, kind) for name, kind in kinds.items()}
         return next((name for name, given in options.items() if given), "")
 
     def _fused(self, call: Inputs) -> _Fused:
