@@ -201,12 +201,12 @@ class Attend(nn.Module):
         self.head_attn_sink = constant(0.0, heads or 0) if head_learned_sink else None
         self.cope = cope
 
-    def scoring(self, head_dim: int) -> Scoring:
+    def scoring(self, head_dim: int, flash: bool) -> Scoring:
         """How a score comes from a query and a key of that size."""
         if not self.l2_distance:
             return DotProduct(self.scale)
         # The package's flash path writes distances as products of vectors with two more elements, whose number its default scale counts.
-        return NegativeL2((head_dim + 2 * self.flash) ** -0.5 if self.scale is None else self.scale)
+        return NegativeL2((head_dim + 2 * flash) ** -0.5 if self.scale is None else self.scale)
 
     def forward(
         self,
@@ -322,7 +322,7 @@ class Attend(nn.Module):
         uniform = emptied and not self.flash and self.normalizer is None and self.head_attn_sink is None
         keywords = {
             "mask": mask,
-            "scoring": self.scoring(call.q.shape[3]),
+            "scoring": self.scoring(call.q.shape[3], self.flash),
             "q_offset": call.shape[3] - call.shape[2],
             "score_mods": tuple(mods),
             "sinks": None if self.head_attn_sink is None else order.grouped(self.head_attn_sink, 0),
