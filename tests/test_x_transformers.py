@@ -221,6 +221,23 @@ def test_a_prefix_is_causal_from_there_on() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"attn_num_mem_kv": 2}, {"attn_max_attend_past": 3}, {"attn_post_talking_heads": True}],
+    ids=lambda o: next(iter(o), "plain"),
+)
+@pytest.mark.parametrize("cls", [Encoder, Decoder], ids=lambda cls: cls.__name__)
+def test_masks_of_this_package_are_those_of_arrays(cls: Any, more: dict[str, Any]) -> None:
+    stack, x = cls(**SMALL, **more).eval(), inputs()
+    ids, places = torch.tensor([0] * 4 + [1] * 7), torch.arange(11)
+    cases = [(fa.Band(3), (places[:, None] - places).abs() < 3)]
+    cases += [] if "attn_num_mem_kv" in more else [(fa.Documents(ids), ids[:, None] == ids)]
+    for mask in (None, places < torch.tensor([[11], [6]])):
+        for pairs, array in cases:
+            torch.testing.assert_close(stack(x, mask=mask, attn_mask=pairs), stack(x, mask=mask, attn_mask=array), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
 def test_explain_is_honest() -> None:
     q, k, v = qkv(512, dtype=torch.float32)
     assert Attend(causal=True, selective=True).explain(q, k, v).chosen == "cpu"
