@@ -103,6 +103,27 @@ def test_gradients_flow_through_what_is_read(name: str) -> None:
 
 
 @pytest.mark.quick
+def test_arrays_are_those_of_the_call_wherever_they_are_read() -> None:
+    """Gradients though they are read without; autocast's dtype; the sinks of the call."""
+    q, k, v = qkv(5)
+    attend = Attend(head_learned_sink=True, heads=4).double()
+    _, left = attend(q, k, v)
+    _, right = attend(q, k, v)
+    want = right.post_softmax_attn
+    with torch.no_grad():
+        attend.head_attn_sink.add_(3)
+        got = left.post_softmax_attn
+    assert got.requires_grad
+    torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, left = Attend()(q.float(), k.bfloat16(), v.float())
+    assert left.post_softmax_attn.dtype == torch.bfloat16
+    with torch.no_grad():
+        _, left = Attend()(q, k, v)
+    assert not left.post_softmax_attn.requires_grad
+
+
+@pytest.mark.quick
 def test_rows_without_keys() -> None:
     """Zeros where the mask alone leaves none; where causality takes the last one, the mean of all values, or zeros with flash."""
     q, k, v = qkv(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,8 @@ class _Fused:
     keywords: dict[str, Any]
     order: HeadOrder
     prev_attn: ScoreMod | None
+    grad: bool
+    autocast: torch.dtype | None
 
     def run(self, **more: Any) -> Any:
         return attention(*self.tensors, **{**self.keywords, **more})
@@ -325,13 +328,16 @@ class Attend(nn.Module):
             "scoring": self.scoring(call.q.shape[3], self.flash),
             "q_offset": call.shape[3] - call.shape[2],
             "score_mods": tuple(mods),
-            "sinks": None if self.head_attn_sink is None else order.grouped(self.head_attn_sink, 0),
+            # A copy, for a parameter may be stepped on before an array is read.
+            "sinks": None if self.head_attn_sink is None else order.grouped(self.head_attn_sink.clone(), 0),
             "dropout": Dropout(self.dropout) if self.training and self.dropout > 0 else None,
             "normalizer": self.normalizer,
             "empty_rows": "uniform" if uniform else "zero",
             "backend": self.backend,
         }
-        return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev)
+        device = call.q.device.type
+        autocast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+        return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev, torch.is_grad_enabled(), autocast)
 
     def _run(self, fused: _Fused) -> tuple[Tensor, Intermediates]:
         arrays = Intermediates(**{name: partial(_array, fused, name) for name in ARRAYS})  # type: ignore[arg-type]
@@ -343,8 +349,11 @@ class Attend(nn.Module):
 
 
 def _array(fused: _Fused, name: str) -> Tensor:
-    """A function by its name, for a compiled graph can give it out where it cannot give out a method."""
-    return fused.array(name)
+    """One of the arrays as the call would have given it, wherever it is read; a function, for a compiled graph cannot give out a method."""
+    device = fused.tensors[0].device.type
+    mode = nullcontext() if fused.autocast is None else torch.autocast(device, dtype=fused.autocast)
+    with torch.set_grad_enabled(fused.grad), mode:
+        return fused.array(name)
 
 
 def _mask(call: Inputs, order: HeadOrder) -> Mask | None:
