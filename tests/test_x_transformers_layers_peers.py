@@ -347,6 +347,22 @@ def test_decoding_with_a_context_from_a_cache() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "name", ["rotary_rmsnorm_swiglu", "real_former_three_layers", "real_former_selective_grouped", "pre_and_post_simple"]
+)
+def test_inside_the_wrappers_of_the_package(name: str) -> None:
+    a, b, _ = pair("Decoder", DECODERS[name])
+    tokens, keep = torch.randint(50, (2, 12)), torch.arange(12) < torch.tensor([[12], [9]])
+    wrapped = [theirs.TransformerWrapper(num_tokens=50, max_seq_len=32, attn_layers=layers).double().eval() for layers in (a, b)]
+    wrapped[0].load_state_dict(wrapped[1].state_dict())
+    torch.testing.assert_close(*(w(tokens, mask=keep) for w in wrapped), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(w(tokens, return_attn=True)[1] for w in wrapped), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(w(tokens, return_attn_z_loss=True)[1].attn_z_loss for w in wrapped), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(w(tokens, return_mems=True)[1] for w in wrapped), rtol=1e-9, atol=1e-9)
+    generated = [theirs.AutoregressiveWrapper(w).generate(tokens[:, :3], 8, temperature=0.0) for w in wrapped]
+    assert torch.equal(*generated)
+
+
 LAYERS: dict[str, tuple[dict[str, Any], Any]] = {
     "no_projection": ({"project_out": False}, dict),
     "zero_output": ({"zero_init_output": True}, dict),

@@ -72,6 +72,8 @@ class AttentionLayers(nn.Module):
         self.plan = LayerOrder.of(depth, options)
         self.layer_types, self.layers_execute_order, self.depth = self.plan.types, self.plan.order, self.plan.depth
         self.has_custom_layer_types = any(options.get(n) is not None for n in ("custom_layers", "par_ratio", "sandwich_coef"))
+        self.num_attn_layers, self.num_cross_attn_layers, self.num_ff_layers = (self.layer_types.count(kind) for kind in "acf")
+        self.pre_norm, self.pre_and_post_norm, self.sandwich_norm = option.pre_norm, option.pre_and_post_norm, option.sandwich_norm
         self.cross_attend, self.unet_skips = option.cross_attend, option.unet_skips
         self.residual_attn, self.cross_residual_attn = option.residual_attn, option.cross_residual_attn
         self._check(option, groups["attn_"].get("flash", False), groups["attn_"].get("data_dependent_alibi", False))
