@@ -198,6 +198,17 @@ def test_backends_agree(name: str) -> None:
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["real_former_selective_grouped", "alibi_sinks", "window_memories"])
+def test_one_training_step_on_triton(name: str) -> None:
+    results = []
+    for backend in ("triton", "eager"):
+        stack, x = decoder(name, backend=backend), inputs(9).requires_grad_()
+        out = stack(x, mask=torch.arange(9) < torch.tensor([[9], [7]]))
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (x, *stack.parameters()))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("name", STACKS)
 def test_copies_and_dtypes(name: str) -> None:
@@ -213,6 +224,21 @@ def test_copies_and_dtypes(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (stack(x) - out).abs().max() < 0.2 * out.abs().max()
     assert (stack.bfloat16()(x.bfloat16()) - out).abs().max() < 0.2 * out.abs().max()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["plain", "real_former_selective_grouped", "window_memories"])
+def test_transforms_and_recomputation(name: str) -> None:
+    stack, x = decoder(name).double(), inputs(5, torch.float64).requires_grad_()
+    out = stack(x)
+    torch.testing.assert_close(torch.vmap(lambda one: stack(one[None])[0])(x), out)
+    torch.testing.assert_close(torch.func.jvp(stack, (x.detach(),), (x.detach(),))[0], out.detach())
+    again = torch.utils.checkpoint.checkpoint(stack, x, use_reentrant=False)
+    torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (again, out)))
+    (grad,) = torch.autograd.grad(stack(x).sin().sum(), x, create_graph=True)
+    assert bool(torch.autograd.grad(grad.square().sum(), x)[0].isfinite().all())
+    assert stack(x[:, :0]).shape == (2, 0, 32)
+    assert stack(x[:0]).shape == (0, 5, 32)
 
 
 @pytest.mark.quick

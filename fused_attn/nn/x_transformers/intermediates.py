@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_attn.problem import active_transform
+
 ARRAYS = ("qk_similarities", "pre_softmax_attn", "post_softmax_attn")
 Field = Tensor | Callable[[], Tensor] | None
 
@@ -102,6 +104,8 @@ def filled(scores: Tensor) -> Tensor:
         >>> filled(torch.tensor([1.0, -torch.inf]))
         tensor([ 1.0000e+00, -3.4028e+38])
     """
+    if active_transform() is not None:  # transforms follow plain operations; these keep the places of masked scores
+        return scores.masked_fill(scores == -torch.inf, torch.finfo(scores.dtype).min)
     result: Tensor = _Filled.apply(scores)  # type: ignore[no-untyped-call]
     return result
 
