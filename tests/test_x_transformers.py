@@ -313,6 +313,34 @@ def test_clipping_bounds_the_scores() -> None:
     assert left.pre_softmax_attn.max() < 2.0 + 1e-4
 
 
+WORKS_HERE: dict[str, dict[str, Any]] = {
+    "polar_uniform": {"polar_pos_emb": True, "polar_bias_uniform_init": True},
+    "value_rmsnorm_grouped": {"attn_value_rmsnorm": True, "attn_kv_heads": 2},
+    "sinks_real_former": {"attn_head_learned_sink": True, "residual_attn": True},
+    "recurrence_beside": {"attn_hybrid_module": torch.nn.GRU(32, 32, batch_first=True)},
+    "projected_positions_memories": {"attn_use_rel_proj_pos_bias": True, "attn_num_mem_kv": 2},
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", WORKS_HERE)
+def test_what_fails_in_the_package_works(name: str) -> None:
+    """Causal, and with gradients for every parameter that the output depends on."""
+    stack, x = Decoder(**SMALL, **WORKS_HERE[name]).eval(), inputs()
+    moved = x.clone()
+    moved[:, 6:] = torch.randn(2, 5, 32)
+    torch.testing.assert_close(stack(moved)[:, :6], stack(x)[:, :6], rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(stack(x).sin().sum(), tuple(stack.parameters()))
+    assert all(bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.quick
+def test_memories_are_open_to_masks_and_biases_that_leave_them_out() -> None:
+    stack, x = decoder("plain", attn_num_mem_kv=2), inputs()
+    torch.testing.assert_close(stack(x, attn_mask=torch.ones(11, 11, dtype=torch.bool)), stack(x))
+    torch.testing.assert_close(stack(x, attn_bias=torch.zeros(4, 11, 11)), stack(x))
+
+
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "flash_pack_seq": {"attn_flash_pack_seq": True, "attn_flash": True},
     "cope_soft_onehot_pos": {"attn_use_cope": True, "attn_cope_soft_onehot_pos": True},
