@@ -37,8 +37,8 @@ def same(got: Any, want: Any, roundings: int = 64) -> None:
 
 
 def first_example() -> tuple[dict[str, Any], Callable[..., tuple[Tensor, ...]]]:
-    """README's first block: what stands before its blank line, run, and the rest as a function of q, k, v and lengths."""
-    block = re.search(r"```python\n(.*?)```", README.read_text(), re.S)[1]
+    """README's block under "Any of these": what stands before its second blank line, run, and the rest as a function of q, k, v and lengths."""
+    block = re.search(r"## Any of these.*?```python\n(.*?)```", README.read_text(), re.S)[1]
     setup, calls = re.split(r"\n\n(?=out = )", block, maxsplit=1)
     names: dict[str, Any] = {}
     exec(setup, names)
