@@ -139,7 +139,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return attention(q, k, v, **options), None
         out, aux = attention(q, k, v, return_aux=AuxRequest(probs=True), **options)
         probs = aux.probs
-        if dropout is not None:
+        if probs is not None and dropout is not None:
             probs = probs * keep_factor(dropout.lower(q.device), Grid((*q.shape[:3], k.shape[2]), q.device), probs.dtype)
         return out, probs
 
@@ -179,9 +179,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         added += [x.new_zeros(shape)] if self.add_zero_attn else []
         return torch.cat([x, *added], 2) if added else x
 
-    def _of_nested(
-        self, tensors: tuple[Tensor, ...], is_masked: bool, need_weights: bool, average: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _of_nested(self, tensors: tuple[Tensor, ...], is_masked: bool, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
         """The call on padded tensors, cut to the queries' lengths again; weights stay padded, with zeros."""
         require_that(
             all(t.is_nested and t.layout == torch.strided for t in tensors) and not is_masked and self.batch_first,
@@ -216,5 +214,6 @@ def replace_multihead_attention(model: nn.Module, *, backend: str = "auto") -> l
     found = {name: module for name, module in model.named_modules() if type(module) is nn.MultiheadAttention}
     for module in found.values():
         module.__class__ = MultiheadAttention
-        module.take_over(backend)  # type: ignore[attr-defined]
+        assert isinstance(module, MultiheadAttention)
+        module.take_over(backend)
     return list(found)

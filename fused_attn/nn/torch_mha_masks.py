@@ -71,7 +71,9 @@ class Masks:
         masks: list[Mask] = []
         mods: list[ScoreMod] = []
         if self.is_causal:
-            masks.append(Causal() if kv_len == given else Or((Causal(), Not(ValidLengths(torch.full((batch,), given, device=self.device))))))
+            masks.append(
+                Causal() if kv_len == given else Or((Causal(), Not(ValidLengths(torch.full((batch,), given, device=self.device)))))
+            )
         elif self.pairs is not None:
             pairs = F.pad(self.pairs, (0, kv_len - given)) if kv_len > given else self.pairs
             masks += [Dense(~pairs)] if pairs.dtype == torch.bool else []
