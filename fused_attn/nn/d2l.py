@@ -63,31 +63,32 @@ def _linear(features: int | None, num_hiddens: int, bias: bool = False) -> nn.Li
 class _Call:
     """What a layer's last call scored, kept until somebody asks for the weights: O(length) memory."""
 
-    tensors: tuple[Tensor, Tensor]
+    q: Tensor
+    k: Tensor
+    valid_lens: Tensor | None
     options: dict[str, Any]
     with_grad: bool
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, options: dict[str, Any]) -> _Call:
-        versions = () if captured(q) else _versions((q, k))
-        return cls((q, k), options, torch.is_grad_enabled(), versions)
+    def of(cls, q: Tensor, k: Tensor, valid_lens: Tensor | None, options: dict[str, Any]) -> _Call:
+        versions = () if captured(q) else _versions(q, k, valid_lens)
+        return cls(q, k, valid_lens, options, torch.is_grad_enabled(), versions)
 
     def weights(self) -> Tensor:
         """[batch * heads, queries, keys], before dropout, differentiable where the call was."""
-        q, k = self.tensors
-        if self.versions and _versions(self.tensors) != self.versions:
+        if self.versions and _versions(self.q, self.k, self.valid_lens) != self.versions:
             raise RuntimeError(
-                "queries and keys must be what they were in the call for attention_weights to be computed; got some that were modified in place "
-                "since. Read attention_weights before, or pass clones."
+                "queries, keys and valid_lens must be what they were in the call for attention_weights to be computed; got some that were modified "
+                "in place since. Read attention_weights before, or pass clones."
             )
         with torch.set_grad_enabled(self.with_grad):
-            _, aux = attention(q, k, k[..., :1].detach(), return_aux=AuxRequest(probs=True), **self.options)
+            _, aux = attention(self.q, self.k, self.k[..., :1].detach(), return_aux=AuxRequest(probs=True), **self.options)
             return aux.probs.flatten(0, 1)  # type: ignore[union-attr]
 
 
-def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if not t.is_inference())
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
 
 
 class _Attention(nn.Module):
@@ -105,7 +106,7 @@ class _Attention(nn.Module):
 
         Raises:
             AttributeError: no call yet.
-            RuntimeError: queries or keys were modified in place since.
+            RuntimeError: queries, keys or lengths were modified in place since.
         """
         if self._last is None:
             raise AttributeError("attention_weights must be read after a call; got none yet. Call the layer first.")
@@ -129,7 +130,7 @@ class _Attention(nn.Module):
             raise ArgumentError(*error.args) from None
         except TypeError as error:
             raise ArgumentTypeError(*error.args) from None
-        self._last = _Call.of(q, k, options)
+        self._last = _Call.of(q, k, valid_lens, options)
         return out.squeeze(1) if is_3d else out
 
 
