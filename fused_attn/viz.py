@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -177,10 +178,10 @@ def _row_of_keys(problem: AttentionProblem, rows: range, reduce: str) -> Tensor:
 
 
 def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean", "max"] = "mean", **options: Any) -> Figure:
-    """One panel per batch element (downwards) and head of ``attention_thumbnail``, the axes in queries and keys.
+    """One panel per batch element (downwards) and head of ``attention_thumbnail``, the axes in queries and keys, one logarithmic scale for all.
 
     Returns:
-        The figure.
+        The figure. Colours span four powers of ten below the largest probability; what is smaller looks like 0.
 
     Example:
         >>> q, k = torch.randn(2, 1, 2, 300, 16)
@@ -188,11 +189,22 @@ def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean"
         >>> [panel.get_title() for panel in figure.axes[:2]]
         ['head 0', 'head 1']
     """
-    pixels = attention_thumbnail(q, k, size, reduce, **options)
+    from matplotlib import colors, pyplot
+
+    pixels = attention_thumbnail(q, k, size, reduce, **options).cpu()
+    if not pixels.numel():
+        raise ValueError(f"q and k must hold something to draw; got {list(q.shape)} and {list(k.shape)}. Pass at least one query and key.")
     batch, heads = pixels.shape[:2]
-    figure = show_heatmaps(pixels, "Keys", "Queries", [f"head {h}" for h in range(heads)], (0.8 + 2.4 * heads, 0.6 + 2.4 * batch))
-    for panel in (axes for axes in figure.axes if axes.images):
-        panel.images[0].set_extent((0, k.shape[2], q.shape[2], 0))
+    figsize = (1.2 + 2.4 * heads, 0.4 + 2.4 * batch)
+    figure, axes = pyplot.subplots(batch, heads, figsize=figsize, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    largest = pixels.max().item() or 1.0
+    norm = colors.LogNorm(1e-4 * largest, largest, clip=True)
+    for b, h in itertools.product(range(batch), range(heads)):
+        image = axes[b, h].imshow(pixels[b, h].numpy(), cmap="Reds", norm=norm, extent=(0, k.shape[2], q.shape[2], 0), aspect="auto")
+        axes[b, h].set_title(f"head {h}")
+        axes[b, 0].set_ylabel("Queries")
+        axes[-1, h].set_xlabel("Keys")
+    figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 
