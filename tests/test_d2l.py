@@ -218,7 +218,7 @@ def test_nothing_of_the_scores_size_before_somebody_reads() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x, x, x, torch.tensor([100]))
     assert max(kept) < length * length // 8
-    assert layer.attention.attention_weights is layer.attention.attention_weights
+    assert layer.attention.attention_weights is layer.attention_weights
     assert layer.attention.attention_weights.shape == (2, length, length)
 
 

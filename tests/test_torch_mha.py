@@ -153,6 +153,7 @@ def test_returned_weights_are_those_after_dropout() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_inside_an_encoder_in_evaluation(batch_first: bool, grad: bool) -> None:
@@ -213,6 +214,7 @@ def test_replacing_keeps_objects_and_leaves_subclasses() -> None:
     assert replace_multihead_attention(alone) == [""] and type(alone) is MultiheadAttention
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors() -> None:
     _, ours = pair(batch_first=True)
     parts = [torch.randn(n, WIDTH, dtype=torch.float64) for n in (3, 1, 6)]
@@ -274,6 +276,22 @@ def test_compiled_in_one_graph(case: str, need_weights: bool) -> None:
     if case != "training":
         torch.testing.assert_close(out, ours(x, x, x, **options)[0])
     assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    torch._dynamo.reset()
+    ours, graphs = MultiheadAttention(WIDTH, HEADS, batch_first=True), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=count)
+    for batch, length in ((2, 5), (3, 7), (4, 9)):
+        x, padding = torch.randn(batch, length, WIDTH), torch.arange(length) >= torch.randint(1, length, (batch, 1))
+        for got, want in zip(compiled(x, x, x, padding), ours(x, x, x, padding), strict=True):
+            torch.testing.assert_close(got, want)
+    assert len(graphs) == 1
 
 
 def test_exported_with_other_lengths() -> None:

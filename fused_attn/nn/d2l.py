@@ -120,7 +120,7 @@ class _Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, valid_lens: Tensor | None, **scoring: Any) -> Tensor:
         """q [batch, heads, queries, size], k [batch, heads, keys, size] and v [batch, heads, keys, features], or all without heads."""
         is_3d = q.dim() == 3
-        q, k, v = (t[:, None] if t.dim() == 3 else t for t in (q, k, v))
+        q, k, v = [t[:, None] if t.dim() == 3 else t for t in (q, k, v)]
         mask = lengths_mask(valid_lens, q.shape[0], q.shape[-2])
         options = {"mask": mask, "empty_rows": "uniform", "backend": self.backend, **scoring}
         p = self.dropout.p if self.dropout.training else 0.0
@@ -276,9 +276,15 @@ class MultiHeadAttention(nn.Module):
             IndexError: the lengths do not fit them.
         """
         pairs = ((self.W_q, queries), (self.W_k, keys), (self.W_v, values))
-        out = self.attention(*(by_heads(linear(x), self.num_heads) for linear, x in pairs), valid_lens)
+        out = self.attention(*[by_heads(linear(x), self.num_heads) for linear, x in pairs], valid_lens)
         result: Tensor = self.W_o(out.transpose(1, 2).flatten(2))
         return result
+
+    @property
+    def attention_weights(self) -> Tensor:
+        """``attention.attention_weights``."""
+        weights: Tensor = self.attention.attention_weights
+        return weights
 
     def transpose_qkv(self, X: Tensor) -> Tensor:
         """``transpose_qkv`` with the layer's heads."""

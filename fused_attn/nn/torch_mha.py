@@ -13,7 +13,6 @@ from fused_attn.dropout import Dropout, keep_factor
 from fused_attn.functional import attention
 from fused_attn.lowering import Grid
 from fused_attn.nn import torch_mha_masks
-from fused_attn.nn.torch_mha_masks import require_that
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -114,12 +113,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             masked = key_padding_mask is not None or attn_mask is not None
             return self._of_nested((query, key, value), masked, need_weights, average_attn_weights)
         masks = torch_mha_masks.Masks.check(self, (query, key, value), key_padding_mask, attn_mask, is_causal and not need_weights)
-        require_that(
-            not is_causal or attn_mask is not None,
-            "attn_mask must be given with is_causal=True, which only says what it is; got None. Pass the causal mask.",
-            RuntimeError,
-        )
-        q, k, v = map(self._by_heads, self._projected(query, key, value))
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attn_mask must be given with is_causal=True, which only says what it is; got None. Pass the causal mask.")
+        q, k, v = [self._by_heads(t) for t in self._projected(query, key, value)]
         k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
         out, weights = self._attended(q, k, v, masks, need_weights)
         if weights is not None:
@@ -148,7 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            return tuple(F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
+            return tuple([F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)])
         if query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         size, bias = self.embed_dim, self.in_proj_bias
@@ -157,7 +153,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key is value:
             return F.linear(query, w, b), *F.linear(key, rest, more).chunk(2, -1)
         pairs = zip((key, value), rest.chunk(2), (None, None) if more is None else more.chunk(2), strict=True)
-        return F.linear(query, w, b), *(F.linear(*pair) for pair in pairs)
+        return F.linear(query, w, b), *[F.linear(*pair) for pair in pairs]
 
     def _by_heads(self, x: Tensor) -> Tensor:
         """[batch, heads, length, head_dim], as a view."""
@@ -181,11 +177,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _of_nested(self, tensors: tuple[Tensor, ...], is_masked: bool, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
         """The call on padded tensors, cut to the queries' lengths again; weights stay padded, with zeros."""
-        require_that(
-            all(t.is_nested and t.layout == torch.strided for t in tensors) and not is_masked and self.batch_first,
-            "query, key and value must all be nested tensors of the strided layout, with batch_first=True and without masks, or none of "
-            "them; got something else. Pad them with to_padded_tensor and pass a key_padding_mask.",
-        )
+        if not all(t.is_nested and t.layout == torch.strided for t in tensors) or is_masked or not self.batch_first:
+            raise AssertionError(
+                "query, key and value must all be nested tensors of the strided layout, with batch_first=True and without masks, or none of "
+                "them; got something else. Pad them with to_padded_tensor and pass a key_padding_mask."
+            )
         lengths, kv_lengths = ([part.shape[0] for part in t.unbind()] for t in tensors[:2])
         padded = {id(t): t.to_padded_tensor(0.0) for t in tensors}
         query, key, value = (padded[id(t)] for t in tensors)

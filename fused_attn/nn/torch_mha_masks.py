@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from fused_attn.nn.torch_mha import MultiheadAttention
 
 
-def require_that(holds: bool, message: str, kind: type[Exception] = AssertionError) -> None:
-    """Raises what torch raises unless something holds."""
-    if not holds:
-        raise kind(message)
-
-
 @dataclass(frozen=True)
 class Masks:
     """A call's masks. Floating-point ones are added to the scores, bool ones are True where a pair is left out.
@@ -56,10 +50,10 @@ class Masks:
         q_len, kv_len = (t.shape[along] if is_batched else t.shape[0] for t in (query, key))
         if padding is not None:
             padding = padding if is_batched else padding[None]
-            require_that(
-                padding.shape == (batch, kv_len),
-                f"key_padding_mask must be [batch, kv_len] = {[batch, kv_len]}; got {list(padding.shape)}. Give one entry per key.",
-            )
+            if padding.shape != (batch, kv_len):
+                raise AssertionError(
+                    f"key_padding_mask must be [batch, kv_len] = {[batch, kv_len]}; got {list(padding.shape)}. Give one entry per key."
+                )
         is_causal = is_hint and padding is None
         if pairs is not None and not is_causal:
             pairs = _checked_pairs(pairs, layer.num_heads, (batch, q_len, kv_len))
@@ -87,62 +81,61 @@ class Masks:
 
 def _check_masks(padding: Tensor | None, pairs: Tensor | None) -> None:
     for name, mask in (("key_padding_mask", padding), ("attn_mask", pairs)):
-        require_that(
-            mask is None or mask.dtype == torch.bool or mask.is_floating_point(),
-            f"{name} must be bool (True = left out) or floating point (added to the scores); got {described(mask)}. Convert it with .to(torch.bool).",
-        )
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise AssertionError(
+                f"{name} must be bool (True = left out) or floating point (added to the scores); got {described(mask)}. Convert it with .to(torch.bool)."
+            )
 
 
 def _check_ranks(layer: MultiheadAttention, tensors: tuple[Tensor, ...], padding: Tensor | None, pairs: Tensor | None) -> None:
     ranks = [t.dim() for t in tensors]
-    require_that(
-        ranks in ([2, 2, 2], [3, 3, 3]),
-        f"query, key and value must all be 2-D (one sequence) or all 3-D (a batch); got {ranks} dimensions. Insert the batch with unsqueeze.",
-    )
-    require_that(
-        padding is None or padding.dim() == ranks[0] - 1,
-        f"key_padding_mask must be {ranks[0] - 1}-D for {ranks[0]}-D inputs; got {described(padding)}. Leave the batch out exactly where query does.",
-    )
-    require_that(
-        pairs is None or pairs.dim() in (2, 3),
-        f"attn_mask must be 2-D [q_len, kv_len] or 3-D [batch * num_heads, q_len, kv_len]; got {described(pairs)}. Reshape it.",
-    )
-    if ranks[0] == 2 and pairs is not None and pairs.dim() == 3:
-        shape = [layer.num_heads, tensors[0].shape[0], tensors[1].shape[0]]
-        require_that(
-            list(pairs.shape) == shape,
-            f"attn_mask must be [num_heads, q_len, kv_len] = {shape} for inputs without a batch; got {list(pairs.shape)}. Give one per head.",
+    if ranks not in ([2, 2, 2], [3, 3, 3]):
+        raise AssertionError(
+            f"query, key and value must all be 2-D (one sequence) or all 3-D (a batch); got {ranks} dimensions. Insert the batch with unsqueeze."
+        )
+    if padding is not None and padding.dim() != ranks[0] - 1:
+        raise AssertionError(
+            f"key_padding_mask must be {ranks[0] - 1}-D for {ranks[0]}-D inputs; got {described(padding)}. Leave the batch out exactly where query does."
+        )
+    if pairs is None:
+        return
+    if pairs.dim() not in (2, 3):
+        raise AssertionError(
+            f"attn_mask must be 2-D [q_len, kv_len] or 3-D [batch * num_heads, q_len, kv_len]; got {described(pairs)}. Reshape it."
+        )
+    shape = (layer.num_heads, tensors[0].shape[0], tensors[1].shape[0])
+    if ranks[0] == 2 and pairs.dim() == 3 and pairs.shape != shape:
+        raise AssertionError(
+            f"attn_mask must be [num_heads, q_len, kv_len] = {list(shape)} for inputs without a batch; got {list(pairs.shape)}. Give one per head."
         )
 
 
 def _check_sizes(layer: MultiheadAttention, tensors: tuple[Tensor, ...]) -> None:
     query, key, value = tensors
-    require_that(
-        query.shape[-1] == layer.embed_dim,
-        f"query must have embed_dim = {layer.embed_dim} features; got {query.shape[-1]}. Project it, or build the layer for that size.",
-    )
-    alike = key.shape == value.shape if layer.in_proj_weight is not None else key.shape[:-1] == value.shape[:-1]
-    require_that(
-        alike,
-        f"key and value must have one shape, or differ in the last dimension only where kdim or vdim say so; got {list(key.shape)} and {list(value.shape)}. "
-        "Slice them alike.",
-    )
-    if query.dim() == 3:
-        across = 0 if layer.batch_first else 1
-        require_that(
-            query.shape[across] == key.shape[across],
-            f"query and key must share the batch size; got {query.shape[across]} and {key.shape[across]} in dimension {across}. Check batch_first.",
-            RuntimeError,
+    if query.shape[-1] != layer.embed_dim:
+        raise AssertionError(
+            f"query must have embed_dim = {layer.embed_dim} features; got {query.shape[-1]}. Project it, or build the layer for that size."
+        )
+    end = 3 if layer.in_proj_weight is not None else -1
+    if key.shape[:end] != value.shape[:end]:
+        raise AssertionError(
+            "key and value must have one shape, or differ in the last dimension only where kdim or vdim say so; "
+            f"got {list(key.shape)} and {list(value.shape)}. Slice them alike."
+        )
+    across = 0 if layer.batch_first else 1
+    if query.dim() == 3 and query.shape[across] != key.shape[across]:
+        raise RuntimeError(
+            f"query and key must share the batch size; got {query.shape[across]} and {key.shape[across]} in dimension {across}. Check batch_first."
         )
 
 
 def _checked_pairs(pairs: Tensor, heads: int, sizes: tuple[int, int, int]) -> Tensor:
     """attn_mask as [q_len, kv_len] or [batch, heads, q_len, kv_len]."""
     batch, q_len, kv_len = sizes
-    shape = [q_len, kv_len] if pairs.dim() == 2 else [batch * heads, q_len, kv_len]
-    require_that(
-        list(pairs.shape) == shape,
-        f"attn_mask must have shape {shape} here ([q_len, kv_len] or [batch * num_heads, q_len, kv_len]); got {list(pairs.shape)}. Reshape or expand it.",
-        RuntimeError,
-    )
+    shape = (q_len, kv_len) if pairs.dim() == 2 else (batch * heads, q_len, kv_len)
+    if pairs.shape != shape:
+        raise RuntimeError(
+            f"attn_mask must have shape {list(shape)} here ([q_len, kv_len] or [batch * num_heads, q_len, kv_len]); got {list(pairs.shape)}. "
+            "Reshape or expand it."
+        )
     return pairs if pairs.dim() == 2 else pairs.unflatten(0, (batch, heads))
