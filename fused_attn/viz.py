@@ -108,8 +108,14 @@ def show_masks(masks: Mapping[str, Mask], q_len: int = 16, kv_len: int = 16) -> 
 
 # Probabilities that a thumbnail holds at a time: 16 MB of float32.
 _BLOCK = 1 << 22
-_DEFAULTS: dict[str, Any] = dict.fromkeys(("mask", "scale", "scoring", "q_offset", "sinks", "dropout", "normalizer", "return_aux")) | {
+_DEFAULTS: dict[str, Any] = {
+    "mask": None,
+    "scale": None,
+    "scoring": None,
+    "q_offset": None,
     "score_mods": (),
+    "sinks": None,
+    "normalizer": None,
     "empty_rows": "zero",
 }
 
@@ -146,7 +152,7 @@ def attention_thumbnail(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["
         raise TypeError(f"options must be arguments of attention that make probabilities; got {unknown}. Leave them out.")
     size = require_integer("size", size, 1)
     with torch.no_grad():
-        problem = AttentionProblem.check(q, k, k[..., :1], {**_DEFAULTS, **options})
+        problem = AttentionProblem.check(q, k, k[..., :1], {**_DEFAULTS, **options, "dropout": None, "return_aux": None})
         if is_selective(problem.modifiers.score_mods):
             raise ValueError(
                 "score_mods must leave a row's scores to that row for a thumbnail; got Selective, which needs all earlier queries. "

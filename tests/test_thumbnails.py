@@ -110,7 +110,7 @@ def test_the_drawing() -> None:
 MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduce": "median"}, ValueError, "reduce must be 'mean' or 'max'"),
     ({"size": 0}, ValueError, "size must be >= 1"),
-    ({"backend": "cpu"}, TypeError, r"got \['backend'\]"),
+    ({"backend": "cpu", "dropout": None}, TypeError, r"got \['backend', 'dropout'\]"),
     ({"mask": fa.Causal(), "score_mods": (fa.Selective(),)}, ValueError, "got Selective"),
     ({"mask": "causal"}, TypeError, "mask must be a fused_attn mask"),
 ]
