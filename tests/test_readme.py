@@ -21,14 +21,17 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-PROGRAMS = [pytest.param(s, id=f"{p.name}-{i}") for p in PAGES for i, s in enumerate(snippets(p)) if ">>>" not in s]
+PROGRAMS = {p.name: "\n".join(programs) for p in PAGES if (programs := [s for s in snippets(p) if ">>>" not in s])}
 SESSIONS = {p.name: sessions for p in PAGES if (sessions := [s for s in snippets(p) if ">>>" in s])}
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program(program: str) -> None:
-    exec(compile(program, "program", "exec"), {})
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_programs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after another."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    exec(compile(PROGRAMS[page], page, "exec"), {"__name__": page})
 
 
 @pytest.mark.quick
