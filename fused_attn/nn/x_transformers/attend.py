@@ -213,7 +213,7 @@ class Attend(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Mask | None = None,
         attn_bias: Tensor | Sequence[ScoreMod] | None = None,
         prev_attn: Tensor | None = None,
         attn_delta: Tensor | None = None,
@@ -227,7 +227,8 @@ class Attend(nn.Module):
             q: queries [batch, heads, q_len, head_dim].
             k: keys [batch, kv_heads, kv_len, head_dim]; query head n uses key head n % kv_heads.
             v: values [batch, kv_heads, kv_len, value_dim].
-            mask: bool [batch, kv_len], or broadcastable to [batch, heads, q_len, kv_len]; True may attend.
+            mask: bool [batch, kv_len], or broadcastable to [batch, heads, q_len, kv_len]; True may attend. Or a mask of this package that
+                is the same for all heads and leaves every query a key, in O(length) memory.
             attn_bias: float tensor that broadcasts to the scores, or modifications of this package (``ALiBi``, ``DecayBias``, ``Bias``),
                 which need no such tensor.
             prev_attn: scores of the layer before (RealFormer, arXiv 2012.11747).
@@ -248,7 +249,7 @@ class Attend(nn.Module):
         else:
             fused = self._fused(call)
             out, arrays = self._run(fused)
-        if call.mask is not None:
+        if isinstance(call.mask, Tensor):
             out = out.masked_fill(~call.mask.any(-1, keepdim=True), 0.0)
         return out, arrays
 
@@ -257,7 +258,7 @@ class Attend(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Mask | None = None,
         attn_bias: Tensor | Sequence[ScoreMod] | None = None,
         prev_attn: Tensor | None = None,
         attn_delta: Tensor | None = None,
@@ -280,7 +281,7 @@ class Attend(nn.Module):
         mask, attn_bias, prev_attn, attn_delta, causal = terms
         flash = self.flash and attn_delta is None
         needs(not (flash and prev_attn is not None), "prev_attn must be None with flash", "a tensor", "Build Attend without flash")
-        if mask is not None:
+        if isinstance(mask, Tensor):
             needs(not flash or mask.dim() in (2, 4), "mask must be 2-D or 4-D with flash", f"{mask.dim()}-D", "Insert dimensions of size 1")
             mask = mask[:, None, None] if mask.dim() == 2 else mask[(None,) * (4 - mask.dim())]
         causal = self.causal if causal is None or flash else causal
@@ -289,7 +290,7 @@ class Attend(nn.Module):
             whole = Inputs(q, k, v, mask, biases, None, False)
             biases = tuple([Bias(nn.functional.pad(_as_tensor(mod, whole), (1, 0))) for mod in biases])
             k, v = (nn.functional.pad(t, (0, 0, 1, 0)) for t in (k, v))
-            mask = None if mask is None else nn.functional.pad(mask, (1, 0), value=True)
+            mask = None if whole.keep is None else nn.functional.pad(whole.keep, (1, 0), value=True)
         return Inputs(q, k, v, mask, biases, prev_attn, bool(causal) and q.shape[2] != 1)
 
     def _dense_because(self, attn_delta: Tensor | None) -> str:
@@ -317,7 +318,7 @@ class Attend(nn.Module):
         mods += [Selective()] if self.selective else []
         mask = _mask(call, order)
         # Rows that lost their keys to a mask and to causality together; what a mask alone empties is zeroed afterwards.
-        emptied = call.causal and (call.mask is not None or call.shape[3] < call.shape[2])
+        emptied = call.causal and (isinstance(call.mask, Tensor) or call.shape[3] < call.shape[2])
         uniform = emptied and not self.flash and self.normalizer is None and self.head_attn_sink is None
         keywords = {
             "mask": mask,
@@ -333,12 +334,17 @@ class Attend(nn.Module):
         return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev)
 
     def _run(self, fused: _Fused) -> tuple[Tensor, Intermediates]:
-        arrays = Intermediates(**{name: partial(fused.array, name) for name in ARRAYS})  # type: ignore[arg-type]
+        arrays = Intermediates(**{name: partial(_array, fused, name) for name in ARRAYS})  # type: ignore[arg-type]
         if not self.keeps_scores:
             return fused.order.tiled(fused.run()), arrays
         out, aux = fused.run(return_aux=AuxRequest(scores=True))
         arrays.pre_softmax_attn = fused.scores(aux)
         return fused.order.tiled(out), arrays
+
+
+def _array(fused: _Fused, name: str) -> Tensor:
+    """A function by its name, for a compiled graph can give it out where it cannot give out a method."""
+    return fused.array(name)
 
 
 def _mask(call: Inputs, order: HeadOrder) -> Mask | None:
@@ -347,8 +353,10 @@ def _mask(call: Inputs, order: HeadOrder) -> Mask | None:
     if keep is None:
         return Causal() if call.causal else None
     batch, _, _, kv_len = call.shape
-    if tuple(keep.shape) == (batch, 1, 1, kv_len):
-        mask: Mask = KeyPadding(keep[:, 0, 0])
+    if isinstance(keep, Mask):
+        mask = keep
+    elif tuple(keep.shape) == (batch, 1, 1, kv_len):
+        mask = KeyPadding(keep[:, 0, 0])
     else:
         mask = Dense(order.grouped(keep))
     return Causal() & mask if call.causal else mask

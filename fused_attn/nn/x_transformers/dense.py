@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from fused_attn.dropout import Dropout, keep_factor
 from fused_attn.functional import masked_softmax
 from fused_attn.lowering import Grid, stat_dtype
+from fused_attn.masks import Mask
 from fused_attn.nn.x_transformers.cope import mixed
 from fused_attn.nn.x_transformers.intermediates import Intermediates
 from fused_attn.normalizers import Normalizer
@@ -32,7 +33,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Tensor | None
+    mask: Tensor | Mask | None
     biases: tuple[ScoreMod, ...]
     prev_attn: Tensor | None
     causal: bool
@@ -46,6 +47,11 @@ class Inputs:
     def grid(self) -> Grid:
         """The pairs, the last query at the last key."""
         return Grid(self.shape, self.q.device, self.shape[3] - self.shape[2])
+
+    @property
+    def keep(self) -> Tensor | None:
+        """The mask as a bool tensor that broadcasts to the scores."""
+        return self.mask.allowed(self.grid) if isinstance(self.mask, Mask) else self.mask
 
     def scores(self, scoring: Scoring) -> Tensor:
         """Scores of all pairs in the dtype of arithmetic, head n with key head n % kv_heads."""
@@ -82,7 +88,7 @@ def attention(attend: Attend, call: Inputs, attn_delta: Tensor | None, row_mask:
         sink = attend.head_attn_sink.to(sim.dtype)[:, None, None].expand(*sim.shape[:3], 1)
         sim = torch.cat((sink.abs() if attend.cog_signed else sink, sim), -1)
         sign = None if sign is None else torch.cat((sink.sign(), sign), -1)
-    weights = _weights(attend, sim, call.mask)
+    weights = _weights(attend, sim, call.keep)
     weights = weights if attn_delta is None else weights + attn_delta
     weights = weights if sign is None else weights * sign
     dtype = call.q.dtype
@@ -98,7 +104,7 @@ def attention(attend: Attend, call: Inputs, attn_delta: Tensor | None, row_mask:
 def _masked(attend: Attend, sim: Tensor, call: Inputs, row_mask: Tensor | None) -> Tensor:
     """Scores whose hidden pairs hold the lowest number of the inputs' dtype; inverted attention hides rows instead of keys."""
     lowest = torch.finfo(call.q.dtype).min
-    keep = call.mask
+    keep = call.keep
     if attend.inverted_attention:
         keep = None if row_mask is None else row_mask[:, None, :, None]
     sim = sim if keep is None else sim.masked_fill(~keep, lowest)

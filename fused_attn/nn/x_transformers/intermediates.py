@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,3 +104,28 @@ def filled(scores: Tensor) -> Tensor:
     """
     result: Tensor = _Filled.apply(scores)  # type: ignore[no-untyped-call]
     return result
+
+
+@dataclass
+class LayerIntermediates:
+    """What a stack of layers leaves besides its output; also what it goes on from as a ``cache``.
+
+    Args:
+        hiddens: the stream before each self-attention.
+        last_hidden: the output.
+        attn_intermediates: of every attention in the order it ran.
+        layer_hiddens: the stream before each layer, and at the end.
+        block_hiddens: the stream after each block; the last is the output.
+        cache_length: positions so far.
+    """
+
+    hiddens: list[Tensor] = field(default_factory=list)
+    last_hidden: Tensor | None = None
+    attn_intermediates: list[Intermediates] = field(default_factory=list)
+    layer_hiddens: list[Tensor] = field(default_factory=list)
+    block_hiddens: list[Tensor] = field(default_factory=list)
+    cache_length: int = 0
+
+    def __copy__(self) -> LayerIntermediates:
+        """A copy whose lists may change on their own."""
+        return replace(self, attn_intermediates=[copy(left) for left in self.attn_intermediates], block_hiddens=[*self.block_hiddens])
