@@ -1,7 +1,9 @@
 """What a mask function of the transformers package says, found by calling it once with symbols instead of indices.
 
 Its functions take indices (batch, head, query, key) and compare them. Called with symbols, those that compare positions alone leave a
-window, which costs nothing per pair; a function that does anything else is left to whoever evaluates it.
+window, which costs nothing per pair; a function that does anything else is left to whoever evaluates it. Symbols are tensors, so that
+inside a compiler a function may index with them: what it gets meets a symbol next, and there the attempt ends by an exception that can
+be caught.
 """
 
 from __future__ import annotations
@@ -10,9 +12,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 
-class _NoWindow(Exception):
+
+class NoWindowError(Exception):
     """The function does something that no window says."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Keys from ``left`` before the query's position to ``right`` after it; None for no limit."""
+
+    left: int | None = None
+    right: int | None = None
+
+    def __and__(self, other: Window) -> Window:
+        return Window(_smaller(self.left, other.left), _smaller(self.right, other.right))
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:
@@ -20,112 +36,108 @@ def _smaller(a: int | None, b: int | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Keys from ``left`` before the query's position to ``right`` after it; None for no limit. Also what a comparison of symbols gives."""
-
-    left: int | None = None
-    right: int | None = None
-
-    def __and__(self, other: Any) -> Window:
-        if other is True:
-            return self
-        if not isinstance(other, Window):
-            raise _NoWindow
-        return Window(_smaller(self.left, other.left), _smaller(self.right, other.right))
-
-    __rand__ = __and__
-
-    def to(self, *_: Any, **__: Any) -> Window:
-        """The same: functions move what they get to a device or dtype."""
-        return self
-
-    @property
-    def device(self) -> None:
-        """What functions hand to ``to``."""
-        return None
-
-    def __bool__(self) -> bool:
-        raise _NoWindow
-
-
-@dataclass(frozen=True, eq=False)
-class _Index:
-    """query * q + key * k + shift, for positions q and k >= 0."""
+class Number:
+    """query * q + key * k + shift for positions q and k >= 0 that are not known, or the absolute value of that."""
 
     query: int
     key: int
     shift: int = 0
+    is_distance: bool = False
 
-    def new_ones(self, *_: Any, **__: Any) -> Window:
-        """True, as the functions begin a conjunction."""
-        return Window()
+    def plus(self, other: Number, sign: int = 1) -> Number:
+        """The sum, or the difference."""
+        if self.is_distance or other.is_distance:
+            raise NoWindowError
+        return Number(self.query + sign * other.query, self.key + sign * other.key, self.shift + sign * other.shift)
 
-    def __add__(self, other: Any) -> _Index:
-        if isinstance(other, _Index):
-            return _Index(self.query + other.query, self.key + other.key, self.shift + other.shift)
-        return _Index(self.query, self.key, self.shift + _integer(other))
+    def at_most(self, other: Number, less: bool) -> Window:
+        """Where it is <= the other, or less."""
+        linear = Number(self.query, self.key, self.shift)
+        below = linear.plus(other, -1).at_most_zero(less)
+        return below & Number(0, 0).plus(linear, -1).plus(other, -1).at_most_zero(less) if self.is_distance else below
 
-    __radd__ = __add__
-
-    def __neg__(self) -> _Index:
-        return _Index(-self.query, -self.key, -self.shift)
-
-    def __sub__(self, other: Any) -> _Index:
-        return self + (-other if isinstance(other, _Index) else -_integer(other))
-
-    def __rsub__(self, other: Any) -> _Index:
-        return -self + other
-
-    def __abs__(self) -> _Distance:
-        return _Distance(self)
-
-    def __le__(self, other: Any) -> Window:
-        return (self - other).at_most_zero()
-
-    def __lt__(self, other: Any) -> Window:
-        return (self - other + 1).at_most_zero()
-
-    def __ge__(self, other: Any) -> Window:
-        return (-(self - other)).at_most_zero()
-
-    def __gt__(self, other: Any) -> Window:
-        return (-(self - other) + 1).at_most_zero()
-
-    def __eq__(self, other: object) -> Any:
-        raise _NoWindow
-
-    __ne__ = __eq__
-    __hash__ = None  # type: ignore[assignment]
-
-    def at_most_zero(self) -> Window:
-        """Where it is <= 0: k - q <= -shift, q - k <= -shift, or everywhere."""
-        signs = (self.query, self.key)
-        if self.shift <= 0 and signs == (-1, 1):
-            return Window(right=-self.shift)
-        if self.shift <= 0 and signs == (1, -1):
-            return Window(left=-self.shift)
-        if self.shift <= 0 and max(signs) <= 0:
+    def at_most_zero(self, less: bool) -> Window:
+        """Where k - q <= -shift, q - k <= -shift, or everywhere."""
+        limit = -self.shift - less
+        if limit >= 0 and (self.query, self.key) == (-1, 1):
+            return Window(right=limit)
+        if limit >= 0 and (self.query, self.key) == (1, -1):
+            return Window(left=limit)
+        if limit >= 0 and self.query <= 0 and self.key <= 0:
             return Window()
-        raise _NoWindow
+        raise NoWindowError
 
 
-@dataclass(frozen=True)
-class _Distance:
-    """The absolute value of an index."""
+class Symbol(Tensor):
+    """A number that is not known, or what comparing such numbers allows.
 
-    of: _Index
+    Example:
+        >>> q_idx, kv_idx = Symbol.of(Number(1, 0)), Symbol.of(Number(0, 1))
+        >>> (kv_idx <= q_idx).meaning, (abs(q_idx - kv_idx) < 3).meaning
+        (Window(left=None, right=0), Window(left=2, right=2))
+    """
 
-    def __le__(self, other: Any) -> Window:
-        return (self.of <= other) & (-self.of <= other)
+    meaning: Number | Window
 
-    def __lt__(self, other: Any) -> Window:
-        return (self.of < other) & (-self.of < other)
+    @staticmethod
+    def of(meaning: Number | Window) -> Symbol:
+        """A symbol with this meaning."""
+        # Of one dimension: a compiler would ask an index without any for its value.
+        result: Symbol = torch.Tensor._make_subclass(Symbol, torch.zeros((1,), dtype=torch.int64, device="cpu"))
+        result.meaning = meaning
+        return result
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name == "__get__":  # device and dtype, which functions hand to ``to``
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
+        if name == "to":
+            return args[0]
+        if name == "new_ones":
+            return Symbol.of(Window())
+        if name in ("abs", "__abs__"):
+            number = _number(args[0])
+            return Symbol.of(Number(number.query, number.key, number.shift, True))
+        if name in _CONJUNCTIONS:
+            return Symbol.of(_window(args[0]) & _window(args[1]))
+        if name in _OPERATORS:
+            return Symbol.of(_combined(*_OPERATORS[name], args))
+        raise NoWindowError
 
 
-def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _NoWindow
-    return value
+_CONJUNCTIONS = ("__and__", "__rand__", "bitwise_and", "logical_and")
+# Of each operator its kind, and whether its sides change places.
+_OPERATORS = {
+    "add": ("+", False), "__add__": ("+", False), "__radd__": ("+", False),
+    "sub": ("-", False), "__sub__": ("-", False), "rsub": ("-", True), "__rsub__": ("-", True),
+    "le": ("<=", False), "__le__": ("<=", False), "ge": ("<=", True), "__ge__": ("<=", True),
+    "lt": ("<", False), "__lt__": ("<", False), "gt": ("<", True), "__gt__": ("<", True),
+}  # fmt: skip
+
+
+def _combined(kind: str, changed: bool, args: tuple[Any, ...]) -> Number | Window:
+    left, right = _number(args[0]), _number(args[1])
+    if changed:
+        left, right = right, left
+    if kind in ("+", "-"):
+        return left.plus(right, 1 if kind == "+" else -1)
+    return left.at_most(right, kind == "<")
+
+
+def _number(value: Any) -> Number:
+    if isinstance(value, Symbol) and isinstance(value.meaning, Number):
+        return value.meaning
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Number(0, 0, value)
+    raise NoWindowError
+
+
+def _window(value: Any) -> Window:
+    if isinstance(value, Symbol) and isinstance(value.meaning, Window):
+        return value.meaning
+    raise NoWindowError
 
 
 def window_of(mask_function: Callable[..., Any]) -> Window | None:
@@ -140,8 +152,9 @@ def window_of(mask_function: Callable[..., Any]) -> Window | None:
         >>> window_of(lambda b, h, q, kv: kv % 2 == 0) is None
         True
     """
+    other = Symbol.of(Window())  # neither a number nor compared
     try:
-        found = mask_function(_Index(0, 0), _Index(0, 0), _Index(1, 0), _Index(0, 1))
-    except Exception:  # whatever a function does with symbols that are no tensors
+        found = mask_function(other, other, Symbol.of(Number(1, 0)), Symbol.of(Number(0, 1)))
+        return _window(found)
+    except Exception:  # whatever a function does with symbols
         return None
-    return found if isinstance(found, Window) else None
