@@ -33,6 +33,10 @@ class Heads(NamedTuple):
 class Attending(Layer):
     """Base of layers that project, attend over heads, and project back."""
 
+    _uncalled = (
+        "_masked_softmax", "_compute_attention_mask", "_compute_causal_mask", "_compute_sliding_window_mask", "_build_attention", "_make_output_dense",
+    )  # fmt: skip
+
     def __init__(
         self,
         heads: Heads,

@@ -45,6 +45,7 @@ class Attention(Layer):
 
     scale: nn.Parameter | None
     concat_score_weight: nn.Parameter | None
+    _uncalled = ("_calculate_scores", "_apply_scores", "_calculate_score_mask", "_validate_inputs")
 
     def __init__(
         self,

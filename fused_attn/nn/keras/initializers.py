@@ -69,6 +69,16 @@ class Identity(Initializer):
         return self.gain * torch.eye(*shape, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor of the weight's shape as its initialiser."""
+
+    values: Tensor
+
+    def __call__(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        return self.values
+
+
 _CLASSES = (
     Constant, Zeros, Ones, Identity, RandomNormal, TruncatedNormal, RandomUniform, Orthogonal, VarianceScaling,
     GlorotUniform, GlorotNormal, HeUniform, HeNormal, LecunUniform, LecunNormal,
@@ -84,14 +94,8 @@ def get(identifier: Any) -> Callable[..., Any] | None:
         ValueError: nothing is known by that name, or it is no callable.
     """
     if isinstance(identifier, Tensor):
-        return lambda shape, dtype=None: _held(identifier, shape)
+        return Held(identifier)
     return find("an initializer", identifier, _TABLE)
-
-
-def _held(values: Tensor, shape: Shape) -> Tensor:
-    if tuple(values.shape) != tuple(shape):
-        raise ValueError(f"a tensor as initializer must have the weight's shape {list(shape)}; got {list(values.shape)}. Reshape it.")
-    return values
 
 
 def made(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,17 @@ class Layer(nn.Module):
     """
 
     _placement: Tensor
+    # Methods of Keras' layer that nothing here calls, so that an override of one would be silently without effect.
+    _uncalled: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        overridden = [name for name in cls._uncalled if name in vars(cls)]
+        if overridden:
+            raise TypeError(
+                f"{cls.__name__} must override methods that are called; got {', '.join(overridden)}, which the fused path has no use for. "
+                "Override call, or _compute_attention where there is one."
+            )
 
     def __init__(
         self,

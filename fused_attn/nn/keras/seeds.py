@@ -15,11 +15,16 @@ from fused_attn.lowering import Grid
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64
 
 
+def mixed(state: Tensor) -> Tensor:
+    """The seed of one call: of a pair (seed, count of calls), as Keras keeps it too."""
+    return state[0].to(torch.int64) + state[1].to(torch.int64) * _STRIDE
+
+
 class SeedGenerator(nn.Module):
     """A seed and a count of calls, as Keras keeps them (``seed_generator_state``), or torch's generator where there is no seed.
 
-    With a seed, a layer draws the same masks whatever else draws numbers, and another one at each call. Activation checkpointing calls a layer
-    twice for one result: leave the seed out under it.
+    With a seed, a layer draws the same masks whatever else draws numbers, and another one at each call. Leave the seed out under activation
+    checkpointing, which calls a layer twice for one result, and under torch.func's transforms, which let no count change.
 
     Example:
         >>> first, second = SeedGenerator(7), SeedGenerator(7)
@@ -45,7 +50,7 @@ class SeedGenerator(nn.Module):
         """An int64 number on that device."""
         if self.seed is None:
             return torch.randint(2**63 - 1, (), device=device)
-        value = self.seed_generator_state[0] + self.seed_generator_state[1] * _STRIDE
+        value = mixed(self.seed_generator_state)
         with torch.no_grad():
             self.seed_generator_state[1:].add_(1)
         return value.to(device)
