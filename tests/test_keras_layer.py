@@ -267,10 +267,9 @@ def test_initializers_by_seed_tensor_class_and_callable() -> None:
 
 
 @pytest.mark.quick
-def test_torch_func(make: Any) -> None:
-    layer = _built(make(dtype="float64")).eval()
-    if not list(layer.parameters()):
-        pytest.skip("a layer without weights has no gradient by them")
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "no weights"])
+def test_torch_func(kind: str) -> None:
+    layer = _built(LAYERS[kind](dtype="float64")).eval()
     weights = {name: (p * 1.5).detach() for name, p in layer.named_parameters()}
 
     def loss(given: dict[str, Tensor]) -> Tensor:

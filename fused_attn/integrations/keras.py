@@ -110,9 +110,10 @@ def _compute_grouped_attention(
 @cache
 def _layer_class() -> Any:
     keras = _keras()
+    base: Any = keras.layers.MultiHeadAttention
 
     @keras.saving.register_keras_serializable(package="fused_attn")
-    class MultiHeadAttention(keras.layers.MultiHeadAttention):  # type: ignore[misc]
+    class MultiHeadAttention(base):  # type: ignore[misc]
         """Keras' layer on this package's kernels, without a mask tensor for ``use_causal_mask`` or ``sliding_window``.
 
         Args:
