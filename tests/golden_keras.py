@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,8 +25,10 @@ def kept(case: Case) -> Callable[..., Tensor] | None:
     keep = case.tensors.get("aux/dropout_keep")
     if keep is None:
         return None
-    rate, shape = case.spec["ctor"]["dropout"], keep.shape
-    factors = keep.reshape(shape[0], -1, *shape[-2:]).to(torch.float64) / (1 - rate)
+    rate, axes = case.spec["ctor"]["dropout"], len(case.spec.get("attention_axes", [1]))
+    lead, queries, keys = keep.shape[: -2 * axes], keep.shape[-2 * axes : -axes], keep.shape[-axes:]
+    batch, heads = (lead[:-1], lead[-1]) if "attention_axes" in case.spec or len(lead) > 1 else (lead, 1)
+    factors = keep.reshape(math.prod(batch), heads, math.prod(queries), math.prod(keys)).to(torch.float64) / (1 - rate)
 
     def from_case(dropout: Any, grid: Any, dtype: torch.dtype) -> Tensor:
         return grid.crop(factors).to(dtype)
@@ -36,9 +39,9 @@ def kept(case: Case) -> Callable[..., Tensor] | None:
 def make(layer_class: type[Layer], case: Case, **options: Any) -> Layer:
     """The layer with the case's weights, through Keras' list of them."""
     backend = {"backend": "eager"} if "aux/dropout_keep" in case.tensors else {}
-    layer = layer_class(**{**case.spec["ctor"], **options, **backend}, dtype=case.spec["dtype"])
-    layer.set_weights(list(case.below("w").values()))
-    assert list(layer.keras_weights()) == list(case.below("w"))
+    layer = layer_class(**{**case.spec["ctor"], "dtype": case.spec["dtype"], **options, **backend}).eval()
+    weights = case.below("w")
+    layer.set_weights([weights[name] for name in layer._weight_names()])
     return layer
 
 
@@ -49,12 +52,22 @@ def run(case: Case, layer: Layer, call: Callable[[dict[str, Tensor], bool], Any]
     factors = kept(case) or keep_factor
     with mock.patch("fused_attn.backends.eager.keep_factor", factors), mock.patch("fused_attn.nn.keras.seeds.keep_factor", factors):
         out, (explicit, scores) = call(leaves, False), call(leaves, True)
-        dout, dscores = case.tensors["ct/out"], case.tensors["ct/scores"]
-        results = {"out/out": out, "out/out_explicit": explicit, "out/scores": scores}
-        results |= gradients((out * dout).sum(), named, "grad")
-        results |= gradients((explicit * dout).sum(), named, "grad_explicit")
-        results |= gradients((explicit * dout).sum() + (scores * dscores).sum(), named, "grad_s")
+    zero = torch.zeros((), dtype=out.dtype)
+    dout, dscores = (case.tensors.get(f"ct/{name}", zero) for name in ("out", "scores"))
+    sums = {
+        "grad": (out * dout).sum(),
+        "grad_explicit": (explicit * dout).sum(),
+        "grad_s": (explicit * dout).sum() + (scores * dscores).sum(),
+    }
+    results = {"out/out": out, "out/out_explicit": explicit, "out/scores": scores}
+    for name, total in sums.items():
+        results |= gradients(total, named, name)
     return results
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """The call's keywords; scores are asked for both ways."""
+    return {name: value for name, value in case.spec["call"].items() if name != "return_attention_scores"}
 
 
 def attention(layer_class: type[Layer], case: Case) -> dict[str, Tensor]:
@@ -65,8 +78,7 @@ def attention(layer_class: type[Layer], case: Case) -> dict[str, Tensor]:
         inputs = [leaves[name] for name in ("query", "value", "key") if name in leaves]
         return layer(inputs, mask, return_attention_scores=return_scores, **options)
 
-    layer, options = make(layer_class, case), case.spec["call"]
-    layer.eval()
+    layer, options = make(layer_class, case), options_of(case)
     return run(case, layer, call)
 
 
@@ -75,15 +87,13 @@ def multi_head(layer_class: type[Layer], case: Case, **ctor: Any) -> dict[str, T
     if "query_mask" in masks:
         ctor["honour_query_mask"] = True
     given = {name.removesuffix(EXPLICIT): mask for name, mask in masks.items()}
-    layer, options = make(layer_class, case, **ctor), case.spec["call"]
-    layer.eval()
+    layer, options = make(layer_class, case, **ctor), options_of(case)
     return run(case, layer, lambda leaves, scores: layer(**leaves, **given, return_attention_scores=scores, **options))
 
 
 def grouped(case: Case) -> dict[str, Tensor]:
     masks = {name.removesuffix(EXPLICIT): mask for name, mask in case.below("mask").items()}
-    layer, options = make(keras.GroupQueryAttention, case), case.spec["call"]
-    layer.eval()
+    layer, options = make(keras.GroupQueryAttention, case), options_of(case)
     return run(case, layer, lambda leaves, scores: layer(**leaves, **masks, return_attention_scores=scores, **options))
 
 

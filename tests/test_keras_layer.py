@@ -157,7 +157,33 @@ def test_names() -> None:
 
 @pytest.mark.quick
 def test_trainable() -> None:
-    assert not any(p.requires_grad for p in _built(MultiHeadAttention(2, 4, trainable=False)).parameters())
+    layer = _built(MultiHeadAttention(2, 4, trainable=False))
+    assert not any(p.requires_grad for p in layer.parameters())
+    layer.trainable = True
+    assert all(p.requires_grad for p in layer.parameters()) and layer.get_config()["trainable"]
+    late = MultiHeadAttention(2, 4)
+    late.trainable = False
+    assert not any(p.requires_grad for p in _built(late).parameters())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "shapes", [((0, 5, 6), (0, 3, 6)), ((2, 0, 6), (2, 3, 6)), ((2, 5, 6), (2, 0, 6))], ids=["batch", "queries", "keys"]
+)
+def test_sizes_of_zero(make: Any, shapes: Any) -> None:
+    x, y = (torch.randn(shape) for shape in shapes)
+    layer = make()
+    mask = {"mask": [None, torch.ones(y.shape[:2])]} if isinstance(layer, Attention) else {"value_mask": torch.ones(y.shape[:2])}
+    out, scores = run(layer, x, y, **mask, return_attention_scores=True)
+    assert out.shape[:2] == x.shape[:2] and scores.shape[-2:] == (x.shape[1], y.shape[1]) and out.isfinite().all()
+
+
+@pytest.mark.quick
+def test_arrays_of_bfloat16() -> None:
+    layer = _built(AdditiveAttention()).bfloat16()
+    other = AdditiveAttention(dtype="bfloat16")
+    other.set_weights(layer.get_weights())
+    assert torch.equal(run(layer), run(other))
 
 
 @pytest.mark.quick

@@ -117,6 +117,21 @@ def test_overrides_that_nothing_calls_are_refused(base: type, name: str) -> None
         type("Mine", (base,), {name: lambda self: None})
 
 
+def test_an_override_may_call_what_it_defines() -> None:
+    class Mine(Attends):
+        def _masked_softmax(self) -> None:
+            """Its own ``_compute_attention`` may."""
+
+    class Own(Attention):
+        def call(self, inputs: Any, **kwargs: Any) -> Any:
+            return self._calculate_scores(*inputs)
+
+        def _calculate_scores(self, query: Tensor, value: Tensor) -> Tensor:
+            return query @ value.mT
+
+    assert Mine(2, 4)(X, X).shape == X.shape and Own()([X, X]).shape == (2, 5, 5)
+
+
 def programs(page: str, *sections: str) -> list[str]:
     """The Python of a page's sections, each as one program; of the whole page where none is named."""
     text = (ROOT / "docs" / page).read_text()

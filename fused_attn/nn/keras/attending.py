@@ -36,6 +36,7 @@ class Attending(Layer):
     _uncalled = (
         "_masked_softmax", "_compute_attention_mask", "_compute_causal_mask", "_compute_sliding_window_mask", "_build_attention", "_make_output_dense",
     )  # fmt: skip
+    _instead = "_compute_attention"
 
     def __init__(
         self,

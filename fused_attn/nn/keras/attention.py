@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,11 +115,11 @@ class Attention(Layer):
         query, value = inputs[:2]
         key = inputs[2] if len(inputs) > 2 else value
         lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, value, key)))
-        q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, 1, *t.shape[-2:]) for t in (query, key, value))
+        q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(math.prod(lead), 1, *t.shape[-2:]) for t in (query, key, value))
         query_mask, value_mask = (None, None) if mask is None else mask[:2]
         allowed: Mask | None = Causal() if use_causal_mask else None
         if value_mask is not None:
-            keep = Dense(_placed("value_mask", value_mask, lead, value.shape[-2]).reshape(-1, 1, 1, value.shape[-2]))
+            keep = Dense(_placed("value_mask", value_mask, lead, value.shape[-2]).reshape(math.prod(lead), 1, 1, value.shape[-2]))
             allowed = keep if allowed is None else allowed & keep
         out, scores = self._attend(q, k, v, allowed, training, return_attention_scores)
         out = out.reshape(*lead, *out.shape[-2:])

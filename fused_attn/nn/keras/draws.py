@@ -43,7 +43,7 @@ class Initializer(Configured):
 
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
-    if seed is None:
+    if seed is None or device.type == "meta":
         return None
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"an initialiser's seed must be an int or None; got {type(seed).__name__}. Draw one number of your generator.")

@@ -44,16 +44,18 @@ class Layer(nn.Module):
     """
 
     _placement: Tensor
-    # Methods of Keras' layer that nothing here calls, so that an override of one would be silently without effect.
+    # Methods of Keras' layer that nothing here calls, so that an override would be silently without effect, unless it comes with one of the method named.
     _uncalled: ClassVar[tuple[str, ...]] = ()
+    _instead: ClassVar[str] = "call"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        owner = next(c for c in cls.__mro__ if "_uncalled" in vars(c))
         overridden = [name for name in cls._uncalled if name in vars(cls)]
-        if overridden:
+        if overridden and getattr(cls, cls._instead) is getattr(owner, cls._instead):
             raise TypeError(
                 f"{cls.__name__} must override methods that are called; got {', '.join(overridden)}, which the fused path has no use for. "
-                "Override call, or _compute_attention where there is one."
+                f"Override {cls._instead}."
             )
 
     def __init__(
@@ -74,7 +76,7 @@ class Layer(nn.Module):
         if not isinstance(self.name, str) or "/" in self.name:
             raise ValueError(f"name must be a str without '/'; got {described(name)}. Leave it out for one made of the class' name.")
         self._policy = DTypePolicy.of(dtype)
-        self.trainable, self.autocast, self.backend = trainable, autocast, backend
+        self._trainable, self.autocast, self.backend = trainable, autocast, backend
         self.activity_regularizer = regularizers.get(activity_regularizer)
         self.built = False
         self._losses: list[Tensor] = []
@@ -87,6 +89,17 @@ class Layer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Penalties belong to a graph, which neither deepcopy nor pickle can take along."""
         return {**self.__dict__, "_losses": []}
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the parameters require gradients; what is set holds for those that are made later, too."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        for layer in self._layers():
+            layer._trainable = value
+        self.requires_grad_(value)
 
     @property
     def variable_dtype(self) -> torch.dtype:
@@ -183,8 +196,9 @@ class Layer(nn.Module):
         return {name.replace(".", "/"): parameter for name, parameter in self.named_parameters()}
 
     def get_weights(self) -> list[Any]:
-        """Numpy arrays in Keras' order, as ``keras.layers.Layer.get_weights`` gives them."""
-        return [parameter.detach().cpu().numpy() for parameter in self.keras_weights().values()]
+        """Numpy arrays in Keras' order, as ``keras.layers.Layer.get_weights`` gives them; float32 for bfloat16, which numpy does not have."""
+        held = [p.detach().cpu() for p in self.keras_weights().values()]
+        return [(p.float() if p.dtype == torch.bfloat16 else p).numpy() for p in held]
 
     @torch.no_grad()
     def set_weights(self, weights: Iterable[Any]) -> None:
