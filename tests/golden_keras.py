@@ -37,11 +37,10 @@ def kept(case: Case) -> Callable[..., Tensor] | None:
 
 
 def make(layer_class: type[Layer], case: Case, **options: Any) -> Layer:
-    """The layer with the case's weights, through Keras' list of them."""
+    """The layer with the case's weights, by Keras' names."""
     backend = {"backend": "eager"} if "aux/dropout_keep" in case.tensors else {}
     layer = layer_class(**{**case.spec["ctor"], "dtype": case.spec["dtype"], **options, **backend}).eval()
-    weights = case.below("w")
-    layer.set_weights([weights[name] for name in layer._weight_names()])
+    layer.set_weights(case.below("w"))
     return layer
 
 

@@ -1,4 +1,4 @@
-"""Layers of ``fused_attn.nn.keras`` in one graph: results, penalties and gradients of the layer that was not compiled."""
+"""Layers of ``fused_attn.nn.keras`` under torch's compilers and transforms: results, penalties and gradients of the layer itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.utils.checkpoint
 
 from fused_attn.nn.keras import AdditiveAttention, Attention, GroupQueryAttention, MultiHeadAttention
 from fused_attn.nn.keras.layer import Layer
@@ -50,3 +51,38 @@ def test_one_graph(kind: str, return_scores: bool) -> None:
         found.append([*outputs, *owner.losses(), *torch.autograd.grad(total, list(owner.parameters()))])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Wrapped(torch.nn.Module):
+    """A layer as a function of one tensor."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if isinstance(self.layer, Attention):
+            return self.layer([x, x], [None, KEEP], use_causal_mask=True)
+        return self.layer(x, x, value_mask=KEEP, use_causal_mask=True)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_export_and_vmap(kind: str) -> None:
+    x, model = torch.randn(2, 5, 6), Wrapped(LAYERS[kind]()).eval()
+    want = model(x)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), want)
+    stacked = {name: torch.stack([p, 2 * p]).detach() for name, p in model.named_parameters()}
+    several = torch.func.vmap(lambda weights: torch.func.functional_call(model, weights, (x,)))(stacked)
+    torch.testing.assert_close(several[0], want)
+    model.layer.set_weights([2 * p for p in model.layer.parameters()])
+    torch.testing.assert_close(several[1], model(x))
+
+
+def test_checkpointing_drops_the_same_twice() -> None:
+    layer, x = MultiHeadAttention(2, 4, dropout=0.5), torch.randn(2, 5, 6, requires_grad=True)
+    layer(x, x)
+    grads = []
+    for run in (layer, lambda *a: torch.utils.checkpoint.checkpoint(layer, *a, use_reentrant=False)):
+        torch.manual_seed(1)
+        grads += torch.autograd.grad(run(x, x).square().sum(), x)
+    torch.testing.assert_close(*grads)

@@ -63,7 +63,11 @@ def test_weights_have_the_names_shapes_and_order_of_keras() -> None:
 def test_weights_move_into_a_layer_that_is_not_built(make: Any) -> None:
     layer = make()
     out = run(layer, training=False)
-    for fill in (lambda new: new.load_state_dict(layer.state_dict()), lambda new: new.set_weights(layer.get_weights())):
+    for fill in (
+        lambda new: new.load_state_dict(layer.state_dict()),
+        lambda new: new.set_weights(layer.get_weights()),
+        lambda new: new.set_weights(layer.keras_weights()),
+    ):
         new = make()
         fill(new)
         assert new.built and torch.equal(run(new, training=False), out)
@@ -77,6 +81,8 @@ def test_wrong_weights_are_refused() -> None:
     layer = LAYERS["heads"]()
     with pytest.raises(ValueError, match="must get 8 weights"):
         layer.set_weights([torch.ones(1)])
+    with pytest.raises(ValueError, match="must get weights named query/kernel"):
+        layer.set_weights({"query/kernel": torch.ones(6, 2, 4)})
     run(layer)
     with pytest.raises(ValueError, match=r"key/bias must have shape \[2, 4\]; got \[2, 5\]"):
         layer.set_weights([w if w.dim() > 2 else torch.zeros(2, 5 if n == 3 else 4) for n, w in enumerate(layer.parameters())])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -201,14 +201,21 @@ class Layer(nn.Module):
         return [(p.float() if p.dtype == torch.bfloat16 else p).numpy() for p in held]
 
     @torch.no_grad()
-    def set_weights(self, weights: Iterable[Any]) -> None:
-        """Copies arrays or tensors in Keras' order, such as ``get_weights()`` of a layer of Keras; builds the layer if it is not built.
+    def set_weights(self, weights: Iterable[Any] | Mapping[str, Any]) -> None:
+        """Copies arrays or tensors in Keras' order, or by Keras' names; builds the layer if it is not built.
+
+        Args:
+            weights: such as ``get_weights()`` of a layer of Keras, or ``keras_weights()``.
 
         Raises:
-            ValueError: their number or a shape is not the layer's.
+            ValueError: their number, a name or a shape is not the layer's.
         """
-        values = [torch.as_tensor(weight, device=self._placement.device) for weight in weights]
         names = self._weight_names()
+        if isinstance(weights, Mapping):
+            if set(weights) != set(names):
+                raise ValueError(f"{self.name} must get weights named {', '.join(names)}; got {', '.join(weights)}. Pass one for each.")
+            weights = [weights[name] for name in names]
+        values = [torch.as_tensor(weight, device=self._placement.device) for weight in weights]
         if len(values) != len(names):
             raise ValueError(f"{self.name} must get {len(names)} weights ({', '.join(names)}); got {len(values)}. Pass one for each.")
         if not self.built:
