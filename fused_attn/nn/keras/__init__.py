@@ -9,7 +9,8 @@ Example:
 """
 
 from fused_attn.nn.keras import constraints, initializers, regularizers
-from fused_attn.nn.keras.attention import AdditiveAttention, Attention
+from fused_attn.nn.keras.additive import AdditiveAttention
+from fused_attn.nn.keras.attention import Attention
 from fused_attn.nn.keras.flash import disable_flash_attention, enable_flash_attention, is_flash_attention_enabled
 from fused_attn.nn.keras.grouped import GroupQueryAttention
 from fused_attn.nn.keras.layer import Layer

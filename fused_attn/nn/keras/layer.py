@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from fused_attn.checks import described
 from fused_attn.nn.keras import initializers, regularizers
 from fused_attn.nn.keras.lookup import Config, serialized, snake_case
 from fused_attn.nn.keras.policies import DTypePolicy
+from fused_attn.nn.keras.weights import Weights
 
 Shape = Sequence[int | None]
 _counts: defaultdict[str, int] = defaultdict(int)
@@ -24,7 +25,7 @@ def _unique(prefix: str) -> str:
     return prefix if _counts[prefix] == 1 else f"{prefix}_{_counts[prefix] - 1}"
 
 
-class Layer(nn.Module):
+class Layer(Weights):
     """Base of the layers: ``forward`` builds, casts and collects penalties around ``call``, which holds the layer's own computation.
 
     Parameters are made by ``build``, which the first call and ``load_state_dict`` run; call it yourself before you hand parameters to an
@@ -43,7 +44,6 @@ class Layer(nn.Module):
         ValueError: the name or dtype is none, or a keyword is unknown.
     """
 
-    _placement: Tensor
     # Methods of Keras' layer that nothing here calls, so that an override would be silently without effect, unless it comes with one of the method named.
     _uncalled: ClassVar[tuple[str, ...]] = ()
     _instead: ClassVar[str] = "call"
@@ -78,7 +78,6 @@ class Layer(nn.Module):
         self._policy = DTypePolicy.of(dtype)
         self._trainable, self.autocast, self.backend = trainable, autocast, backend
         self.activity_regularizer = regularizers.get(activity_regularizer)
-        self.built = False
         self._losses: list[Tensor] = []
         self._regularizers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._constraints: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -190,55 +189,6 @@ class Layer(nn.Module):
             for name, constraint in layer._constraints.items():
                 weight = layer.get_parameter(name)
                 weight.copy_(constraint(weight))
-
-    def keras_weights(self) -> dict[str, nn.Parameter]:
-        """Parameters by Keras' names ("query/kernel"), in Keras' order and shapes; empty before ``build``."""
-        return {name.replace(".", "/"): parameter for name, parameter in self.named_parameters()}
-
-    def get_weights(self) -> list[Any]:
-        """Numpy arrays in Keras' order, as ``keras.layers.Layer.get_weights`` gives them; float32 for bfloat16, which numpy does not have."""
-        held = [p.detach().cpu() for p in self.keras_weights().values()]
-        return [(p.float() if p.dtype == torch.bfloat16 else p).numpy() for p in held]
-
-    @torch.no_grad()
-    def set_weights(self, weights: Iterable[Any] | Mapping[str, Any]) -> None:
-        """Copies arrays or tensors in Keras' order, or by Keras' names; builds the layer if it is not built.
-
-        Args:
-            weights: such as ``get_weights()`` of a layer of Keras, or ``keras_weights()``.
-
-        Raises:
-            ValueError: their number, a name or a shape is not the layer's.
-        """
-        names = self._weight_names()
-        if isinstance(weights, Mapping):
-            if set(weights) != set(names):
-                raise ValueError(f"{self.name} must get weights named {', '.join(names)}; got {', '.join(weights)}. Pass one for each.")
-            weights = [weights[name] for name in names]
-        values = [torch.as_tensor(weight, device=self._placement.device) for weight in weights]
-        if len(values) != len(names):
-            raise ValueError(f"{self.name} must get {len(names)} weights ({', '.join(names)}); got {len(values)}. Pass one for each.")
-        if not self.built:
-            self._build_from({name: tuple(value.shape) for name, value in zip(names, values, strict=True)})
-        for (name, parameter), value in zip(self.keras_weights().items(), values, strict=True):
-            if parameter.shape != value.shape:
-                raise ValueError(f"{self.name} {name} must have shape {list(parameter.shape)}; got {list(value.shape)}. Reshape it.")
-            parameter.copy_(value)
-
-    def _weight_names(self) -> list[str]:
-        """Keras' names of the weights, also before ``build``."""
-        return list(self.keras_weights())
-
-    def _build_from(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Builds for weights of these shapes, by their Keras names."""
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Builds first, where the state holds every weight."""
-        if not self.built:
-            keys = {name: prefix + name.replace("/", ".") for name in self._weight_names()}
-            if all(key in state_dict for key in keys.values()):
-                self._build_from({name: tuple(state_dict[key].shape) for name, key in keys.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_config(self) -> Config:
         """Arguments that make the same layer, in the form that Keras reads; callables of the user's own come back as they are."""
