@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,28 +129,7 @@ def test_an_override_may_call_what_it_defines() -> None:
     assert Mine(2, 4)(X, X).shape == X.shape and Own()([X, X]).shape == (2, 5, 5)
 
 
-def programs(page: str, *sections: str) -> list[str]:
-    """The Python of a page's sections, each as one program; of the whole page where none is named."""
-    text = (ROOT / "docs" / page).read_text()
-    parts = [re.search(rf"^## {re.escape(s)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1] for s in sections] or [text]  # type: ignore[index]
-    return ["\n".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)) for part in parts]
-
-
-@pytest.mark.parametrize(
-    "program",
-    [*programs("subclassing-keras.md"), *programs("migrating.md", "Keras", "TF-Keras 2.11")],
-    ids=["guide", "Keras", "TF-Keras 2.11"],
-)
-def test_pages_run(program: str) -> None:
-    assert program
-    exec(compile(program, "docs", "exec"), {})
-
-
-def test_the_example_checks_itself() -> None:
-    example = ROOT / "examples" / "keras_layer.py"
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FUSED_ATTN_LIBRARY")}
-    done = subprocess.run(
-        [sys.executable, str(example)], capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)}, check=False
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "agree with plain torch" in done.stdout and len(example.read_text().splitlines()) < 60
+@pytest.mark.parametrize("title", ["Keras", "TF-Keras 2.11"])
+def test_the_page_of_migrating_runs(title: str) -> None:
+    section = (ROOT / "docs" / "migrating.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)), title, "exec"), {})
