@@ -18,16 +18,22 @@ from tests.golden_cases import Case, Runner, gradients
 ARRAYS = ("qk_similarities", "pre_softmax", "post_softmax")
 
 
+def noise(case: Case, word: str) -> list[Tensor]:
+    """The case's tensors of some randomness, in the order of the layers that draw it."""
+    return [t for name, t in sorted(case.below("aux").items()) if word in name]
+
+
 @contextmanager
 def injected(case: Case) -> Iterator[None]:
     """Noise and removed weights as the case has them, where this package draws its own."""
-    aux, draw = case.below("aux"), torch.Tensor.exponential_
+    gumbels, keeps, draw = iter(noise(case, "gumbel")), iter(noise(case, "dropout_keep")), torch.Tensor.exponential_
 
     def exponential(tensor: Tensor, *args: Any) -> Tensor:
-        return tensor.copy_((-aux["gumbel"]).exp()) if "gumbel" in aux else draw(tensor, *args)
+        gumbel = next(gumbels, None)
+        return draw(tensor, *args) if gumbel is None else tensor.copy_((-gumbel).exp())
 
     def keep(dropout: Any, grid: Any, dtype: torch.dtype) -> Tensor:
-        return aux["dropout_keep"].to(dtype) / (1 - dropout.p)
+        return next(keeps).to(dtype) / (1 - dropout.p)
 
     with (
         patch.object(torch.Tensor, "exponential_", exponential),
@@ -35,6 +41,14 @@ def injected(case: Case) -> Iterator[None]:
         patch.object(dense, "keep_factor", keep),
     ):
         yield
+
+
+def built(cls: Any, case: Case, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """The module, in the case's mode, and the other arguments of its call; what is injected is known to eager alone."""
+    call = dict(case.spec["call"])
+    backend = "eager" if noise(case, "dropout_keep") else "auto"
+    module = cls(**{**case.spec["ctor"], **more}, backend=backend).train(bool(call.pop("training", False)))
+    return module, call
 
 
 def leaves(case: Case, module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -67,14 +81,12 @@ def graded(case: Case, got: dict[str, Tensor], named: dict[str, Tensor]) -> dict
 
 def attend(case: Case) -> dict[str, Tensor]:
     """A case of ``Attend``."""
-    ctor, call, masks = dict(case.spec["ctor"]), case.spec["call"], case.below("mask")
-    if "cope" in ctor:
-        ctor["cope"] = CoPE(case.tensors["in/q"].shape[-1], ctor["heads"], **ctor["cope"])
-    dropped = "aux/dropout_keep" in case.tensors
-    module = Attend(**ctor, backend="eager" if dropped else "auto").train(call["training"])
+    ctor = case.spec["ctor"]
+    cope = {"cope": CoPE(case.tensors["in/q"].shape[-1], ctor["heads"], **ctor["cope"])} if ctor.get("cope") else {}
+    module, call = built(Attend, case, **cope)
     inputs, named = leaves(case, module)
     with injected(case):
-        out, left = module(**inputs, **masks, causal=call["causal"])
+        out, left = module(**inputs, **case.below("mask"), **call)
     return graded(case, {"out/out": out, **({} if ctor.get("flash") else arrays_of(left))}, named)
 
 
@@ -107,8 +119,7 @@ def attention(case: Case) -> dict[str, Tensor]:
 
 def attention_with(case: Case, rel_pos: torch.nn.Module | None) -> dict[str, Tensor]:
     """A case of ``Attention`` with a bias by distance."""
-    module = xt.Attention(**case.spec["ctor"]).eval()
-    more: dict[str, Any] = {}
+    module, more = built(xt.Attention, case)
     if rel_pos is not None:
         module.add_module("rel_pos", rel_pos)
         more["rel_pos"] = rel_pos
@@ -117,14 +128,14 @@ def attention_with(case: Case, rel_pos: torch.nn.Module | None) -> dict[str, Ten
         rotary = xt.RotaryEmbedding(2 * len(case.tensors["buf/rotary.inv_freq"])).to(inputs["x"].dtype)
         more["rotary_pos_emb"] = rotary.forward_from_seq_len(inputs["x"].shape[1])
     with injected(case):
-        out, left = module(**inputs, **case.below("mask"), **case.spec["call"], **more, return_intermediates=True)
+        out, left = module(**inputs, **case.below("mask"), **more, return_intermediates=True)
     return graded(case, {"out/out": out, **arrays_of(left)}, named)
 
 
 def stack(case: Case) -> dict[str, Tensor]:
     """A case of a stack of layers, whose class has the target's name."""
-    name, call = case.spec["target"].rpartition(".")[2], dict(case.spec["call"])
-    module = getattr(xt, name)(**case.spec["ctor"]).eval()
+    name = case.spec["target"].rpartition(".")[2]
+    module, call = built(getattr(xt, name), case)
     if name == "PrefixDecoder" and "prefix_attn_len" not in call:  # the first query sees the prefix and itself
         seen = case.tensors["out/pre_softmax.0"][:, 0, 0] > torch.finfo(torch.float32).min
         call["prefix_attn_len"] = seen.sum(-1)

@@ -103,6 +103,27 @@ def test_gradients_flow_through_what_is_read(name: str) -> None:
 
 
 @pytest.mark.quick
+def test_arrays_are_those_of_the_call_wherever_they_are_read() -> None:
+    """Gradients though they are read without; autocast's dtype; the sinks of the call."""
+    q, k, v = qkv(5)
+    attend = Attend(head_learned_sink=True, heads=4).double()
+    _, left = attend(q, k, v)
+    _, right = attend(q, k, v)
+    want = right.post_softmax_attn
+    with torch.no_grad():
+        attend.head_attn_sink.add_(3)
+        got = left.post_softmax_attn
+    assert got.requires_grad
+    torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, left = Attend()(q.float(), k.bfloat16(), v.float())
+    assert left.post_softmax_attn.dtype == torch.bfloat16
+    with torch.no_grad():
+        _, left = Attend()(q, k, v)
+    assert not left.post_softmax_attn.requires_grad
+
+
+@pytest.mark.quick
 def test_rows_without_keys() -> None:
     """Zeros where the mask alone leaves none; where causality takes the last one, the mean of all values, or zeros with flash."""
     q, k, v = qkv(4)
@@ -221,6 +242,23 @@ def test_a_prefix_is_causal_from_there_on() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"attn_num_mem_kv": 2}, {"attn_max_attend_past": 3}, {"attn_post_talking_heads": True}],
+    ids=lambda o: next(iter(o), "plain"),
+)
+@pytest.mark.parametrize("cls", [Encoder, Decoder], ids=lambda cls: cls.__name__)
+def test_masks_of_this_package_are_those_of_arrays(cls: Any, more: dict[str, Any]) -> None:
+    stack, x = cls(**SMALL, **more).eval(), inputs()
+    ids, places = torch.tensor([0] * 4 + [1] * 7), torch.arange(11)
+    cases = [(fa.Band(3), (places[:, None] - places).abs() < 3)]
+    cases += [] if "attn_num_mem_kv" in more else [(fa.Documents(ids), ids[:, None] == ids)]
+    for mask in (None, places < torch.tensor([[11], [6]])):
+        for pairs, array in cases:
+            torch.testing.assert_close(stack(x, mask=mask, attn_mask=pairs), stack(x, mask=mask, attn_mask=array), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
 def test_explain_is_honest() -> None:
     q, k, v = qkv(512, dtype=torch.float32)
     assert Attend(causal=True, selective=True).explain(q, k, v).chosen == "cpu"
@@ -250,12 +288,6 @@ def test_clipping_bounds_the_scores() -> None:
 
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
-    "num_residual_streams": {"num_residual_streams": 2},
-    "integrate_layers": {"integrate_layers": True},
-    "attn_aggregated_residuals": {"attn_aggregated_residuals": True},
-    "gated_multi_residual": {"gated_multi_residual": True},
-    "qkv_receive_diff_residuals": {"qkv_receive_diff_residuals": True},
-    "hybrid_module": {"attn_hybrid_module": torch.nn.Identity()},
     "flash_pack_seq": {"attn_flash_pack_seq": True, "attn_flash": True},
     "cope_soft_onehot_pos": {"attn_use_cope": True, "attn_cope_soft_onehot_pos": True},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import seed as random_seed
 from typing import Any
 
 import pytest
@@ -80,6 +81,21 @@ DECODERS: dict[str, dict[str, Any]] = {
     "reinjected": {"reinject_input": True, "learned_reinject_input_gate": True},
     "clamped_output": {"softclamp_output": True, "softclamp_output_value": 1.0},
     "per_layer_options": {"attn_kv_heads": (4, 2), "ff_glu": (True, False), "attn_sparse_topk": (None, 2)},
+    "hyper_connections": {"num_residual_streams": 3},
+    "hyper_connections_three_views": {"num_residual_streams": 2, "qkv_receive_diff_residuals": True, "attn_kv_heads": 2},
+    "gated_streams": {"num_residual_streams": 2, "gated_multi_residual": True, "residual_fn_kwargs": {"read_gate_rank": 4}},
+    "gated_streams_three_views": {
+        "num_residual_streams": 2, "gated_multi_residual": True, "residual_fn_kwargs": {"read_gate_rank": 4}, "qkv_receive_diff_residuals": True,
+    },
+    "integrated_layers": {"integrate_layers": True},
+    "integrated_layers_relu": {"integrate_layers": True, "layer_integrate_use_softmax": False, "num_residual_streams": 1},
+    "attention_over_depth": {"attn_aggregated_residuals": True, "attn_aggregated_residual_kwargs": {"lora_rank": 8}},
+    "attention_over_depth_three_views": {
+        "attn_aggregated_residuals": True, "attn_aggregated_residual_kwargs": {"lora_rank": 8}, "qkv_receive_diff_residuals": True,
+    },
+    "recurrence_beside": {
+        "attn_hybrid_module": torch.nn.GRU(32, 32, batch_first=True), "attn_hybrid_fold_axial_dim": 2, "attn_hybrid_learned_mix": True,
+    },
     "ff_variants": {"ff_relu_squared": True, "ff_post_act_ln": True, "ff_no_bias": True},
     "ff_solu": {"ff_solu": True, "ff_softclamp_value": 1.0},
     "ff_gated_clamped": {"ff_glu": True, "ff_glu_mult_bias": True, "ff_glu_softclamp": True},
@@ -291,3 +307,91 @@ def test_refused_by_both(name: str) -> None:
     for package in (ours, theirs):
         with pytest.raises(AssertionError):
             getattr(package, cls)(**options)
+
+
+def test_log_probabilities_of_drawn_keys() -> None:
+    a, b, dtype = pair("Decoder", {"attn_gumbel_softmax": True})
+    x = torch.randn(2, LENGTH, DIM, dtype=dtype)
+    found = []
+    for model in (a, b):
+        torch.manual_seed(3)
+        out, left = model(x, return_gumbel_log_probs=True)
+        found.append([out, *(of.log_probs for of in left.attn_intermediates)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["layer_dropout", "cross_attn_tokens_dropout"])
+def test_what_training_leaves_out(name: str) -> None:
+    a, b, dtype = pair("Decoder", {name: 0.5, "cross_attend": True, "depth": 3, "residual_attn": True})
+    x, context = torch.randn(2, LENGTH, DIM, dtype=dtype), torch.randn(2, 8, DIM, dtype=dtype)
+    found = []
+    for model in (a.train(), b.train()):
+        torch.manual_seed(3)
+        random_seed(3)
+        found.append(model(x, context=context, context_mask=torch.arange(8) < torch.tensor([[8], [5]])))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_decoding_with_a_context_from_a_cache() -> None:
+    a, b, dtype = pair("Decoder", {"cross_attend": True, "residual_attn": True, "cross_residual_attn": True, "add_value_residual": True})
+    x, context = torch.randn(2, LENGTH, DIM, dtype=dtype), torch.randn(2, 5, DIM, dtype=dtype)
+    found = []
+    for model in (a, b):
+        out, cache = model(x[:, :3], context=context, return_hiddens=True)
+        outs = [out]
+        for end in range(4, LENGTH + 1):
+            out, cache = model(x[:, :end], context=context, cache=cache, return_hiddens=True)
+            outs.append(out)
+        found.append(torch.cat(outs, 1))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["rotary_rmsnorm_swiglu", "real_former_three_layers", "real_former_selective_grouped", "pre_and_post_simple"]
+)
+def test_inside_the_wrappers_of_the_package(name: str) -> None:
+    a, b, _ = pair("Decoder", DECODERS[name])
+    tokens, keep = torch.randint(50, (2, 12)), torch.arange(12) < torch.tensor([[12], [9]])
+    wrapped = [theirs.TransformerWrapper(num_tokens=50, max_seq_len=32, attn_layers=layers).double().eval() for layers in (a, b)]
+    wrapped[0].load_state_dict(wrapped[1].state_dict())
+    torch.testing.assert_close(*(w(tokens, mask=keep) for w in wrapped), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(w(tokens, return_attn=True)[1] for w in wrapped), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(w(tokens, return_attn_z_loss=True)[1].attn_z_loss for w in wrapped), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(w(tokens, return_mems=True)[1] for w in wrapped), rtol=1e-9, atol=1e-9)
+    generated = [theirs.AutoregressiveWrapper(w).generate(tokens[:, :3], 8, temperature=0.0) for w in wrapped]
+    assert torch.equal(*generated)
+
+
+LAYERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "no_projection": ({"project_out": False}, dict),
+    "zero_output": ({"zero_init_output": True}, dict),
+    "one_head": ({"heads": 1, "dim_head": DIM}, dict),
+    "sizes": ({"dim_out": 20, "dim_context": 24, "value_dim_head": 12}, lambda: {"context": random(2, 4, 24)}),
+    "inverted": ({"inverted_attention": True}, lambda: {"context": random(2, 4, DIM), "mask": torch.rand(2, LENGTH) > 0.3}),
+    "deltas": ({"causal": True}, lambda: {"q_delta": random(2, LENGTH, DIM), "attn_delta": random(2, HEADS, LENGTH, LENGTH)}),
+    "scores_of_a_layer_before": ({"kv_heads": 2}, lambda: {"prev_attn": random(2, HEADS, LENGTH, LENGTH)}),
+    "value_residual": ({}, lambda: {"value_residual": random(2, HEADS, LENGTH, 8)}),
+    "memories": ({}, lambda: {"mem": random(2, 3, DIM), "mem_mask": torch.rand(2, 3) > 0.5}),
+    "custom": ({"custom_attn_fn": torch.sigmoid}, dict),
+    "views": ({"qkv_receive_diff_residuals": True}, dict),
+    "forgetting_scaled": ({"data_dependent_alibi": True, "causal": True, "data_dependent_alibi_kwargs": {"post_log_scale": 0.5}}, dict),
+    "topk_gates": ({"sparse_topk": 3, "gate_values": True, "gate_values_rank": 3, "low_rank_silu_gates": False}, dict),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name: str) -> None:
+    options, call = LAYERS[name]
+    options = {"dim": DIM, "dim_head": 8, "heads": HEADS, **options}
+    torch.manual_seed(0)
+    a, b = ours.Attention(**options).double().eval(), theirs.Attention(**options).double().eval()
+    for p in b.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.2)
+    getattr(b.attend.attn_fn, "keywords", {}).pop("dtype", None)
+    a.load_state_dict(b.state_dict())
+    given = call()
+    x = random(3, 2, LENGTH, DIM) if "views" in name else random(2, LENGTH, DIM)
+    (got, left), (want, right) = a(x, **given, return_intermediates=True), b(x, **given, return_intermediates=True)
+    for ours_is, theirs_is in zip((got, *left.to_tuple(), left.values), (want, *right.to_tuple(), right.values), strict=True):
+        torch.testing.assert_close(ours_is, theirs_is, rtol=1e-9, atol=1e-9)

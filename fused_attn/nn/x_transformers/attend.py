@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,8 @@ class _Fused:
     keywords: dict[str, Any]
     order: HeadOrder
     prev_attn: ScoreMod | None
+    grad: bool
+    autocast: torch.dtype | None
 
     def run(self, **more: Any) -> Any:
         return attention(*self.tensors, **{**self.keywords, **more})
@@ -201,12 +204,12 @@ class Attend(nn.Module):
         self.head_attn_sink = constant(0.0, heads or 0) if head_learned_sink else None
         self.cope = cope
 
-    def scoring(self, head_dim: int) -> Scoring:
+    def scoring(self, head_dim: int, flash: bool) -> Scoring:
         """How a score comes from a query and a key of that size."""
         if not self.l2_distance:
             return DotProduct(self.scale)
         # The package's flash path writes distances as products of vectors with two more elements, whose number its default scale counts.
-        return NegativeL2((head_dim + 2 * self.flash) ** -0.5 if self.scale is None else self.scale)
+        return NegativeL2((head_dim + 2 * flash) ** -0.5 if self.scale is None else self.scale)
 
     def forward(
         self,
@@ -306,8 +309,8 @@ class Attend(nn.Module):
             "attn_delta": attn_delta is not None,
             "sigmoid with head_learned_sink": isinstance(self.normalizer, Sigmoid) and self.head_attn_sink is not None,
         }
-        if self.normalizer is not None and not isinstance(self.normalizer, Sigmoid):
-            options[type(self.normalizer).__name__.lower()] = True
+        kinds = {"hard": Hard, "sparse_topk": TopK, "gumbel_softmax": Gumbel}
+        options |= {name: isinstance(self.normalizer, kind) for name, kind in kinds.items()}
         return next((name for name, given in options.items() if given), "")
 
     def _fused(self, call: Inputs) -> _Fused:
@@ -322,16 +325,19 @@ class Attend(nn.Module):
         uniform = emptied and not self.flash and self.normalizer is None and self.head_attn_sink is None
         keywords = {
             "mask": mask,
-            "scoring": self.scoring(call.q.shape[3]),
+            "scoring": self.scoring(call.q.shape[3], self.flash),
             "q_offset": call.shape[3] - call.shape[2],
             "score_mods": tuple(mods),
-            "sinks": None if self.head_attn_sink is None else order.grouped(self.head_attn_sink, 0),
+            # A copy, for a parameter may be stepped on before an array is read.
+            "sinks": None if self.head_attn_sink is None else order.grouped(self.head_attn_sink.clone(), 0),
             "dropout": Dropout(self.dropout) if self.training and self.dropout > 0 else None,
             "normalizer": self.normalizer,
             "empty_rows": "uniform" if uniform else "zero",
             "backend": self.backend,
         }
-        return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev)
+        device = call.q.device.type
+        autocast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+        return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev, torch.is_grad_enabled(), autocast)
 
     def _run(self, fused: _Fused) -> tuple[Tensor, Intermediates]:
         arrays = Intermediates(**{name: partial(_array, fused, name) for name in ARRAYS})  # type: ignore[arg-type]
@@ -343,8 +349,11 @@ class Attend(nn.Module):
 
 
 def _array(fused: _Fused, name: str) -> Tensor:
-    """A function by its name, for a compiled graph can give it out where it cannot give out a method."""
-    return fused.array(name)
+    """One of the arrays as the call would have given it, wherever it is read; a function, for a compiled graph cannot give out a method."""
+    device = fused.tensors[0].device.type
+    mode = nullcontext() if fused.autocast is None else torch.autocast(device, dtype=fused.autocast)
+    with torch.set_grad_enabled(fused.grad), mode:
+        return fused.array(name)
 
 
 def _mask(call: Inputs, order: HeadOrder) -> Mask | None:

@@ -15,18 +15,19 @@ from fused_attn.nn.x_transformers.cope import CoPE
 from fused_attn.nn.x_transformers.feedforward import begin_output, softclamp
 from fused_attn.nn.x_transformers.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
 from fused_attn.nn.x_transformers.gates import Finish
+from fused_attn.nn.x_transformers.hybrid import Hybrid
 from fused_attn.nn.x_transformers.intermediates import Intermediates
 from fused_attn.nn.x_transformers.norms import MultiheadRMSNorm
 from fused_attn.nn.x_transformers.pairs import Pairs, before_keys, keys_of_call
 from fused_attn.nn.x_transformers.parameters import constant, normal
 from fused_attn.nn.x_transformers.positions import AlibiPositionalBias, PositionBias, RelativeProjPositionalBias
 from fused_attn.nn.x_transformers.projections import Projections
-from fused_attn.nn.x_transformers.refusals import needs, refuse
+from fused_attn.nn.x_transformers.refusals import needs
 from fused_attn.nn.x_transformers.rotary import Rotation
 from fused_attn.score_mods import Bias, ScoreMod
 
 
-class Attention(Projections, Finish):
+class Attention(Projections, Hybrid, Finish):
     """Multi-head attention with x-transformers' options, which its README explains; ``docs/migrating.md`` says which are left out.
 
     Memory is O(length) but for what ``Attend`` lists, ``data_dependent_alibi_per_row``, a bidirectional ``data_dependent_alibi``, and biases
@@ -132,10 +133,7 @@ class Attention(Projections, Finish):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if hybrid_module is not None or hybrid_mask_kwarg is not None or hybrid_fold_axial_dim is not None or hybrid_learned_mix:
-            raise refuse("hybrid_module", "Run the module beside this layer and add its output")
-        if qkv_receive_diff_residuals:
-            raise refuse("qkv_receive_diff_residuals", "Give queries, keys and values one stream")
+        self.qkv_receive_diff_residuals = qkv_receive_diff_residuals
         needs(
             kv_heads is None or not one_kv_head, "one_kv_head and kv_heads must not be given together", "both", "one_kv_head is kv_heads=1"
         )
@@ -144,6 +142,7 @@ class Attention(Projections, Finish):
         value_dim = value_dim_head or dim_head
         self.heads, self.kv_heads, self.dim_head, self.value_dim = heads, kv_heads, dim_head, value_dim
         self.causal, self.max_attend_past, self.num_mem_kv = causal, max_attend_past, num_mem_kv
+        self._beside(hybrid_module, (None if causal else hybrid_mask_kwarg, hybrid_fold_axial_dim, hybrid_learned_mix), (dim, value_dim))
         self.can_cache_kv = not (selective or data_dependent_alibi)
         self.scale = dim_head**-0.5
         merged = value_dim * heads
@@ -267,7 +266,7 @@ class Attention(Projections, Finish):
         """Attends from x to itself or to a context.
 
         Args:
-            x: [batch, q_len, dim].
+            x: [batch, q_len, dim]; with ``qkv_receive_diff_residuals`` [3, batch, q_len, dim], of queries, keys and values.
             context: [batch, kv_len, dim_context], whose keys count instead of x's.
             mask: bool [batch, q_len]: rows that come out as zeros where False, and keys of self-attention.
             context_mask: bool [batch, kv_len] of the keys, instead of ``mask``.
@@ -298,12 +297,12 @@ class Attention(Projections, Finish):
         Returns:
             out [batch, q_len, dim_out], or (out, Intermediates).
         """
-        source = x if context is None else context
-        source = source if kv_input_residual is None else source + kv_input_residual
+        x, *sources = self._streams(x, context)
+        sources = sources if kv_input_residual is None else [t + kv_input_residual for t in sources]
         mem_len = 0 if mem is None else mem.shape[1]
-        source = source if mem is None else torch.cat((mem, source), 1)
+        sources = sources if mem is None else [torch.cat((mem, t), 1) for t in sources]
         q_input = x if self.to_latent_q is None else self.to_latent_q(x)
-        q, k, v, cached = self._projected(q_input, source, (q_delta, k_delta, v_delta), cache)
+        q, k, v, cached = self._projected((q_input, *sources), (q_delta, k_delta, v_delta), cache)
         values = v
         if value_residual is not None:
             v = torch.lerp(value_residual, v, self._mix(q_input).to(v.dtype))
@@ -327,6 +326,7 @@ class Attention(Projections, Finish):
         )  # fmt: skip
         out = out.clamp(min=1e-20).log() if self.laser else out
         left.values = values
+        out = self._with_hybrid(x, self._scaled(x, out), mask, cache, left)
         out = self._finished(x, out, values, o_delta)
         if mask is not None and cache is None:
             out = out.masked_fill(~mask[..., None], 0.0)

@@ -67,7 +67,7 @@ class Inputs:
 
 def attention(attend: Attend, call: Inputs, attn_delta: Tensor | None, row_mask: Tensor | None) -> tuple[Tensor, Intermediates]:
     """Output and arrays, step by step in the package's order."""
-    sim = call.scores(attend.scoring(call.q.shape[3]))
+    sim = call.scores(attend.scoring(call.q.shape[3], False))
     sim = sim if call.prev_attn is None else sim + call.prev_attn.to(sim.dtype)
     similarities = sim
     scale_after = None if attend.pre_scale_post_talking_heads is None else mixed(attend.pre_scale_post_talking_heads, sim)

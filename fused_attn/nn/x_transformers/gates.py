@@ -76,11 +76,16 @@ class Finish(nn.Module):
             made = gate(dim if name == "gate_values" else merged, size, rank, activation) if given else None
             setattr(self, "to_v_gate" if name == "gate_values" else "to_output_gate", made)
 
-    def _finished(self, x: Tensor, out: Tensor, values: Tensor, o_delta: Tensor | None) -> Tensor:
-        """From heads [batch, heads, q_len, value_dim] to the layer's output: scales, gates, projection."""
+    def _scaled(self, x: Tensor, out: Tensor) -> Tensor:
+        """Each head [batch, heads, q_len, value_dim] by its own number and gate."""
         out = out if self.head_scale_params is None else out * self.head_scale_params
-        if self.to_v_head_gate is not None:
-            out = out * self.to_v_head_gate(x).sigmoid().transpose(1, 2)[..., None]
+        if self.to_v_head_gate is None:
+            return out
+        share: Tensor = self.to_v_head_gate(x).sigmoid().transpose(1, 2)[..., None]
+        return out * share
+
+    def _finished(self, x: Tensor, out: Tensor, values: Tensor, o_delta: Tensor | None) -> Tensor:
+        """From heads [batch, heads, q_len, value_dim] to the layer's output: gates, projection."""
         out = out.transpose(1, 2).flatten(2)
         out = out if o_delta is None else out + o_delta
         logits = [

@@ -117,6 +117,8 @@ class LayerIntermediates:
         layer_hiddens: the stream before each layer, and at the end.
         block_hiddens: the stream after each block; the last is the output.
         cache_length: positions so far.
+
+    The other fields are what x-transformers' ``TransformerWrapper`` fills, None here.
     """
 
     hiddens: list[Tensor] = field(default_factory=list)
@@ -125,6 +127,18 @@ class LayerIntermediates:
     layer_hiddens: list[Tensor] = field(default_factory=list)
     block_hiddens: list[Tensor] = field(default_factory=list)
     cache_length: int = 0
+    attn_z_loss: Tensor | None = None
+    mems: list[Tensor] | None = None
+    last_layer_hiddens: Tensor | None = None
+    initial_embeds: Tensor | None = None
+    attn_pooled_tokens: Tensor | None = None
+    memory_tokens: Tensor | None = None
+    logit_entropies: Tensor | None = None
+    logits: Tensor | None = None
+    exit_logits: list[Tensor] | None = None
+    all_pred_logits: list[Tensor] | None = None
+    exit_indices: Tensor | None = None
+    looped_prompt_kv_cache: tuple[Tensor, Tensor] | None = None
 
     def __copy__(self) -> LayerIntermediates:
         """A copy whose lists may change on their own."""

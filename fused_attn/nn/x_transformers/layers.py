@@ -24,13 +24,15 @@ from fused_attn.nn.x_transformers.norms import (
     ScaleNorm,
     SimpleRMSNorm,
 )
-from fused_attn.nn.x_transformers.options import Options, refuse_left_out, taken
+from fused_attn.nn.x_transformers.options import Options, taken
 from fused_attn.nn.x_transformers.order import LayerOrder
+from fused_attn.nn.x_transformers.parameters import constant
 from fused_attn.nn.x_transformers.positions import AlibiPositionalBias, DynamicPositionBias, PositionBias, RelativePositionBias
 from fused_attn.nn.x_transformers.refusals import at_most_one, needs
 from fused_attn.nn.x_transformers.residuals import GRUGating, MVSplitResidualUpdate, OrthogonalResidualUpdate, Residual
 from fused_attn.nn.x_transformers.rotary import PolarEmbedding, RotaryEmbedding
 from fused_attn.nn.x_transformers.running import Run
+from fused_attn.nn.x_transformers.streams import AttentionResidual, DynamicLIMe, GatedMultiResidual, HyperConnection
 
 
 class AttentionLayers(nn.Module):
@@ -63,7 +65,6 @@ class AttentionLayers(nn.Module):
         self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, *, backend: str = "auto", **options: Any
     ) -> None:
         super().__init__()
-        refuse_left_out(options)
         groups = {prefix: taken(options, prefix) for prefix in ("ff_", "attn_", "cross_attn_")}
         option = Options(options)
         self.dim, self.causal, self.attn_heads = dim, causal, heads
@@ -71,6 +72,8 @@ class AttentionLayers(nn.Module):
         self.plan = LayerOrder.of(depth, options)
         self.layer_types, self.layers_execute_order, self.depth = self.plan.types, self.plan.order, self.plan.depth
         self.has_custom_layer_types = any(options.get(n) is not None for n in ("custom_layers", "par_ratio", "sandwich_coef"))
+        self.num_attn_layers, self.num_cross_attn_layers, self.num_ff_layers = (self.layer_types.count(kind) for kind in "acf")
+        self.pre_norm, self.pre_and_post_norm, self.sandwich_norm = option.pre_norm, option.pre_and_post_norm, option.sandwich_norm
         self.cross_attend, self.unet_skips = option.cross_attend, option.unet_skips
         self.residual_attn, self.cross_residual_attn = option.residual_attn, option.cross_residual_attn
         self._check(option, groups["attn_"].get("flash", False), groups["attn_"].get("data_dependent_alibi", False))
@@ -80,8 +83,9 @@ class AttentionLayers(nn.Module):
         if option.zero_init_branch_output:
             groups["attn_"]["zero_init_output"] = groups["ff_"]["zero_init_output"] = True
         made = LayerMaker(self, option, groups, backend)
-        post = None if option.pre_norm and not option.pre_and_post_norm else norm
-        self.layers, self.skip_combines = nn.ModuleList(), nn.ModuleList()
+        pre_norm = option.pre_norm and not option.gated_multi_residual  # whose gates normalise what they read
+        post = None if pre_norm and not option.pre_and_post_norm else norm
+        self.layers, self.skip_combines, self.layer_integrators = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         skips = [i * self.plan.block for i in range(self.depth // self.plan.block)]
         needs(not self.unet_skips or len(skips) > 0, "unet_skips must have a depth of at least a block", repr(self.depth), "Raise depth")
         for index, kind in enumerate(self.layer_types):
@@ -90,9 +94,10 @@ class AttentionLayers(nn.Module):
             needs(not joins or len(skips) > 0, "unet_skips must have an earlier block for each later one", repr(self.depth), "Raise depth")
             join: Any = ConcatCombine(dim, skips.pop()) if joins else None
             self.skip_combines.append(join)
-            norms: list[Any] = [norm() if option.pre_norm else None, norm() if option.sandwich_norm else None, post() if post else None]
+            norms: list[Any] = [norm() if pre_norm else None, norm() if option.sandwich_norm else None, post() if post else None]
             self.layers.append(nn.ModuleList([nn.ModuleList(norms), made(kind), self._residual(option, index)]))
-        has_final = option.pre_norm and option.pre_norm_has_final_norm and not option.pre_and_post_norm
+            self.layer_integrators.append(self._view(option, index))
+        has_final = (pre_norm and option.pre_norm_has_final_norm and not option.pre_and_post_norm) or option.gated_multi_residual
         self.final_norm = norm() if has_final else nn.Identity()
         self._keep_scores()
 
@@ -134,7 +139,11 @@ class AttentionLayers(nn.Module):
     def _check(self, option: Options, flash: bool, forgetting: bool) -> None:
         norms = {n: option.given(n) for n in _NORMS}
         at_most_one(**norms)
-        at_most_one(**{n: option.given(n) for n in ("gate_residual", "orthog_residual", "mv_split_residual")})
+        at_most_one(**{n: option.given(n) for n in (*_RESIDUALS, "attn_aggregated_residuals", "gated_multi_residual")})
+        streams = option.num_residual_streams
+        needs(streams > 0, "num_residual_streams must be positive", repr(streams), "Pass 1 for one stream")
+        single = [n for n in _RESIDUALS if option.given(n)] if streams > 1 and not option.gated_multi_residual else []
+        needs(not single, "num_residual_streams must be 1 with " + ", ".join(single), repr(streams), "Choose one")
         at_most_one(alibi_pos_bias=option.alibi_pos_bias, rel_pos_bias=option.rel_pos_bias, attn_data_dependent_alibi=bool(forgetting))
         at_most_one(rel_pos_bias=option.rel_pos_bias, dynamic_pos_bias=option.dynamic_pos_bias, alibi_pos_bias=option.alibi_pos_bias)
         at_most_one(rotary_pos_emb=option.rotary_pos_emb or option.rotary_xpos, polar_pos_emb=option.polar_pos_emb)
@@ -147,8 +156,9 @@ class AttentionLayers(nn.Module):
             "both",
             "Leave attn_flash out",
         )
-        needs(option.pre_norm or not option.sandwich_norm, "sandwich_norm must come with pre_norm", "pre_norm=False", "Choose one")
-        needs(option.pre_norm or not option.use_dynamic_tanh, "use_dynamic_tanh must come with pre_norm", "pre_norm=False", "Choose one")
+        pre = option.pre_norm and not option.gated_multi_residual
+        needs(pre or not option.sandwich_norm, "sandwich_norm must come with pre_norm", "none", "Choose one")
+        needs(pre or not option.use_dynamic_tanh, "use_dynamic_tanh must come with pre_norm", "none", "Choose one")
         needs(self.causal or not option.rotary_xpos, "rotary_xpos must come with causal attention", "causal=False", "Use rotary_pos_emb")
         needs(not (option.only_attn and option.unet_skips), "only_attn must come without unet_skips", "both", "Choose one")
         buckets, distance = option.rel_pos_num_buckets, option.rel_pos_max_distance
@@ -203,7 +213,8 @@ class AttentionLayers(nn.Module):
 
     def _streams(self, option: Options, dim: int) -> None:
         """What happens to the stream besides the layers."""
-        types = len(self.layer_types)
+        types, self.num_residual_streams = len(self.layer_types), option.num_residual_streams
+        self.stream_emb = constant(0.0, self.num_residual_streams, dim) if self.num_residual_streams > 1 else None
         self.layer_dropouts = option.layer_dropout if isinstance(option.layer_dropout, tuple) else (option.layer_dropout,) * types
         self.cross_attn_tokens_dropout: float = option.cross_attn_tokens_dropout
         self.softclamp_output, self.softclamp_output_value = option.softclamp_output, option.softclamp_output_value
@@ -214,11 +225,27 @@ class AttentionLayers(nn.Module):
         positions = option.rel_pos_bias or option.rotary_pos_emb or option.rotary_xpos or option.polar_pos_emb
         self.disable_abs_pos_emb = positions if option.disable_abs_pos_emb is None else option.disable_abs_pos_emb
 
+    def reads_views(self, option: Options, index: int) -> bool:
+        """Whether queries, keys and values of a layer read views of their own."""
+        wanted = option.qkv_receive_diff_residuals or option.integrate_layers
+        is_first = "a" not in self.layer_types[:index]
+        return bool(self.layer_types[index] == "a" and wanted and not (is_first and option.integrate_layers))
+
+    def _view(self, option: Options, index: int) -> Any:
+        """What makes a layer's input of all that layers saw; None where it is the stream."""
+        views = 3 if self.reads_views(option, index) else 1
+        if option.integrate_layers:
+            return DynamicLIMe(self.dim, index + 1, views, option.layer_integrate_use_softmax)
+        return AttentionResidual(self.dim, views, **option.attn_aggregated_residual_kwargs) if option.attn_aggregated_residuals else None
+
     def _residual(self, option: Options, index: int) -> nn.Module:
-        kinds = {"gate_residual": GRUGating, "orthog_residual": OrthogonalResidualUpdate, "mv_split_residual": MVSplitResidualUpdate}
-        made = next((cls for name, cls in kinds.items() if option.given(name)), Residual)
-        scale = {"scale_residual": option.scale_residual, "scale_residual_constant": option.scale_residual_constant}
-        residual: nn.Module = made(self.dim, layer_index=index, **scale, **option.residual_fn_kwargs)
+        made = next((cls for name, cls in _RESIDUALS.items() if option.given(name)), Residual)
+        more = {"scale_residual": option.scale_residual, "scale_residual_constant": option.scale_residual_constant}
+        if option.gated_multi_residual or option.num_residual_streams > 1:
+            made = GatedMultiResidual if option.gated_multi_residual else HyperConnection
+            views = 3 if self.reads_views(option, index) and not option.integrate_layers else 1
+            more = {"num_residual_streams": option.num_residual_streams, "num_input_views": views}
+        residual: nn.Module = made(self.dim, layer_index=index, **more, **option.residual_fn_kwargs)
         return residual
 
     def _keep_scores(self) -> None:
@@ -231,6 +258,11 @@ class AttentionLayers(nn.Module):
                         module.attend.keeps_scores = True
 
 
+_RESIDUALS: dict[str, Callable[..., nn.Module]] = {
+    "gate_residual": GRUGating,
+    "orthog_residual": OrthogonalResidualUpdate,
+    "mv_split_residual": MVSplitResidualUpdate,
+}
 _NORMS: dict[str, Callable[..., nn.Module]] = {
     "use_scalenorm": ScaleNorm,
     "use_rmsnorm": RMSNorm,

@@ -47,9 +47,10 @@ class LayerMaker:
 
     def __call__(self, kind: str) -> nn.Module:
         block = self._index // self.stack.plan.block
-        self._index += 1
-        depth = block + 1 if self.option.depth_scale_residual is True else None
+        scaled = self.option.depth_scale_residual is True and not self.option.attn_aggregated_residuals
+        depth = block + 1 if scaled else None
         layer = self._wrapped(self._bare(kind, depth), next(self._shifts))
+        self._index += 1
         scale = self._scale
         return layer if scale is None or scale == 1 else Scale(scale, layer)
 
@@ -70,6 +71,7 @@ class LayerMaker:
             causal=self.stack.causal,
             learned_value_residual_mix=mixes,
             rotate_num_heads=self.option.rotate_num_heads,
+            qkv_receive_diff_residuals=self.stack.reads_views(self.option, self._index),
             **options,
         )
 
@@ -84,6 +86,8 @@ class LayerMaker:
     @property
     def _scale(self) -> float | None:
         """A number that every branch is multiplied by: an option that is a number and no switch."""
+        if self.option.attn_aggregated_residuals:
+            return None
         for value in (self.option.depth_scale_residual, self.option.scale_residual):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return float(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fused_attn.nn.x_transformers.refusals import needs, refuse
+from fused_attn.nn.x_transformers.refusals import needs
 
 OPTIONS: dict[str, Any] = {
     "cross_attend": False, "only_cross": False, "only_attn": False,
@@ -23,28 +23,10 @@ OPTIONS: dict[str, Any] = {
     "zero_init_branch_output": False, "layer_dropout": 0.0, "cross_attn_tokens_dropout": 0.0, "disable_abs_pos_emb": None,
     "use_layerscale": False, "layerscale_init_value": 0.0, "unet_skips": False, "reinject_input": False,
     "learned_reinject_input_gate": False, "add_value_residual": False, "learned_value_residual_mix": True, "rel_pos_kwargs": {},
-    "residual_fn_kwargs": {}, "verbose": True,
+    "residual_fn_kwargs": {}, "verbose": True, "attn_aggregated_residuals": False, "attn_aggregated_residual_kwargs": {},
+    "gated_multi_residual": False, "integrate_layers": False, "layer_integrate_use_softmax": True, "num_residual_streams": 1,
+    "qkv_receive_diff_residuals": False, "hyper_conn_sinkhorn_iters": 5,
 }  # fmt: skip
-
-# Options of the package that route streams between layers in ways of their own, and what to do instead.
-LEFT_OUT = {
-    "attn_aggregated_residuals": "Each layer adds to one stream here: leave it out",
-    "attn_aggregated_residual_kwargs": "Each layer adds to one stream here: leave it out",
-    "gated_multi_residual": "Each layer adds to one stream here: leave it out, or use gate_residual",
-    "integrate_layers": "Each layer reads one stream here: leave it out",
-    "layer_integrate_use_softmax": "Each layer reads one stream here: leave it out",
-    "num_residual_streams": "There is one stream here: leave it out",
-    "qkv_receive_diff_residuals": "Queries, keys and values read one stream here: leave it out",
-    "hyper_conn_sinkhorn_iters": "There is one stream here: leave it out",
-}
-_DEFAULTS = {"num_residual_streams": 1, "attn_aggregated_residual_kwargs": {}, "layer_integrate_use_softmax": True, "hyper_conn_sinkhorn_iters": 5}  # fmt: skip
-
-
-def refuse_left_out(options: dict[str, Any]) -> None:
-    """Raises NotImplementedError for an option that is left out, unless it says what happens without it; takes it away."""
-    for name, advice in LEFT_OUT.items():
-        if options.pop(name, _DEFAULTS.get(name, False)) != _DEFAULTS.get(name, False):
-            raise refuse(name, advice)
 
 
 def taken(options: dict[str, Any], prefix: str) -> dict[str, Any]:

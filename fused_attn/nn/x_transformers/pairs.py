@@ -59,12 +59,7 @@ class Pairs:
         return keep
 
     def _window(self) -> Mask | None:
-        if self.past is None:
-            return None
-        window = SlidingWindow(self.past, None)
-        if not self.front:
-            return window
-        return window | ValidLengths(torch.full((self.grid.shape[0],), self.front, device=self.grid.device))
+        return None if self.past is None else self._with_front(SlidingWindow(self.past, None))
 
     def _pairs(self) -> Tensor | Mask | None:
         pairs = self.pairs
@@ -73,7 +68,13 @@ class Pairs:
             return before_keys(pairs[(None,) * (4 - pairs.dim())], self.grid.shape[3], True)
         if isinstance(pairs, PrefixLM):
             return replace(pairs, prefix=pairs.prefix + self.front)
-        return pairs
+        return None if pairs is None else self._with_front(pairs)
+
+    def _with_front(self, mask: Mask) -> Mask:
+        """A mask that leaves the keys in front open."""
+        if not self.front:
+            return mask
+        return mask | ValidLengths(torch.full((self.grid.shape[0],), self.front, device=self.grid.device))
 
 
 def before_keys(array: Tensor, kv_len: int, value: float | bool) -> Tensor:

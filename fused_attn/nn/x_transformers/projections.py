@@ -20,6 +20,7 @@ class Projections(nn.Module):
     dim_head: int
     value_dim: int
     num_mem_kv: int
+    qkv_receive_diff_residuals: bool
     rotate_num_heads: int
     scale: float
     mem_k: nn.Parameter
@@ -61,10 +62,11 @@ class Projections(nn.Module):
         return self.scale
 
     def _projected(
-        self, q_input: Tensor, source: Tensor, deltas: tuple[Tensor | None, ...], cache: Intermediates | None
+        self, inputs: tuple[Tensor, ...], deltas: tuple[Tensor | None, ...], cache: Intermediates | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None] | None]:
         """Queries, keys and values by heads, and what a cache keeps where they come from latents."""
         cached, subheads = None, None
+        q_input, source, values = inputs
         if self.to_latent_kv is not None:
             subheads = None if self.to_rotateable_k is None else _by_heads(self.to_rotateable_k(source), self.dim_head)
             source = self.to_latent_kv(source)
@@ -72,10 +74,10 @@ class Projections(nn.Module):
                 source = torch.cat((cache.cached_kv[0], source), -2)
                 before = cache.cached_kv[1]
                 subheads = subheads if subheads is None or before is None else torch.cat((before, subheads), -2)
-            cached = (source, subheads)
+            values, cached = source, (source, subheads)
         q, k, v = (
             projected if delta is None else projected + delta
-            for projected, delta in zip((self.to_q(q_input), self.to_k(source), self.to_v(source)), deltas, strict=True)
+            for projected, delta in zip((self.to_q(q_input), self.to_k(source), self.to_v(values)), deltas, strict=True)
         )
         k = _by_heads(k, self.dim_head)
         return (
@@ -84,6 +86,21 @@ class Projections(nn.Module):
             _by_heads(v, self.value_dim),
             cached,
         )
+
+    def _streams(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, keys and values are made of."""
+        if not self.qkv_receive_diff_residuals:
+            return x, *(x if context is None else context,) * 2
+        needs(context is None, "context must be None with qkv_receive_diff_residuals", "a tensor", "Choose one")
+        needs(not self.use_latent_kv, "use_latent_kv must be off with qkv_receive_diff_residuals", "both", "Choose one")
+        needs(
+            x.dim() == 4 and x.shape[0] == 3,
+            "x must be [3, batch, length, dim] with qkv_receive_diff_residuals",
+            repr(list(x.shape)),
+            "Stack three",
+        )
+        q_input, k_input, v_input = x.unbind(0)
+        return q_input, k_input, v_input
 
     def _mix(self, q_input: Tensor) -> Tensor:
         """How much of a layer's own values counts, [batch, heads, q_len, 1]."""

@@ -11,7 +11,15 @@ from torch.nn.functional import normalize
 from fused_attn.nn.x_transformers.parameters import constant
 
 
-class Residual(nn.Module):
+class Joining(nn.Module):
+    """Base of what joins a branch to the stream."""
+
+    def prepare(self, stream: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the layer reads of the stream, what it joins, and what ``forward`` wants to know besides."""
+        return stream, stream, {}
+
+
+class Residual(Joining):
     """branch + scale * stream.
 
     Example:
@@ -59,7 +67,7 @@ class OrthogonalResidualUpdate(Residual):
         return residual + orthogonal(x, residual)
 
 
-class MVSplitResidualUpdate(nn.Module):
+class MVSplitResidualUpdate(Joining):
     """Mean over the sequence and what deviates from it join the stream with gains of their own (arXiv 2605.06169)."""
 
     def __init__(self, dim: int, init_alpha: float = 0.0, init_beta: float = 0.03, learned: bool = False, **_: Any) -> None:

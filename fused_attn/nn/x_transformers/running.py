@@ -38,7 +38,10 @@ class Run:
         if call.cache is not None:
             self.context = None if call.context is None else call.context[:, :0]
             x = x[:, -call.cache_age :] if call.cache_age > 0 else x
-        self.x, self.length = x, x.shape[1]
+        self.length = x.shape[1]
+        if stack.stream_emb is not None:
+            x = (x[:, None] + stack.stream_emb[:, None]).flatten(0, 1)
+        self.x = x
         self.inject = _injection(stack, x, call.in_attn_cond)
         self.order = _order(stack, call)
         self._begin_iterators()
@@ -78,6 +81,7 @@ class Run:
                 self.left.block_hiddens.append(x)
         self.left.layer_hiddens.append(x)
         x = softclamp(x, self.stack.softclamp_output_value) if self.stack.softclamp_output else x
+        x = x if self.stack.stream_emb is None else x.unflatten(0, (-1, self.stack.num_residual_streams)).sum(1)
         x = self._normed(self.stack.final_norm, x)
         if not (self.call.return_hiddens or self.call.return_gumbel_log_probs):
             return x
@@ -92,8 +96,11 @@ class Run:
             self.left.hiddens.append(x)
         elif kind == "c" and stack.training and stack.cross_attn_tokens_dropout > 0 and self.context is not None:
             self.context, self.context_mask = kept_tokens(self.context, self.context_mask, stack.cross_attn_tokens_dropout)
-        self.left.layer_hiddens.append(x)
-        branch = x if self.inject is None else x + self.inject
+        branch, stream, more = residual.prepare(x)
+        self.left.layer_hiddens.append(branch)
+        views = stack.layer_integrators[self.order[step]]
+        branch = branch if views is None else views(branch, self.left.layer_hiddens)
+        branch = branch if self.inject is None else branch + self.inject
         branch = self._normed(pre, branch)
         layer = partial(layer, condition=self.condition) if stack.branch_needs_condition else layer
         if kind == "f":
@@ -102,7 +109,7 @@ class Run:
             out, left = layer(branch, **(self._of_self(pre) if kind == "a" else self._of_cross()))
             self._keep(kind, left, step)
         out = self._normed(post_branch, out)
-        return self._normed(post_main, residual(out, x, mask=self.call.mask))
+        return self._normed(post_main, residual(out, stream, mask=self.call.mask, **more))
 
     def _of_self(self, pre: nn.Module | None) -> dict[str, Any]:
         """Arguments of a self-attention."""
