@@ -155,6 +155,26 @@ def test_a_mask_is_a_tensor_to_everyone_else(tmp_path: Any) -> None:
         mask.fill_(True)
 
 
+def test_a_mask_that_is_moved_stays_one() -> None:
+    mask = row_mask(2, 8, 8, attention_mask=torch.tensor(PADDINGS["left"]))
+    for same in (mask.to("cpu"), mask.detach(), mask.clone(), mask.contiguous(), mask.to(torch.bool), mask.cpu()):
+        assert isinstance(same, RowMask) and torch.equal(same.dense(), mask.dense())
+    there = mask.to("meta")
+    assert isinstance(there, RowMask) and there.device.type == "meta" and there.mask.masks[0].start.device.type == "meta"
+    assert type(mask.to(torch.float32)) is Tensor
+
+
+def test_a_mask_may_be_written_into_others() -> None:
+    mask = row_mask(1, 8, 8, attention_mask=torch.tensor(PADDINGS["left"])[:1])
+    into = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    into.copy_(mask)
+    assert torch.equal(into, mask.dense())
+    into[:] = False
+    into |= mask
+    assert torch.equal(into, mask.dense())
+    assert torch.equal(torch.zeros(1, 1, 8, 8).masked_fill_(mask, 1.0), mask.dense().float())
+
+
 def test_padding_must_be_of_two_dimensions() -> None:
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[batch, tokens\].*\[8\]"):
         row_mask(1, 8, 8, attention_mask=torch.ones(8))
