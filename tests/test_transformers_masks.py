@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +153,26 @@ def test_a_mask_is_a_tensor_to_everyone_else(tmp_path: Any) -> None:
         mask[0] = True
     with pytest.raises(TypeError, match="must not be written to; got fill_"):
         mask.fill_(True)
+
+
+def test_a_mask_that_is_moved_stays_one() -> None:
+    mask = row_mask(2, 8, 8, attention_mask=torch.tensor(PADDINGS["left"]))
+    for same in (mask.to("cpu"), mask.detach(), mask.clone(), mask.contiguous(), mask.to(torch.bool), mask.cpu()):
+        assert isinstance(same, RowMask) and torch.equal(same.dense(), mask.dense())
+    there = mask.to("meta")
+    assert isinstance(there, RowMask) and there.device.type == "meta" and there.mask.masks[0].start.device.type == "meta"
+    assert type(mask.to(torch.float32)) is Tensor
+
+
+def test_a_mask_may_be_written_into_others() -> None:
+    mask = row_mask(1, 8, 8, attention_mask=torch.tensor(PADDINGS["left"])[:1])
+    into = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    into.copy_(mask)
+    assert torch.equal(into, mask.dense())
+    into[:] = False
+    into |= mask
+    assert torch.equal(into, mask.dense())
+    assert torch.equal(torch.zeros(1, 1, 8, 8).masked_fill_(mask, 1.0), mask.dense().float())
 
 
 def test_padding_must_be_of_two_dimensions() -> None:
@@ -382,10 +406,21 @@ def test_registering_and_taking_it_back() -> None:
     register(backend="cpu")
     try:
         assert transformers.AttentionInterface()[NAME].backend == "cpu"
-        assert transformers.AttentionMaskInterface()[NAME] is row_mask
+        assert transformers.AttentionMaskInterface()[NAME].func is row_mask
         register()
         assert transformers.AttentionInterface()[NAME].backend == "auto"
     finally:
         unregister()
     assert NAME not in transformers.AttentionInterface() and NAME not in transformers.AttentionMaskInterface()
     unregister()
+
+
+def test_the_example_checks_itself() -> None:
+    """In a process of its own: without the interpreter and the simulator."""
+    pytest.importorskip("transformers", reason="transformers is not installed (make demo installs it)")
+    example = Path(__file__).parents[1] / "examples" / "hf_output_attentions.py"
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FUSED_ATTN_LIBRARY")}
+    environment["PYTHONPATH"] = str(example.parents[1])
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "generated tokens are the same" in done.stdout

@@ -216,6 +216,30 @@ def test_without_the_mask_function_padding_would_count() -> None:
     assert max((wrong[name] - right[name]).abs().max().item() for name in right) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+        ("XGLM", {"d_model": 32, "ffn_dim": 32, "num_layers": 2, "attention_heads": 4}),
+        ("MPNet", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}),
+        ("Splinter", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}),
+        ("SwitchTransformersEncoder", {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "num_experts": 2}),
+    ],
+)
+def test_models_that_add_their_masks_themselves(architecture: str, sizes: dict[str, Any]) -> None:
+    """Built with the name, they would take a bool mask, or None for a causal one, without a word."""
+    import transformers
+
+    config = getattr(transformers, f"{architecture.removesuffix('Encoder')}Config")(vocab_size=VOCABULARY, **sizes)
+    family, found = FAMILIES["bert"], []
+    for implementation in ("eager", NAME):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{architecture}Model")._from_config(config, attn_implementation=implementation).eval()
+        found += [model(family.tokens)[0], model(family.tokens, attention_mask=family.padded)[0]]
+    for a, b in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_are_computed_when_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[bool] = []
     real = module.attention

@@ -33,13 +33,12 @@ def model_folder() -> Path:
 
 @functools.cache
 def _transformers() -> Any:
-    """The package, offline and quiet, with fused_attn among its attention functions."""
+    """The package, offline and quiet."""
     require_packages("demo", "transformers", "safetensors")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     transformers = import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    register()
     return transformers
 
 
@@ -69,6 +68,7 @@ class Encoder:
 
     def __init__(self, device: torch.device) -> None:
         folder, transformers = model_folder(), _transformers()
+        register()
         self.device = device
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()

@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -49,7 +50,7 @@ def register(backend: str = "auto") -> None:
     attention, masks = _interfaces()
     attention.register(NAME, Attend(backend, _collector()))
     # Without a mask function of the same name transformers would leave masks out without a word.
-    masks.register(NAME, row_mask)
+    masks.register(NAME, partial(row_mask, added_mask=import_module("transformers.masking_utils").eager_mask))
 
 
 def unregister() -> None:

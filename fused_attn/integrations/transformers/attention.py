@@ -12,6 +12,7 @@ from fused_attn.auxiliary import AuxRequest
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
 from fused_attn.integrations.transformers.keywords import chosen_keys, packed_documents, refuse_unknown, shared_with_sinks, sinks_of
+from fused_attn.integrations.transformers.models import leaves_masks_to_attention
 from fused_attn.integrations.transformers.row_mask import RowMask
 from fused_attn.masks import And, Causal, Dense, Mask, SlidingWindow
 from fused_attn.score_mods import Bias, ScoreMod, SoftCap
@@ -45,7 +46,8 @@ class Attend:
         """Attention of one layer.
 
         Args:
-            module: the layer; its ``is_causal`` counts where the keyword is None, True without either.
+            module: the layer; its ``is_causal`` counts where the keyword is None, True without either, and only in models that leave their
+                masks to attention.
             query: [batch, heads, q_len, head_dim].
             key: [batch, kv_heads, kv_len, head_dim], not repeated.
             value: [batch, kv_heads, kv_len, value_dim].
@@ -67,7 +69,7 @@ class Attend:
             ValueError, TypeError: as ``fused_attn.attention``.
         """
         refuse_unknown(options)
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = _is_causal(module) if is_causal is None else is_causal
         q_len, kv_len = query.shape[2], key.shape[2]
         causal = bool(causal) and attention_mask is None and q_len > 1
         bias = options.get("position_bias")
@@ -102,6 +104,12 @@ class Attend:
             return True
         collected = None if self.collector is None else self.collector.get()
         return collected is not None and any("attentions" in name for name in collected)
+
+
+def _is_causal(module: Any) -> bool:
+    """What None for a mask means to a layer: everything, where its model makes a mask for each of its causal layers."""
+    config = getattr(module, "config", None)
+    return bool(getattr(module, "is_causal", True)) and (config is None or leaves_masks_to_attention(type(config)))
 
 
 def _factor(scaling: float | Tensor | None) -> dict[str, Any]:

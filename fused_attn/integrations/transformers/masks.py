@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.checks import captured, described
+from fused_attn.integrations.transformers.models import leaves_masks_to_attention
 from fused_attn.integrations.transformers.patterns import Window, window_of
 from fused_attn.integrations.transformers.row_mask import KeyRuns, RowMask
 from fused_attn.lowering import Grid, KernelMask
@@ -82,8 +83,11 @@ def row_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
+    added_mask: Callable[..., Tensor | None] | None = None,
     **_: Any,
-) -> RowMask | None:
+) -> Tensor | None:
     """What models hand to attention as their mask, as ``transformers.AttentionMaskInterface`` asks for it.
 
     A function that compares positions only, and padding on either side, cost two integers per query. Another one is evaluated in blocks of
@@ -101,9 +105,12 @@ def row_mask(
         allow_is_bidirectional_skip: whether None may stand for a mask that allows everything.
         use_vmap: whether the function has to be called with single indices, under ``torch.vmap``.
         device: where the queries are.
+        dtype: the scores', for ``added_mask``.
+        config: the model's configuration.
+        added_mask: makes the mask of models that add it to their scores themselves, in place of this function.
 
     Returns:
-        A mask, or None.
+        A ``RowMask``, None, or what ``added_mask`` gives.
 
     Raises:
         ValueError: attention_mask is not [batch, tokens].
@@ -114,6 +121,11 @@ def row_mask(
         .###
     """
     function = _causal if mask_function is None else mask_function
+    if added_mask is not None and config is not None and not leaves_masks_to_attention(type(config)):
+        return added_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask,
+            dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip, use_vmap=use_vmap, device=device,
+        )  # fmt: skip
     padding = None if attention_mask is None else _padding(_keys_of(attention_mask, kv_length, kv_offset), q_length)
     window = window_of(function)
     shift = q_offset - kv_offset

@@ -5,11 +5,13 @@ Caches, checkpointing and compilers handle it as a tensor; attention reads the m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fused_attn.checks import require_shape
 from fused_attn.lowering import Grid, KernelMask
@@ -53,6 +55,9 @@ _METADATA = frozenset(
     )
 )  # fmt: skip
 
+# What leaves the elements as they are, unless it converts them.
+_MOVES = frozenset(("clone", "contiguous", "cpu", "cuda", "detach", "to"))
+
 
 class RowMask(Tensor):
     """A bool tensor [batch, 1, q_len, kv_len] that holds a mask instead of its elements; an operator on it computes them first.
@@ -85,15 +90,28 @@ class RowMask(Tensor):
         grid = Grid((batch, heads, q_len, kv_len), self.device)
         return self.mask.allowed(grid).expand(grid.shape)
 
+    def moved_by(self, operation: Callable[[Tensor], Tensor]) -> RowMask | None:
+        """The same mask where ``operation`` puts a tensor; None where it makes a tensor of another kind."""
+        byte = operation(torch.zeros((), dtype=torch.bool, device=self.device))
+        if byte.dtype != torch.bool:
+            return None
+        mask = self.mask if byte.device == self.device else tree_map_only(Tensor, lambda t: t.to(byte.device), self.mask)
+        return RowMask.of(mask, tuple(self.shape), byte.device)  # type: ignore[arg-type]
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.__name__
+        own = isinstance(args[0], RowMask) if args else False
         with torch._C.DisableTorchFunctionSubclass():
-            if name in _METADATA:
+            if own and name in _METADATA:
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):  # .T and .data are tensors of the elements
                     return found
-            elif not torch.compiler.is_compiling() and _writes(name):
+            elif own and name in _MOVES:
+                moved = args[0].moved_by(lambda t: func(t, *args[1:], **kwargs))
+                if moved is not None:
+                    return moved
+            elif own and not torch.compiler.is_compiling() and _writes(name):
                 raise TypeError(f"a RowMask must not be written to; got {name}. Write to mask.dense(), a bool tensor.")
             return func(*[_elements(a) for a in args], **{key: _elements(value) for key, value in kwargs.items()})
 
