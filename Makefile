@@ -43,7 +43,7 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 matrix: $(DONE)/package $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)
 
-table: $(DONE)/package  ## write the README's table of what runs where
+table: $(DONE)/package  ## write docs/backends.md's table of what runs where
 	$(PY) -m tests.capabilities
 
 bench: $(DONE)/package $(DONE)/bench  ## measure, keep the results, write benchmarks.html

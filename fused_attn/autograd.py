@@ -194,7 +194,8 @@ def _softmax_gradients(ctx: Any, dout: Any, needs: tuple[bool, ...]) -> tuple[Te
 
 
 def _attention_fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, *flat, ctx.backend = inputs
+    q, k, v, *flat, backend = inputs
+    ctx.backend = ops.backend_name(backend)
     ctx.static, *tensors = _split(Terms.unflatten(tuple(flat)))
     ctx.save_for_backward(q, k, v, *tensors, *output, None)
     ctx.mark_non_differentiable(output[2])
@@ -206,7 +207,8 @@ def _attention_fwd_backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any
 
 
 def _attention_aux_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, *flat, out, lse, stats, _, ctx.backend = inputs
+    q, k, v, *flat, out, lse, stats, _, backend = inputs
+    ctx.backend = ops.backend_name(backend)
     ctx.static, *tensors = _split(Terms.unflatten(tuple(flat)))
     ctx.save_for_backward(q, k, v, *tensors, out, lse, stats, output[0])
     ctx.set_materialize_grads(False)
@@ -224,7 +226,8 @@ def _op_gradients(ctx: Any, arriving: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _softmax_fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scores, *flat, switches, ctx.backend = inputs
+    scores, *flat, switches, backend = inputs
+    ctx.backend = ops.backend_name(backend)
     terms = Terms.unflatten(tuple(flat))
     ctx.static, *tensors = _split(terms)
     ctx.switches = tuple(map(bool, switches))

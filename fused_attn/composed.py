@@ -71,7 +71,8 @@ def _of_empty_rows(problem: AttentionProblem, empty: Tensor, uniform: bool) -> A
     wanted = AuxRequest(probs=request.probs, column_sums=request.column_sums, entropy=request.entropy)
     modifiers = replace(problem.modifiers, mask=Dense(empty), sinks=None)
     if uniform:  # nothing flows to the scores, so there need not be any: products of one column of zeros
-        q, k = (torch.zeros_like(t[..., :1]) if t.shape[-1] else t for t in (problem.q.detach(), problem.k.detach()))
+        # Contiguous: a last dimension of one element says nothing about q's order in memory, which the output follows.
+        q, k = (t.new_zeros((*t.shape[:-1], min(1, t.shape[-1]))) for t in (problem.q, problem.k))
         modifiers = replace(modifiers, scale=1.0, score_mods=(), scoring=None)
         return replace(problem, q=q, k=k, modifiers=modifiers, aux=wanted)
     return replace(problem, modifiers=replace(modifiers, score_mods=(*modifiers.score_mods, Level())), aux=wanted)

@@ -46,14 +46,15 @@ def _traced(backend: str) -> str:
     return f"{backend}@{fingerprint.PACKAGE}"
 
 
-def _backend_name(traced: str) -> str:
+def backend_name(traced: str) -> str:
+    """The backend that an op's last argument names."""
     return traced.partition("@")[0]
 
 
 def _attention(args: tuple[Any, ...]) -> tuple[LoweredAttention, tuple[Any, ...]]:
     q, k, v, *rest, backend = args
     call = LoweredAttention(q, k, v, Terms.unflatten(tuple(rest[:_N_TERMS])))
-    return call, (*rest[_N_TERMS:], _backend_name(backend))
+    return call, (*rest[_N_TERMS:], backend_name(backend))
 
 
 def _softmax(args: tuple[Any, ...], switches: Any) -> LoweredSoftmax:
@@ -137,7 +138,7 @@ def _attention_bwd_fake(*args: Any) -> list[Tensor]:
 
 def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
     call = _softmax(args, args[-2])
-    return tuple(_filled(call.scores, backends.get(_backend_name(args[-1])).softmax_fwd(call)))
+    return tuple(_filled(call.scores, backends.get(backend_name(args[-1])).softmax_fwd(call)))
 
 
 def _softmax_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -149,7 +150,7 @@ def _softmax_bwd_impl(*args: Any) -> list[Tensor]:
     result, dout, switches, needs, backend = args[-5:]
     call = _softmax(args, switches)
     with _differentiable():
-        return _filled(call.scores, backends.get(_backend_name(backend)).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
+        return _filled(call.scores, backends.get(backend_name(backend)).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
 
 
 def _softmax_bwd_fake(*args: Any) -> list[Tensor]:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fused_attn.auxiliary import AuxRequest
+from fused_attn.checks import described, require_integer
+from fused_attn.lowering import stat_dtype
+from fused_attn.picked import picked
+from fused_attn.problem import AttentionProblem
+from fused_attn.selective import is_selective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,6 +103,114 @@ def show_masks(masks: Mapping[str, Mask], q_len: int = 16, kv_len: int = 16) -> 
         panel.set_title(title, fontsize=8)
     axes[0, 0].set_ylabel("Queries")
     axes[0, 0].set_xlabel("Keys")
+    return figure
+
+
+# Probabilities that a thumbnail holds at a time: 16 MB of float32.
+_BLOCK = 1 << 22
+_DEFAULTS: dict[str, Any] = {
+    "mask": None,
+    "scale": None,
+    "scoring": None,
+    "q_offset": None,
+    "score_mods": (),
+    "sinks": None,
+    "normalizer": None,
+    "empty_rows": "zero",
+}
+
+
+def attention_thumbnail(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean", "max"] = "mean", **options: Any) -> Tensor:
+    """The probabilities of a sequence of any length, shrunk to at most ``size`` queries and keys; some rows are there at a time.
+
+    What ``adaptive_avg_pool2d`` (or ``adaptive_max_pool2d``) makes of the whole matrix, in O(length + size^2) memory.
+
+    Args:
+        q: queries [batch, heads, q_len, head_dim].
+        k: keys [batch, kv_heads, kv_len, head_dim].
+        size: pixels along each side; a shorter side keeps its length.
+        reduce: "mean" or "max" of the probabilities below a pixel. A mean shows where the mass lies, a maximum single strong links.
+        **options: ``mask``, ``scale``, ``scoring``, ``q_offset``, ``score_mods``, ``sinks``, ``normalizer`` and ``empty_rows`` of ``attention``.
+
+    Returns:
+        [batch, heads, min(size, q_len), min(size, kv_len)], float32 (float64 for float64), without gradient.
+
+    Raises:
+        ValueError, TypeError: the arguments contradict each other, as in ``attention``; the message says what to do.
+
+    Example:
+        >>> from fused_attn import Causal
+        >>> q, k = torch.randn(2, 1, 4, 1000, 16)
+        >>> thumbnail = attention_thumbnail(q, k, size=50, mask=Causal())
+        >>> thumbnail.shape, thumbnail[0, 0, 10, 11:].any().item()
+        (torch.Size([1, 4, 50, 50]), False)
+    """
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"reduce must be 'mean' or 'max'; got {described(reduce)}. 'mean' is the default.")
+    unknown = sorted(options.keys() - _DEFAULTS.keys())
+    if unknown:
+        raise TypeError(f"options must be arguments of attention that make probabilities; got {unknown}. Leave them out.")
+    size = require_integer("size", size, 1)
+    with torch.no_grad():
+        problem = AttentionProblem.check(q, k, k[..., :1], {**_DEFAULTS, **options, "dropout": None, "return_aux": None})
+        if is_selective(problem.modifiers.score_mods):
+            raise ValueError(
+                "score_mods must leave a row's scores to that row for a thumbnail; got Selective, which needs all earlier queries. "
+                "Take probs of attention, and show_heatmaps."
+            )
+        batch, heads, q_len, kv_len = problem.shape
+        height, width = min(size, q_len), min(size, kv_len)
+        pixels = q.new_zeros((batch, heads, height, width), dtype=stat_dtype(q.dtype))
+        for i in range(height if width and batch * heads else 0):
+            # The bins of torch's adaptive pooling.
+            row = _row_of_keys(problem, range(i * q_len // height, -(-(i + 1) * q_len // height)), reduce)
+            pool = F.adaptive_avg_pool1d if reduce == "mean" else F.adaptive_max_pool1d
+            pixels[:, :, i] = pool(row, width)
+    return pixels
+
+
+def _row_of_keys(problem: AttentionProblem, rows: range, reduce: str) -> Tensor:
+    """Mean or maximum over some queries of their probabilities, [batch, heads, kv_len]."""
+    batch, heads, _, kv_len = problem.shape
+    found: Tensor | None = None
+    for block in torch.arange(rows.start, rows.stop, device=problem.device).split(max(1, _BLOCK // (batch * heads * kv_len))):
+        probs = picked(problem, AuxRequest(probs=True, rows=block)).probs
+        assert probs is not None
+        probs = probs.to(stat_dtype(probs.dtype))
+        part = probs.sum(2) if reduce == "mean" else probs.amax(2)
+        found = part if found is None else found + part if reduce == "mean" else found.maximum(part)
+    assert found is not None
+    return found / len(rows) if reduce == "mean" else found
+
+
+def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean", "max"] = "mean", **options: Any) -> Figure:
+    """One panel per batch element (downwards) and head of ``attention_thumbnail``, the axes in queries and keys, one logarithmic scale for all.
+
+    Returns:
+        The figure. Colours span four powers of ten below the largest probability; what is smaller looks like 0.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 2, 300, 16)
+        >>> figure = show_attention(q, k, size=64)
+        >>> [panel.get_title() for panel in figure.axes[:2]]
+        ['head 0', 'head 1']
+    """
+    from matplotlib import colors, pyplot
+
+    pixels = attention_thumbnail(q, k, size, reduce, **options).cpu()
+    if not pixels.numel():
+        raise ValueError(f"q and k must hold something to draw; got {list(q.shape)} and {list(k.shape)}. Pass at least one query and key.")
+    batch, heads = pixels.shape[:2]
+    figsize = (1.2 + 2.4 * heads, 0.4 + 2.4 * batch)
+    figure, axes = pyplot.subplots(batch, heads, figsize=figsize, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    largest = pixels.max().item() or 1.0
+    norm = colors.LogNorm(1e-4 * largest, largest, clip=True)
+    for b, h in itertools.product(range(batch), range(heads)):
+        image = axes[b, h].imshow(pixels[b, h].numpy(), cmap="Reds", norm=norm, extent=(0, k.shape[2], q.shape[2], 0), aspect="auto")
+        axes[b, h].set_title(f"head {h}")
+        axes[b, 0].set_ylabel("Queries")
+        axes[-1, h].set_xlabel("Keys")
+    figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 

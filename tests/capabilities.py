@@ -1,6 +1,6 @@
-"""The README's table of what runs where: every feature asked of every target by ``explain(on=)``.
+"""The table of docs/backends.md, what runs where: every feature asked of every target by ``explain(on=)``.
 
-``python -m tests.capabilities`` (``make table``) writes it; ``tests/test_capabilities.py`` holds the README to it. A feature is one line of
+``python -m tests.capabilities`` (``make table``) writes it; ``tests/test_capabilities.py`` holds the page to it. A feature is one line of
 ``features``: what a caller writes, and the options that say it.
 """
 
@@ -24,7 +24,7 @@ from fused_attn.normalizers import TopK
 from fused_attn.score_mods import ScoreMod
 from fused_attn.scoring import Scoring
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
 BEGIN, END = "<!-- written by `make table` -->\n", "<!-- end of what `make table` writes -->\n"
 # Columns: chips that answer alike stand in one; where they do not, ``cells`` says so.
 TARGETS: dict[str, tuple[Target, ...]] = {
@@ -143,11 +143,11 @@ def table() -> str:
 
 
 def written(text: str) -> str:
-    """A README with the present table between its marks."""
+    """The page with the present table between its marks."""
     mark = re.compile(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", re.DOTALL)
-    assert len(mark.findall(text)) == 1, "the README must have the marks of make table once"
+    assert len(mark.findall(text)) == 1, "the page must have the marks of make table once"
     return mark.sub(lambda _: f"\n{table()}\n", text)
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    PAGE.write_text(written(PAGE.read_text()))

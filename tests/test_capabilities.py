@@ -1,4 +1,4 @@
-"""What runs where: the README's table, and targets that are asked about without their machine."""
+"""What runs where: the table of docs/backends.md, and targets that are asked about without their machine."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def q() -> torch.Tensor:
     return capabilities.seen(1, 2, 4096, 64, dtype=torch.bfloat16)
 
 
-def test_the_table_of_the_readme_is_what_explain_says() -> None:
-    text = capabilities.README.read_text()
+def test_the_table_of_the_page_is_what_explain_says() -> None:
+    text = capabilities.PAGE.read_text()
     assert capabilities.written(text) == text, "what runs where has changed: run make table"
 
 

@@ -33,10 +33,11 @@ def test_the_demo_agrees_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture
 @needs_model
 def test_the_model_attends_through_fused_attn(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     from fused_attn.cli import encoder
+    from fused_attn.integrations.transformers import attention
 
     calls = []
-    real = encoder.fa.attention
-    monkeypatch.setattr(encoder.fa, "attention", lambda *args, **kwargs: calls.append(args[0].shape) or real(*args, **kwargs))
+    real = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *args, **kwargs: calls.append(args[0].shape) or real(*args, **kwargs))
     model = encoder.Encoder(device)
     got = model.encode(["One sentence.", "And another, which is longer."], encoder.ROUTED)
     assert len(calls) == 6 and got.probs.shape[:3] == (6, 2, 12)

@@ -17,6 +17,7 @@ import fused_attn as fa
 from fused_attn import fingerprint
 from fused_attn.backends import cpu
 from fused_attn.integrations.sdpa import patched
+from fused_attn.nn import MultiheadAttention, d2l
 
 pytestmark = [pytest.mark.slow, pytest.mark.peers]
 README = Path(fa.__file__).parents[1] / "README.md"
@@ -37,8 +38,8 @@ def same(got: Any, want: Any, roundings: int = 64) -> None:
 
 
 def first_example() -> tuple[dict[str, Any], Callable[..., tuple[Tensor, ...]]]:
-    """README's first block: what stands before its blank line, run, and the rest as a function of q, k, v and lengths."""
-    block = re.search(r"```python\n(.*?)```", README.read_text(), re.S)[1]
+    """README's block under "Any of these": what stands before its second blank line, run, and the rest as a function of q, k, v and lengths."""
+    block = re.search(r"## Any of these.*?```python\n(.*?)```", README.read_text(), re.S)[1]
     setup, calls = re.split(r"\n\n(?=out = )", block, maxsplit=1)
     names: dict[str, Any] = {}
     exec(setup, names)
@@ -176,3 +177,23 @@ def test_aot_inductor() -> None:
         program = torch.export.export(Attend(), inputs)
         package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/attend.pt2")
         same(torch._inductor.aoti_load_package(package)(*inputs), Attend()(*inputs))
+
+
+@pytest.mark.parametrize("name", ["nn.MultiheadAttention", "d2l.MultiHeadAttention", "d2l.AdditiveAttention"])
+def test_layers_with_a_sequence_without_keys(name: str) -> None:
+    """Heads are views of a projection, so that q lies in another order than its shape says."""
+    padding = torch.arange(6) >= torch.tensor([[0], [4]])
+    layer: nn.Module = {
+        "nn.MultiheadAttention": lambda: MultiheadAttention(16, 4, batch_first=True),
+        "d2l.MultiHeadAttention": lambda: d2l.MultiHeadAttention(16, 16, 16, 16, 4),
+        "d2l.AdditiveAttention": lambda: d2l.AdditiveAttention(16, 16, 8),
+    }[name]()
+    options = {"key_padding_mask": padding} if "nn" in name else {"valid_lens": torch.tensor([0, 4])}
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True)):
+        out = call(x, x, x, **options)
+        outputs = out if isinstance(out, tuple) else (out,)
+        leaves = [x, *layer.parameters()]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(t).cumsum(-1) for t in outputs])])
+    same(results[1], results[0])

@@ -20,10 +20,16 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def _configurations() -> Iterator[Any]:
-    """Every entry of the table; one per chip and dtype, and all of sm_90's 16-bit ones, in every run."""
+    """Every entry of the table; one per chip and dtype, and all of sm_90's 16-bit ones, in every run: later chips' beside other packages' tests."""
     for chip, dtype, size in itertools.product(config.SHARED_MEMORY, ("bfloat16", "float32"), config.HEAD_SIZES):
         always = size == {"bfloat16": 128, "float32": 64}[dtype] or (chip, dtype) == (90, "bfloat16")
-        yield pytest.param(chip, dtype, size, id=f"sm_{chip}-{dtype}-{size}", marks=() if always else pytest.mark.exhaustive)
+        marks = [] if always else [pytest.mark.exhaustive]
+        yield pytest.param(chip, dtype, size, id=f"sm_{chip}-{dtype}-{size}", marks=[*marks, *_later(chip)])
+
+
+def _later(chip: int) -> list[Any]:
+    """What marks a compilation for a chip after sm_90."""
+    return [pytest.mark.peers] if chip > 90 else []
 
 
 @pytest.mark.slow
@@ -44,7 +50,7 @@ def test_attention_compiles_without_spills(chip: int, dtype: str, head_size: int
 @pytest.mark.parametrize(
     ("chip", "dtype"),
     [
-        pytest.param(chip, dtype, marks=() if (chip, dtype) == (90, "bfloat16") else pytest.mark.exhaustive)
+        pytest.param(chip, dtype, marks=pytest.mark.peers if (chip, dtype) == (90, "bfloat16") else pytest.mark.exhaustive)
         for chip in config.SHARED_MEMORY
         for dtype in ("bfloat16", "float32")
     ],
@@ -58,7 +64,7 @@ def test_additive_attention_compiles_without_spills(chip: int, dtype: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", config.SHARED_MEMORY)
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=_later(chip)) for chip in config.SHARED_MEMORY])
 def test_softmax_compiles_without_spills(chip: int) -> None:
     (report,) = matrix.compiled(None, [f"{chip}:bfloat16:softmax"])
     kernels = report["kernels"]

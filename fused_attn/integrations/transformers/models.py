@@ -1,0 +1,34 @@
+"""Which models of the transformers package leave their masks to the attention that they ask the interface for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_known: dict[type, bool] = {}
+
+
+def leaves_masks_to_attention(config_class: type) -> bool:
+    """Whether models of a configuration hand their mask to the interface's function as it is; also where no model of it is loaded.
+
+    Others compute attention themselves, some or all of it, and add the mask to the scores. The package takes any registered name for them.
+
+    Example:
+        >>> leaves_masks_to_attention(int)
+        True
+    """
+    if config_class not in _known:
+        _known[config_class] = _looked_up(config_class)
+    return _known[config_class]
+
+
+# torch.compile runs it while tracing: Dynamo cannot walk over modules.
+leaves_masks_to_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _looked_up(config_class: type) -> bool:
+    beside = config_class.__module__.rpartition(".")[0] + ".modeling_"
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(beside)]
+    models = [m for module in modules for m in vars(module).values() if hasattr(m, "_can_set_attn_implementation")]
+    own: list[Any] = [m for m in models if getattr(m, "config_class", None) is config_class]
+    return not own or any(m._can_set_attn_implementation() and (m._supports_attention_backend or m._supports_sdpa) for m in own)
