@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from fused_attn.nn.keras import AdditiveAttention, Attention, GroupQueryAttention, MultiHeadAttention
 from fused_attn.nn.keras.layer import Layer
 
+pytestmark = [pytest.mark.slow, pytest.mark.peers]
 LAYERS: dict[str, Any] = {
     "everything": lambda: MultiHeadAttention(2, 4, 3, 0.2, sliding_window=3, use_gate=True, seed=7, activity_regularizer="l2"),
     "fused": lambda: MultiHeadAttention(2, 4),

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.test_x_transformers import decoder, inputs
 
+pytestmark = [pytest.mark.slow, pytest.mark.peers]
 NAMES = ("real_former_selective_grouped", "talking_heads", "forgetting", "window_memories")
 
 
