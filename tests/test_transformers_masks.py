@@ -18,9 +18,9 @@ from torch import Tensor
 import fused_attn as fa
 from fused_attn.integrations.transformers import attention as module
 from fused_attn.integrations.transformers.attention import Attend
+from fused_attn.integrations.transformers.mask_tensor import KeyRuns, RowMask
 from fused_attn.integrations.transformers.masks import row_mask
 from fused_attn.integrations.transformers.patterns import Window, window_of
-from fused_attn.integrations.transformers.row_mask import KeyRuns, RowMask
 
 pytestmark = pytest.mark.quick
 BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, HEAD_DIM = 2, 4, 2, 5, 8, 6

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_attn.cli.encoder import MODEL_PACKAGE, model_folder
 from fused_attn.integrations.transformers import NAME, register, unregister
 from fused_attn.integrations.transformers import attention as module
-from fused_attn.integrations.transformers.row_mask import RowMask
+from fused_attn.integrations.transformers.mask_tensor import RowMask
 from fused_attn.testing.measure import peak_bytes
 from tests.transformers_families import FAMILIES, VOCABULARY, evaluated, reference
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fused_attn.checks import captured, described
+from fused_attn.integrations.transformers.mask_tensor import KeyRuns, RowMask
 from fused_attn.integrations.transformers.models import leaves_masks_to_attention
 from fused_attn.integrations.transformers.patterns import Window, window_of
-from fused_attn.integrations.transformers.row_mask import KeyRuns, RowMask
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.mask_rules import intervals
 from fused_attn.masks import Dense, KeyPadding, Mask, from_mask_mod
