@@ -125,6 +125,16 @@ def test_a_compiled_step_of_a_static_cache(name: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_exported(name: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.model(NAME), family.inputs() | ({"use_cache": False} if name == "llama" else {})
+    program = torch.export.export(model, (), inputs, strict=False)
+    assert any("fused_attn" in str(node.target) for node in program.graph.nodes)
+    rows = family.padded.bool()
+    torch.testing.assert_close(program.module()(**inputs)[0][rows], model(**inputs)[0][rows], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
 @pytest.mark.parametrize("name", ["gemma2", "t5"])
 def test_checkpointing(name: str, reentrant: bool) -> None:
