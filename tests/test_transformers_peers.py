@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_attn.cli.encoder import MODEL_PACKAGE, model_folder
 from fused_attn.integrations.transformers import NAME, register, unregister
 from fused_attn.integrations.transformers import attention as module
-from fused_attn.integrations.transformers.row_mask import RowMask
+from fused_attn.integrations.transformers.mask_tensor import RowMask
 from fused_attn.testing.measure import peak_bytes
 from tests.transformers_families import FAMILIES, VOCABULARY, evaluated, reference
 
@@ -123,6 +123,16 @@ def test_a_compiled_step_of_a_static_cache(name: str) -> None:
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(model.generate(**family.inputs(), **options), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_exported(name: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.model(NAME), family.inputs() | ({"use_cache": False} if name == "llama" else {})
+    program = torch.export.export(model, (), inputs, strict=False)
+    assert any("fused_attn" in str(node.target) for node in program.graph.nodes)
+    rows = family.padded.bool()
+    torch.testing.assert_close(program.module()(**inputs)[0][rows], model(**inputs)[0][rows], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])

@@ -12,8 +12,8 @@ from fused_attn.auxiliary import AuxRequest
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
 from fused_attn.integrations.transformers.keywords import chosen_keys, packed_documents, refuse_unknown, shared_with_sinks, sinks_of
+from fused_attn.integrations.transformers.mask_tensor import RowMask
 from fused_attn.integrations.transformers.models import leaves_masks_to_attention
-from fused_attn.integrations.transformers.row_mask import RowMask
 from fused_attn.masks import And, Causal, Dense, Mask, SlidingWindow
 from fused_attn.score_mods import Bias, ScoreMod, SoftCap
 from fused_attn.scoring import DotProduct

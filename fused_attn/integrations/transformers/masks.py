@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.checks import captured, described
+from fused_attn.checks import captured, described, is_traced
+from fused_attn.integrations.transformers.mask_tensor import KeyRuns, RowMask
 from fused_attn.integrations.transformers.models import leaves_masks_to_attention
 from fused_attn.integrations.transformers.patterns import Window, window_of
-from fused_attn.integrations.transformers.row_mask import KeyRuns, RowMask
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.mask_rules import intervals
 from fused_attn.masks import Dense, KeyPadding, Mask, from_mask_mod
@@ -110,7 +110,7 @@ def row_mask(
         added_mask: makes the mask of models that add it to their scores themselves, in place of this function.
 
     Returns:
-        A ``RowMask``, None, or what ``added_mask`` gives.
+        A ``RowMask``, None, or what ``added_mask`` gives; a bool tensor where a program is recorded.
 
     Raises:
         ValueError: attention_mask is not [batch, tokens].
@@ -143,7 +143,13 @@ def row_mask(
         mask = _evaluated(from_mask_mod(lambda b, h, q, kv: function(b, h, q + q_offset, kv + kv_offset)), grid)
     else:
         mask = _evaluated(_Pattern(function, q_offset, kv_offset), grid)
-    return RowMask.of(mask if padding is None else mask & padding, grid.shape, device)
+    mask = mask if padding is None else mask & padding
+    return mask.allowed(grid).expand(grid.shape) if _is_recorded() else RowMask.of(mask, grid.shape, device)
+
+
+def _is_recorded() -> bool:
+    """Whether tensors stand for others (torch.export, make_fx, torch.jit.trace), of which no subclass can be made."""
+    return not torch.compiler.is_dynamo_compiling() and (torch._C._len_torch_dispatch_stack() > 0 or is_traced())
 
 
 def _causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

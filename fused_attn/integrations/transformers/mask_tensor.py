@@ -50,8 +50,9 @@ class KeyRuns(Mask):
 # What is asked of the tensor itself, and is the same of the whole tensor.
 _METADATA = frozenset(
     (
-        "__get__", "__len__", "__hash__", "_is_view", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
-        "is_floating_point", "is_inference", "is_signed", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "untyped_storage",
+        "__get__", "__hash__", "__len__", "_is_view", "_is_zerotensor", "data_ptr", "dim", "element_size", "get_device", "has_names", "is_complex", "is_conj",
+        "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_pinned", "is_shared", "is_signed", "ndimension", "nelement", "numel", "size",
+        "storage_offset", "stride", "untyped_storage",
     )
 )  # fmt: skip
 
