@@ -225,7 +225,7 @@ def test_replacing_again_sets_the_backend() -> None:
         assert replace_multihead_attention(model, backend=backend) == ["ours", "mine", "theirs"]
         assert {layer.backend for layer in model.values()} == {backend}
     assert type(model["mine"]) is Mine
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*; got 'cdua'"):
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*; got 'cdua'"):
         replace_multihead_attention(model, backend="cdua")
     assert {layer.backend for layer in model.values()} == {"cpu"}
     with pytest.raises(ValueError, match="got 'cdua'"):
@@ -251,7 +251,9 @@ def test_nested_tensors() -> None:
 def test_weights_of_nested_tensors_as_torch(average: bool) -> None:
     """Padded queries have weights of zero, with key lengths of their own."""
     theirs, ours = (layer.eval() for layer in pair(batch_first=True))
-    query, key, value = (torch.nested.nested_tensor([torch.randn(n, WIDTH, dtype=torch.float64) for n in ns]) for ns in ((3, 1), (2, 6), (2, 6)))
+    query, key, value = (
+        torch.nested.nested_tensor([torch.randn(n, WIDTH, dtype=torch.float64) for n in ns]) for ns in ((3, 1), (2, 6), (2, 6))
+    )
     out, weights = ours(query, key, value, average_attn_weights=average)
     assert weights.shape == ((2, 3, 6) if average else (2, HEADS, 3, 6))
     assert not weights[1, ..., 1:, :].any() and not weights[0, ..., 2:].any()
