@@ -101,8 +101,12 @@ def test_threads_that_overlap_restore_the_original():
 
 
 def test_explicit_backend_does_not_fall_back():
-    with sdpa.patched(backend="tpu"), pytest.raises(ValueError, match="backend must be"):
+    with sdpa.patched(backend="cuda"), pytest.raises(ValueError, match="backend 'cuda' must support the problem"):
         F.scaled_dot_product_attention(*qkv())
+    for enter in (lambda: sdpa.patched(backend="tpu").__enter__(), lambda: sdpa.install("tpu")):
+        with pytest.raises(ValueError, match="backend must be"):
+            enter()
+        assert F.scaled_dot_product_attention is ORIGINAL
 
 
 class Tagged(torch.Tensor):
