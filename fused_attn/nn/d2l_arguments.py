@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def check_inputs(queries: Tensor, keys: Tensor, values: Tensor, ranks: tuple[int
         raise RuntimeError(f"queries, keys and values must share one floating-point dtype; got {got}. Convert them with .to.")
 
 
-def check_features(linears: dict[str, tuple[Tensor, nn.Module]], option: dict[str, str]) -> None:
+def check_features(linears: Mapping[str, tuple[Tensor, nn.Module]], option: Mapping[str, str]) -> None:
     """Raises RuntimeError unless each tensor has as many features as its map takes; ``option`` names what says so."""
     for name, (tensor, linear) in linears.items():
         if type(linear) is nn.Linear and tensor.shape[-1] != linear.in_features:

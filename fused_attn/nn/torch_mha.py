@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -231,5 +231,5 @@ def replace_multihead_attention(model: nn.Module, *, backend: str = "auto") -> l
     for module in found.values():
         if not isinstance(module, MultiheadAttention):
             module.__class__ = MultiheadAttention
-        module.take_over(backend)
+        cast(MultiheadAttention, module).take_over(backend)
     return list(found)
