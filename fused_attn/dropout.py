@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.checks import as_integer, as_number, described, require_tensor
+from fused_attn.checks import as_integer, as_number, captured, described, require_tensor
 from fused_attn.kernel_dropout import KernelDropout, Sizes
 from fused_attn.lowering import Grid
 from fused_attn.pytrees import register
@@ -175,3 +175,34 @@ def keep_factor(dropout: KernelDropout, grid: Grid, dtype: torch.dtype) -> Tenso
     words = torch.stack(philox(counter, dropout.seed), -1).flatten(-2)
     keep = words[..., k0 % 4 : k0 % 4 + k1 - k0] >= threshold(dropout.p)
     return keep.to(dtype) * (1 / (1 - dropout.p) if dropout.p < 1 else 0.0)
+
+
+# Elements whose random words exist at a time, int64: 2 MB.
+_BLOCK = 1 << 18
+
+
+def dropped(probs: Tensor, dropout: KernelDropout, grid: Grid) -> Tensor:
+    """Probabilities of a whole grid after dropout, by blocks of queries, for the counters take eight times their room.
+
+    Args:
+        probs: [batch, heads, q_len, kv_len]; written to unless they require grad, or values cannot be looked at.
+        dropout: what is removed.
+        grid: of the probabilities.
+
+    Example:
+        >>> grid, probs = Grid((1, 1, 2, 3), torch.device("cpu")), torch.ones(1, 1, 2, 3)
+        >>> dropped(probs, Dropout(1.0, seed=1).lower(grid.device), grid).any().item()
+        False
+    """
+    if captured(probs):
+        return probs * keep_factor(dropout, grid, probs.dtype)
+    factor = torch.empty_like(probs) if probs.requires_grad else None
+    batches, heads, (_, end), keys = grid.ranges
+    rows = max(1, _BLOCK // max(1, probs[:, :, :1].numel()))
+    for row in range(0, end, rows):
+        part = keep_factor(dropout, grid.at(batches, heads, (row, min(row + rows, end)), keys), probs.dtype)
+        if factor is None:
+            probs[:, :, row : row + rows] *= part
+        else:
+            factor[:, :, row : row + rows] = part
+    return probs if factor is None else probs * factor

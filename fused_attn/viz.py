@@ -44,14 +44,20 @@ def show_heatmaps(
     Returns:
         The figure, for labels (``label_tokens``) or ``savefig``. The colour bar belongs to the last panel.
 
+    Raises:
+        ValueError: matrices are not 4-D, or there are fewer titles than columns.
+        TypeError: matrices are complex.
+        ImportError: matplotlib is missing.
+
     Example:
         >>> import torch
         >>> figure = show_heatmaps(torch.eye(4)[None, None], xlabel="Keys", ylabel="Queries")
         >>> len(figure.axes)
         2
     """
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
+    if matrices.is_complex():
+        raise TypeError(f"matrices must be real; got {described(matrices)}. Draw .abs() of them.")
     if matrices.dim() != 4:
         raise ValueError(
             f"matrices must be 4-D [rows, columns, queries, keys]; got {matrices.dim()}-D {list(matrices.shape)}. "
@@ -88,8 +94,7 @@ def show_masks(masks: Mapping[str, Mask], q_len: int = 16, kv_len: int = 16) -> 
         >>> [panel.get_title() for panel in figure.axes]
         ['causal', '~causal | chunked']
     """
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     if not masks:
         raise ValueError("masks must hold at least one mask; got none. Pass {'causal': Causal()}.")
     figure, axes = pyplot.subplots(1, len(masks), figsize=(2.6 * len(masks), 2.8), sharex=True, sharey=True, squeeze=False)
@@ -106,8 +111,8 @@ def show_masks(masks: Mapping[str, Mask], q_len: int = 16, kv_len: int = 16) -> 
     return figure
 
 
-# Probabilities that a thumbnail holds at a time: 16 MB of float32.
-_BLOCK = 1 << 22
+# Probabilities that a thumbnail makes at a time. Up to eight arrays of their size are there on the way: 16 MB of float32.
+_BLOCK = 1 << 19
 _DEFAULTS: dict[str, Any] = {
     "mask": None,
     "scale": None,
@@ -160,13 +165,12 @@ def attention_thumbnail(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["
             )
         batch, heads, q_len, kv_len = problem.shape
         height, width = min(size, q_len), min(size, kv_len)
-        pixels = q.new_zeros((batch, heads, height, width), dtype=stat_dtype(q.dtype))
-        for i in range(height if width and batch * heads else 0):
-            # The bins of torch's adaptive pooling.
-            row = _row_of_keys(problem, range(i * q_len // height, -(-(i + 1) * q_len // height)), reduce)
-            pool = F.adaptive_avg_pool1d if reduce == "mean" else F.adaptive_max_pool1d
-            pixels[:, :, i] = pool(row, width)
-    return pixels
+        if not height * width * batch * heads:
+            return q.new_zeros((batch, heads, height, width), dtype=stat_dtype(q.dtype))
+        pool = F.adaptive_avg_pool1d if reduce == "mean" else F.adaptive_max_pool1d
+        # The bins of torch's adaptive pooling.
+        bins = (range(i * q_len // height, -(-(i + 1) * q_len // height)) for i in range(height))
+        return torch.stack([pool(_row_of_keys(problem, rows, reduce), width) for rows in bins], 2)
 
 
 def _row_of_keys(problem: AttentionProblem, rows: range, reduce: str) -> Tensor:
@@ -187,7 +191,7 @@ def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean"
     """One panel per batch element (downwards) and head of ``attention_thumbnail``, the axes in queries and keys, one logarithmic scale for all.
 
     Returns:
-        The figure. Colours span four powers of ten below the largest probability; what is smaller looks like 0.
+        The figure. Colours span four powers of ten below the largest probability; what is smaller looks like 0. NaN is grey.
 
     Example:
         >>> q, k = torch.randn(2, 1, 2, 300, 16)
@@ -195,7 +199,8 @@ def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean"
         >>> [panel.get_title() for panel in figure.axes[:2]]
         ['head 0', 'head 1']
     """
-    from matplotlib import colors, pyplot
+    pyplot = _pyplot()
+    from matplotlib import colormaps, colors
 
     pixels = attention_thumbnail(q, k, size, reduce, **options).cpu()
     if not pixels.numel():
@@ -203,10 +208,11 @@ def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean"
     batch, heads = pixels.shape[:2]
     figsize = (1.2 + 2.4 * heads, 0.4 + 2.4 * batch)
     figure, axes = pyplot.subplots(batch, heads, figsize=figsize, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    largest = pixels.max().item() or 1.0
+    largest = pixels.nan_to_num(0.0).max().item() or 1.0
+    cmap = colormaps["Reds"].with_extremes(bad="grey")
     norm = colors.LogNorm(1e-4 * largest, largest, clip=True)
     for b, h in itertools.product(range(batch), range(heads)):
-        image = axes[b, h].imshow(pixels[b, h].numpy(), cmap="Reds", norm=norm, extent=(0, k.shape[2], q.shape[2], 0), aspect="auto")
+        image = axes[b, h].imshow(pixels[b, h].numpy(), cmap=cmap, norm=norm, extent=(0, k.shape[2], q.shape[2], 0), aspect="auto")
         axes[b, h].set_title(f"head {h}")
         axes[b, 0].set_ylabel("Queries")
         axes[-1, h].set_xlabel("Keys")
@@ -215,8 +221,37 @@ def show_attention(q: Tensor, k: Tensor, size: int = 256, reduce: Literal["mean"
 
 
 def label_tokens(figure: Figure, keys: Sequence[str], queries: Sequence[str]) -> None:
-    """Writes tokens along both axes of every panel of a figure made by ``show_heatmaps``."""
-    for panel in (axes for axes in figure.axes if axes.images):
+    """Writes tokens along both axes of every panel of a figure made by ``show_heatmaps``.
+
+    Raises:
+        ValueError: not one token for each row and column of the panels.
+
+    Example:
+        >>> label_tokens(show_heatmaps(torch.eye(2)[None, None], "Keys", "Queries"), keys=["it", "is"], queries=["it", "is"])
+    """
+    panels = [axes for axes in figure.axes if axes.images]
+    for name, tokens, dim in (("keys", keys, 1), ("queries", queries, 0)):
+        for size in (panel.images[0].get_size()[dim] for panel in panels):
+            if len(tokens) != size:
+                raise ValueError(
+                    f"{name} must have one token for each of the {size} {name} drawn; got {len(tokens)}. Slice or extend them."
+                )
+    for panel in panels:
         panel.set_xticks(range(len(keys)), keys, rotation=90, fontsize=8)
         panel.set_yticks(range(len(queries)), queries, fontsize=8)
         panel.tick_params(length=0)
+
+
+def _pyplot() -> Any:
+    """matplotlib's pyplot.
+
+    Raises:
+        ImportError: it is missing; the message says how to install it.
+    """
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ImportError('drawing needs matplotlib; got none installed. Run: pip install "fused-attn[viz]"', name="matplotlib") from error
+    return pyplot

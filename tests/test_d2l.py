@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn.nn import d2l
 
@@ -88,6 +91,56 @@ def test_sequence_mask(dtype: torch.dtype, value: float) -> None:
     assert d2l.sequence_mask(X, lengths, value).equal(want)
     assert d2l.sequence_mask(X[..., 0], lengths, value).equal(want[..., 0])
     assert X.equal(before)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("value", [0.1, -1e300, -1e6, 300, -1, float("inf"), float("nan"), True, torch.tensor(2.5)], ids=str)
+def test_sequence_mask_fills_with_what_the_dtype_holds(dtype: torch.dtype, value: Any) -> None:
+    """The book's ``X[~mask] = value``: its value to the last bit, or its RuntimeError."""
+    X = torch.ones(2, 3, 2).to(dtype)
+    want, lengths = X.clone(), torch.tensor([1, 2])
+    try:
+        want[torch.arange(3) >= lengths[:, None]] = value
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match=f"value must be what {dtype} holds"):
+            d2l.sequence_mask(X, lengths, value)
+        return
+    torch.testing.assert_close(d2l.sequence_mask(X, lengths, value), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 2)], ids=["number", "features", "one row for each hidden step"])
+def test_sequence_mask_with_a_tensor_that_learns(shape: tuple[int, ...]) -> None:
+    X, value, lengths = random(2, 3, 2), random(*shape), torch.tensor([1, 2])
+    want = X.clone()
+    want[torch.arange(3) >= lengths[:, None]] = value
+    alike((d2l.sequence_mask(X, lengths, value),), (want,), [X, value])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["dot product", "additive", "multi-head"])
+def test_lengths_of_any_kind(name: str) -> None:
+    """bool ones count, NaN keeps no key, and nothing flows to them: as in ``masked_softmax``."""
+    X = torch.randn(2, 3, 8, dtype=torch.float64)
+    layer: Any = {
+        "dot product": d2l.DotProductAttention(),
+        "additive": d2l.AdditiveAttention(8, 8, 4).double(),
+        "multi-head": d2l.MultiHeadAttention(8, 8, 8, 8, 2).double(),
+    }[name]
+    nan, inf = torch.nan, torch.inf
+    for lengths, plain in (
+        (torch.tensor([True, False]), [1, 0]),
+        (torch.tensor([nan, 2.0]), [0, 2]),
+        (torch.tensor([inf, -inf]), [3, 0]),
+        (torch.tensor([1.5, 3.0], requires_grad=True), [2, 3]),
+        (torch.tensor([[1.0, nan, 2], [3, 3, 0]], requires_grad=True), [[1, 0, 2], [3, 3, 0]]),
+    ):
+        assert layer(X, X, X, lengths).equal(layer(X, X, X, torch.tensor(plain)))
+        expected = layer.attention_weights
+        layer(X, X, X, lengths)
+        assert layer.attention_weights.equal(expected)
+        scores = torch.randn(2, 3, 3)
+        assert d2l.masked_softmax(scores, lengths).equal(d2l.masked_softmax(scores, torch.tensor(plain)))
 
 
 @pytest.mark.quick
@@ -177,6 +230,8 @@ def test_multi_head_signatures(args: tuple[Any, ...], named: dict[str, Any], wan
         lambda: d2l.AdditiveAttention(8, heads=2),
         lambda: d2l.MultiHeadAttention(8),
         lambda: d2l.MultiHeadAttention(1, 2, 3, num_heads=4),
+        lambda: d2l.MultiHeadAttention(1, 2, 3, 4, 2, 0.5, True, 7),
+        lambda: d2l.MultiHeadAttention(8, 2, 0.5, key_size=3),
         lambda: d2l.MultiHeadAttention(8, 2, units=3),
     ],
 )
@@ -252,10 +307,124 @@ def test_weights_of_tensors_that_have_changed_are_refused() -> None:
     torch.testing.assert_close(additive.attention_weights, before.attention_weights)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("how", ["inference", "compiled", "under a mode"])
+def test_weights_are_those_of_the_call_where_nothing_counts_changes(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = d2l.DotProductAttention()
+    run: Any = layer
+    if how == "compiled":
+        monkeypatch.undo()  # as in test_compiled_in_one_graph
+        torch._dynamo.trace_rules.get_torch_obj_rule_map.cache_clear()
+        torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.inference_mode(how == "inference"), FlopCounterMode(display=False) if how == "under a mode" else nullcontext():
+        q, k, v, lengths = torch.randn(1, 3, 8), torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.tensor([2])
+        want = weights_of(q @ k.mT / 8**0.5, lengths)
+        run(q, k, v, lengths)
+        for t in (q, k, lengths):
+            t.add_(1)
+    torch.testing.assert_close(layer.attention_weights, want)
+
+
+@pytest.mark.quick
+def test_weights_are_read_in_any_mode() -> None:
+    layer, x = d2l.AdditiveAttention(8, 8, 4), torch.randn(1, 3, 8, requires_grad=True)
+    layer(x, x, x)
+    want = layer.attention_weights
+    layer(x, x, x)
+    with torch.inference_mode():
+        assert layer.attention_weights.equal(want)
+    (grad,) = torch.autograd.grad(layer.attention_weights.square().sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(want.square().sum(), x)[0])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["dot product", "additive"])
+def test_weights_are_those_of_the_calls_autocast(name: str) -> None:
+    """float32, as torch's softmax makes them under autocast, of queries and keys in its dtype, whatever is on when they are read."""
+    layer: Any = d2l.DotProductAttention() if name == "dot product" else d2l.AdditiveAttention(8, 8, 4)
+    x = torch.randn(1, 3, 8, requires_grad=True)
+    found = []
+    for at_call, at_read in itertools.product((True, False), (True, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=at_call):
+            out = layer(x, x, x)
+        assert out.dtype == (torch.bfloat16 if at_call else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=at_read):
+            found.append(layer.attention_weights)
+    assert found[0].equal(found[1]) and found[2].equal(found[3]) and not found[0].equal(found[2])
+    assert all(weights.dtype == torch.float32 and weights.requires_grad for weights in found)
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=0.05)
+    if name == "dot product":
+        rounded = x.bfloat16().float()
+        torch.testing.assert_close(found[0], weights_of(rounded @ rounded.mT / 8**0.5, None))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = torch.randn(1, 2, 3, dtype=torch.bfloat16)
+        assert d2l.masked_softmax(scores, torch.tensor([2])).equal(weights_of(scores.float(), torch.tensor([2])))
+
+
+class Own(d2l.DotProductAttention):
+    """The book's layer, written down again."""
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Tensor | None = None) -> Tensor:
+        self.shapes = [None if t is None else tuple(t.shape) for t in (queries, keys, values, valid_lens)]
+        scores = torch.bmm(queries, keys.transpose(1, 2)) / queries.shape[-1] ** 0.5
+        self.attention_weights = d2l.masked_softmax(scores, valid_lens)
+        return torch.bmm(self.dropout(self.attention_weights), values)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
+def test_layers_written_as_in_the_book_stand_in(lengths: Tensor | None) -> None:
+    x, layer = random(BATCH, QUERIES, 8), d2l.MultiHeadAttention(8, 4, 0.0).double()
+    keys = random(BATCH, KEYS, 8)
+    want = layer(x, keys, keys, lengths), layer.attention_weights
+    layer.attention = Own(0.0)
+    got = layer(x, keys, keys, lengths), layer.attention_weights
+    alike(got, want, [x, keys, *layer.parameters()])
+    of_lengths = None if lengths is None else (BATCH * 4, *lengths.shape[1:])
+    assert layer.attention.shapes == [(8, QUERIES, 2), (8, KEYS, 2), (8, KEYS, 2), of_lengths]
+    layer.attention_weights = torch.ones(1)
+    assert layer.attention.attention_weights.equal(torch.ones(1))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["dot product", "additive", "multi-head"])
+def test_dropout_is_a_module_that_others_may_stand_in_for(name: str) -> None:
+    x, lengths = random(2, 5, 8), torch.tensor([3, 0])
+    layer: Any = {
+        "dot product": d2l.DotProductAttention(0.5),
+        "additive": d2l.AdditiveAttention(8, 8, 4, 0.5).double(),
+        "multi-head": d2l.MultiHeadAttention(8, 8, 8, 8, 2, 0.5).double(),
+    }[name]
+    holder = getattr(layer, "attention", layer)
+    plain = layer.eval()(x, x, x, lengths), holder.attention_weights
+    layer.train()
+    holder.dropout = nn.Identity()
+    alike((layer(x, x, x, lengths), holder.attention_weights), plain, [x, *layer.parameters()])
+
+    class Twice(nn.Module):
+        def forward(self, weights: Tensor) -> Tensor:
+            self.shape = tuple(weights.shape)
+            return 2 * weights
+
+    holder.dropout = Twice()
+    alike((layer(x, x, x, lengths), holder.attention_weights), (2 * plain[0], plain[1]), [x, *layer.parameters()])
+    assert holder.dropout.shape == ((4, 5, 5) if name == "multi-head" else (2, 5, 5))
+    holder.dropout = nn.Dropout1d(0.5)  # whole queries
+    torch.manual_seed(0)
+    kept = holder.dropout(torch.ones(2, 5, 5, dtype=x.dtype))
+    if name != "multi-head":
+        torch.manual_seed(0)
+        torch.testing.assert_close(layer(x, x, x, lengths), kept @ torch.eye(5, dtype=x.dtype)[:, :1] * plain[0])
+
+
 def test_no_weights_before_a_call_nor_in_copies() -> None:
     x, layer = torch.randn(1, 3, 8), d2l.MultiHeadAttention(8, 2, 0.0)
-    with pytest.raises(AttributeError, match="attention_weights"):
-        _ = layer.attention.attention_weights
+    for other in (layer, layer.attention, d2l.AdditiveAttention(8)):
+        with pytest.raises(AttributeError, match="attention_weights must be read after a call; got none yet"):
+            _ = other.attention_weights
+        with pytest.raises(AttributeError, match="has no attribute 'attention_wieghts'"):
+            _ = other.attention_wieghts
     layer(x, x, x)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         with pytest.raises(AttributeError, match="attention_weights"):
@@ -304,9 +473,36 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "one length per sequence, 4-D": (lambda: d2l.masked_softmax(X[:, None], torch.ones(3)), IndexError, "valid_lens must hold one length"),
     "2-D scores": (lambda: d2l.masked_softmax(X[0], torch.ones(3)), IndexError, "valid_lens must hold one length"),
     "sequence lengths": (lambda: d2l.sequence_mask(X, torch.ones(3)), IndexError, r"valid_len must be \[batch\]"),
-    "key size": (lambda: d2l.DotProductAttention()(X, X[..., :4], X), RuntimeError, "must share head_dim"),
-    "batch": (lambda: d2l.DotProductAttention()(X, X[:1], X[:1]), RuntimeError, "must share the batch size"),
-    "dtype": (lambda: d2l.DotProductAttention()(X.double(), X, X), RuntimeError, "must share one dtype"),
+    "key size": (
+        lambda: d2l.DotProductAttention()(X, X[..., :4], X),
+        RuntimeError,
+        "queries and keys must have as many features as each other; got 8 and 4",
+    ),
+    "batch": (lambda: d2l.DotProductAttention()(X, X[:1], X[:1]), RuntimeError, "queries, keys and values must share the batch size"),
+    "dtype": (
+        lambda: d2l.DotProductAttention()(X.double(), X, X),
+        RuntimeError,
+        "queries, keys and values must share one floating-point dtype",
+    ),
+    "2-D queries": (lambda: d2l.DotProductAttention()(X[0], X[0], X[0]), RuntimeError, "queries, keys and values must all be 3-D"),
+    "2-D queries, additive": (lambda: d2l.AdditiveAttention(8)(X[0], X, X), RuntimeError, "queries, keys and values must all be 3-D"),
+    "4-D queries, multi-head": (
+        lambda: d2l.MultiHeadAttention(8, 2)(*(X[None],) * 3),
+        RuntimeError,
+        "queries, keys and values must all be 3-D",
+    ),
+    "steps": (lambda: d2l.MultiHeadAttention(8, 2)(X, X, X[:, 1:]), RuntimeError, "keys and values must have as many steps"),
+    "query_size": (lambda: d2l.AdditiveAttention(8, 7, 4)(X, X, X), RuntimeError, "queries must have query_size = 7 features; got 8"),
+    "value_size": (lambda: d2l.MultiHeadAttention(8, 8, 7, 8, 2)(X, X, X), RuntimeError, "values must have value_size = 7 features; got 8"),
+    "a list": (lambda: d2l.DotProductAttention()(X, [1], X), TypeError, "keys must be a tensor; got list"),
+    "ints": (lambda: d2l.DotProductAttention()(*(X.long(),) * 3), RuntimeError, "must share one floating-point dtype"),
+    "no heads": (lambda: d2l.MultiHeadAttention(8, 0), ValueError, "MultiHeadAttention num_heads must be >= 1; got 0"),
+    "sizes and dropout mixed up": (
+        lambda: d2l.MultiHeadAttention(8, 2, 0.5, False, 4),
+        TypeError,
+        "MultiHeadAttention value_size must be an int; got 0.5",
+    ),
+    "a size of text": (lambda: d2l.AdditiveAttention("8"), TypeError, "AdditiveAttention num_hiddens must be an int; got '8'"),
     "heads": (lambda: d2l.MultiHeadAttention(8, 3, 0.0)(X, X, X), RuntimeError, "that num_heads = 3 divides"),
     "heads of the functions": (lambda: d2l.transpose_output(X, 3), RuntimeError, r"\[batch \* heads, steps, size\] for num_heads = 3"),
     "dropout": (lambda: d2l.DotProductAttention(2.0), ValueError, "between 0 and 1"),
@@ -334,4 +530,4 @@ def test_attention_is_a_module_that_others_may_stand_in_for() -> None:
     layer = d2l.MultiHeadAttention(8, 2, 0.0)
     layer.attention = Recorder()
     assert layer(X, X, X).shape == X.shape
-    assert layer.attention.shapes == [(2, 2, 3, 4)] * 3
+    assert layer.attention.shapes == [(4, 3, 4)] * 3

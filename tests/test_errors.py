@@ -9,8 +9,11 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn as fa
+import fused_attn.nn
 from fused_attn import backends
+from fused_attn.integrations import flash_registry
 from fused_attn.masks import Mask
+from fused_attn.nn import d2l, keras, x_transformers
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import ScoreMod
 from fused_attn.torch_sdpa import ArgumentError, ArgumentTypeError
@@ -455,3 +458,26 @@ def test_attn_mask_with_is_causal_is_torchs_error():
 def test_eager_infers_shapes_on_meta():
     out = fa.attention(*(t(2, 4, 6, 8, device="meta"),) * 3, mask=fa.Causal(), backend="eager")
     assert out.is_meta and out.shape == (2, 4, 6, 8)
+
+
+DOORS = {
+    "d2l.DotProductAttention": lambda: d2l.DotProductAttention(backend="tpu"),
+    "d2l.AdditiveAttention": lambda: d2l.AdditiveAttention(8, backend="tpu"),
+    "d2l.MultiHeadAttention": lambda: d2l.MultiHeadAttention(8, 2, backend="tpu"),
+    "MultiheadAttention": lambda: fused_attn.nn.MultiheadAttention(8, 2, backend="tpu"),
+    "keras.Attention": lambda: keras.Attention(backend="tpu"),
+    "keras.AdditiveAttention": lambda: keras.AdditiveAttention(backend="tpu"),
+    "keras.MultiHeadAttention": lambda: keras.MultiHeadAttention(2, 4, backend="tpu"),
+    "keras.GroupQueryAttention": lambda: keras.GroupQueryAttention(4, 2, 1, backend="tpu"),
+    "x_transformers.Attend": lambda: x_transformers.Attend(backend="tpu"),
+    "x_transformers.Attention": lambda: x_transformers.Attention(8, heads=2, dim_head=4, backend="tpu"),
+    "x_transformers.Decoder": lambda: x_transformers.Decoder(dim=8, depth=1, heads=2, backend="tpu"),
+    "flash_registry": lambda: flash_registry.register("tpu"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_unknown_backends_are_found_when_something_is_built(door):
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of") as error:
+        DOORS[door]()
+    assert explains(error.value, "backend")

@@ -350,3 +350,9 @@ def test_dropout_of_the_bridge_follows_keras_seeds(keras: Any) -> None:
     first, second = (bridge.MultiHeadAttention(2, 4, dropout=0.5, seed=3, kernel_initializer="ones") for _ in range(2))
     outs = [layer(x, x, training=True) for layer in (first, second, first)]
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_unknown_backends_are_found_at_once(keras: Any) -> None:
+    for build in (lambda: bridge.enable("tpu"), lambda: bridge.MultiHeadAttention(2, 4, backend="tpu")):
+        with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*; got 'tpu'"):
+            build()

@@ -100,9 +100,11 @@ def test_threads_that_overlap_restore_the_original():
     assert F.scaled_dot_product_attention is ORIGINAL
 
 
-def test_explicit_backend_does_not_fall_back():
-    with sdpa.patched(backend="tpu"), pytest.raises(ValueError, match="backend must be"):
-        F.scaled_dot_product_attention(*qkv())
+def test_unknown_backends_are_found_on_entering():
+    for enter in (lambda: sdpa.patched(backend="tpu").__enter__(), lambda: sdpa.install("tpu")):
+        with pytest.raises(ValueError, match="backend must be"):
+            enter()
+        assert F.scaled_dot_product_attention is ORIGINAL
 
 
 class Tagged(torch.Tensor):

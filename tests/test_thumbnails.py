@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_attn as fa
 from fused_attn.masks import from_mask_mod
 from fused_attn.normalizers import TopK
+from fused_attn.testing.measure import peak_bytes
 from fused_attn.viz import attention_thumbnail
 
 BATCH, HEADS, LENGTH = 2, 4, 50
@@ -63,6 +64,27 @@ def test_half_precision_and_nothing_at_all() -> None:
     assert attention_thumbnail(q, q[:, :, :0], 5).shape == (1, 2, 5, 0)
 
 
+@pytest.mark.parametrize("name", ["causal", "modifications", "empty rows"])
+def test_what_exists_at_a_time_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole matrix has 64 blocks of probabilities; up to eight arrays of a block are there on the way, and rows of them."""
+    monkeypatch.setattr("fused_attn.viz._BLOCK", 1 << 16)
+    q = torch.randn(1, 1, 2048, 4)
+    options: dict[str, Any] = {
+        "causal": {},
+        "modifications": {"score_mods": (fa.SoftCap(3.0), fa.ALiBi(torch.rand(1)))},
+        "empty rows": {"empty_rows": "softmax"},
+    }[name]
+    _, peak = peak_bytes(lambda: attention_thumbnail(q, q, 32, mask=fa.Causal(), **options), q.device)
+    assert peak < 9 * (4 << 16)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_mapped_over_a_bias(reduce: Any) -> None:
+    q, biases = torch.randn(1, 2, 9, 4), torch.randn(3, 9, 9)
+    mapped = torch.vmap(lambda b: attention_thumbnail(q, q, 4, reduce, score_mods=(fa.Bias(b),)))(biases)
+    torch.testing.assert_close(mapped, torch.stack([attention_thumbnail(q, q, 4, reduce, score_mods=(fa.Bias(b),)) for b in biases]))
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that is made."""
 
@@ -105,6 +127,28 @@ def test_the_drawing() -> None:
     pyplot.close(figure)
     with pytest.raises(ValueError, match="must hold something to draw"):
         show_attention(q[:, :, :0], k)
+
+
+def test_nan_is_drawn_as_missing() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install fused-attn[viz])")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from fused_attn.viz import show_attention
+
+    q = torch.randn(1, 1, 6, 4)
+    broken = q.clone()
+    broken[0, 0, 2] = torch.nan
+    figure = show_attention(broken, q)
+    figure.canvas.draw()
+    (image,) = figure.axes[0].images
+    assert image.get_array().mask.any(1).tolist() == [False, False, True, False, False, False]
+    want = attention_thumbnail(q, q)
+    assert image.norm.vmax == pytest.approx(want[0, 0, [0, 1, 3, 4, 5]].max().item())
+    show_attention(q * torch.nan, q).canvas.draw()
+    pyplot.close("all")
 
 
 MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.nn import MultiheadAttention, replace_multihead_attention
+from fused_attn.testing.measure import peak_bytes
 
 BATCH, Q_LEN, KV_LEN, WIDTH, HEADS = 3, 5, 6, 16, 4
 PADDING = torch.tensor([[0] * 6, [0] * 4 + [1] * 2, [0] + [1] * 5]).bool()
@@ -214,6 +215,23 @@ def test_replacing_keeps_objects_and_leaves_subclasses() -> None:
     assert replace_multihead_attention(alone) == [""] and type(alone) is MultiheadAttention
 
 
+@pytest.mark.quick
+def test_replacing_again_sets_the_backend() -> None:
+    class Mine(MultiheadAttention):
+        pass
+
+    model = nn.ModuleDict({"ours": MultiheadAttention(8, 2), "mine": Mine(8, 2), "theirs": nn.MultiheadAttention(8, 2)})
+    for backend in ("eager", "cpu"):
+        assert replace_multihead_attention(model, backend=backend) == ["ours", "mine", "theirs"]
+        assert {layer.backend for layer in model.values()} == {backend}
+    assert type(model["mine"]) is Mine
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*; got 'cdua'"):
+        replace_multihead_attention(model, backend="cdua")
+    assert {layer.backend for layer in model.values()} == {"cpu"}
+    with pytest.raises(ValueError, match="got 'cdua'"):
+        MultiheadAttention(8, 2, backend="cdua")
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors() -> None:
     _, ours = pair(batch_first=True)
@@ -226,6 +244,45 @@ def test_nested_tensors() -> None:
         torch.testing.assert_close(some[:, : len(part), : len(part)], all_weights)
     with pytest.raises(AssertionError, match="must all be nested tensors"):
         ours(nested, nested, nested, attn_mask=CAUSAL)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("average", [True, False], ids=["averaged", "per head"])
+def test_weights_of_nested_tensors_as_torch(average: bool) -> None:
+    """Padded queries have weights of zero, with key lengths of their own."""
+    theirs, ours = (layer.eval() for layer in pair(batch_first=True))
+    query, key, value = (
+        torch.nested.nested_tensor([torch.randn(n, WIDTH, dtype=torch.float64) for n in ns]) for ns in ((3, 1), (2, 6), (2, 6))
+    )
+    out, weights = ours(query, key, value, average_attn_weights=average)
+    assert weights.shape == ((2, 3, 6) if average else (2, HEADS, 3, 6))
+    assert not weights[1, ..., 1:, :].any() and not weights[0, ..., 2:].any()
+    for i in range(2):
+        want, some = theirs(query[i], key[i], value[i], average_attn_weights=average)
+        torch.testing.assert_close(out[i], want)
+        torch.testing.assert_close(weights[i][..., : some.shape[-2], : some.shape[-1]], some)
+    with pytest.raises(AssertionError, match="key and value must have one length"):
+        ours(query, key, query)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_weights_after_dropout_are_made_in_blocks(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights whatever the block; without gradient nothing of the weights' size beside them."""
+    _, ours = pair(dropout=0.5, batch_first=True)
+    x, found = torch.randn(2, 37, WIDTH, dtype=torch.float64), []
+    for block in (1 << 18, 1, 500):
+        monkeypatch.setattr("fused_attn.dropout._BLOCK", block)
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(grad):
+            found.append(ours(x, x, x, average_attn_weights=False)[1])
+        assert found[-1].requires_grad == grad
+    assert found[1].equal(found[0]) and found[2].equal(found[0])
+    if not grad:
+        layer, length = MultiheadAttention(8, 4, 0.1, batch_first=True), 1024
+        q, weights = torch.randn(1, length, 8), 4 * 4 * length**2
+        with torch.no_grad():
+            assert peak_bytes(lambda: layer(q, q, q), q.device)[1] < 2 * weights
 
 
 def test_copies_pickles_and_new_parameters() -> None:
@@ -338,6 +395,9 @@ MISTAKES: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], type[Exception], s
     "unbatched 3-D mask": ((X[:, 0],) * 3, {"attn_mask": CAUSAL[None]}, AssertionError, r"\[num_heads, q_len, kv_len\] = \[4, 6, 6\]"),
     "padding rank": ((X, X, X), {"key_padding_mask": PADDING[0]}, AssertionError, "key_padding_mask must be 2-D"),
     "padding size": ((X, X, X), {"key_padding_mask": PADDING[:, 1:]}, AssertionError, r"key_padding_mask must be .* \[3, 6\]"),
+    "key features": ((X, X[..., :8], X[..., :8]), {}, RuntimeError, "key must have kdim = 16 features; got 8"),
+    "mask type": ((X, X, X), {"attn_mask": CAUSAL.tolist()}, TypeError, "attn_mask must be a tensor or None; got list"),
+    "padding type": ((X, X, X), {"key_padding_mask": 1}, TypeError, "key_padding_mask must be a tensor or None; got 1"),
     "hint alone": ((X, X, X), {"is_causal": True}, RuntimeError, "attn_mask must be given with is_causal=True"),
 }
 
@@ -352,6 +412,16 @@ def test_mistakes_are_torchs(name: str) -> None:
     with pytest.raises(kind, match=message) as ours:
         MultiheadAttention(16, 4)(*tensors, **options)
     assert type(ours.value) is type(theirs.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "features"), [("key", (16, 9)), ("value", (7, 16)), ("value", (7, 7))])
+def test_features_of_other_sizes_are_torchs_mistakes(name: str, features: tuple[int, int]) -> None:
+    tensors, options = (X, X[..., : features[0]], X[..., : features[1]]), {"kdim": 7, "vdim": 9}
+    with pytest.raises(AssertionError, match=f"{name} weights"):
+        nn.MultiheadAttention(16, 4, **options)(*tensors)
+    with pytest.raises(AssertionError, match=f"{name} must have {name[0]}dim"):
+        MultiheadAttention(16, 4, **options)(*tensors)
 
 
 @pytest.mark.parametrize(("sizes", "kind"), [((0, 4), ValueError), ((16, 0), ValueError), ((16, 5), AssertionError)])

@@ -309,3 +309,8 @@ def test_a_pretrained_encoder(dtype: torch.dtype) -> None:
     for got, plain, truth in zip(run(model, NAME), run(model, "eager"), right, strict=True):
         error, allowed = ((t.double() - truth).norm() for t in (got, plain))
         assert error <= 2 * allowed + torch.finfo(dtype).eps * truth.norm()
+
+
+def test_unknown_backends_are_found_when_registered() -> None:
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*; got 'tpu'"):
+        register("tpu")

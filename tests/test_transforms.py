@@ -183,6 +183,41 @@ def test_masks_from_mapped_tensors() -> None:
         )
 
 
+MAPPED: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "bias": (lambda x, b: fa.attention(x, x, x, score_mods=(fa.Bias(b),)), (9, 9)),
+    "bias, masked and capped": (lambda x, b: fa.attention(x, x, x, mask=fa.Causal(), score_mods=(fa.Bias(b), fa.SoftCap(3.0))), (9, 9)),
+    "float mask of the drop-in": (lambda x, b: fa.scaled_dot_product_attention(x, x, x, b), (9, 9)),
+    "slopes": (lambda x, s: fa.attention(x, x, x, score_mods=(fa.ALiBi(s),), mask=fa.Causal()), (2,)),
+    "decay": (lambda x, d: fa.attention(x, x, x, score_mods=(fa.DecayBias(d),), mask=fa.Causal()), (2, 2, 9)),
+    "probabilities": (
+        lambda x, b: fa.attention(x, x, x, score_mods=(fa.Bias(b),), return_aux=fa.AuxRequest(probs=True))[1].probs,
+        (9, 9),
+    ),
+    "picked probabilities": (
+        lambda x, b: fa.attention(
+            x, x, x, score_mods=(fa.Bias(b),), return_aux=fa.AuxRequest(probs=True, rows=torch.tensor([1]))
+        )[1].probs,
+        (9, 9),
+    ),
+    "entropy": (lambda x, b: fa.attention(x, x, x, score_mods=(fa.Bias(b),), return_aux=fa.AuxRequest(entropy=True))[1].entropy, (9, 9)),
+    "sigmoid": (lambda x, b: fa.attention(x, x, x, score_mods=(fa.Bias(b),), normalizer=fa.Sigmoid()), (9, 9)),
+    "sinks": (lambda x, s: fa.attention(x, x, x, sinks=s), (2,)),
+    "values and bias": (lambda x, b: fa.attention(x, x, b[:, :, :, :8], score_mods=(fa.Bias(b[..., 8:]),)), (2, 2, 9, 17)),
+    "softmax": (lambda x, b: fa.masked_softmax(x @ x.mT, fa.Causal(), bias=b), (9, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", MAPPED)
+def test_modifications_alone_are_mapped(name: str) -> None:
+    """q and k are those of all slices, so that nothing of theirs says that values cannot be looked at."""
+    (function, shape), x = MAPPED[name], torch.randn(BATCH, HEADS, LENGTH, DIM)
+    mapped = torch.randn(SLICES, *shape)
+    close([torch.vmap(lambda t: function(x, t))(mapped)], [torch.stack([function(x, t) for t in mapped])])
+    derivative = torch.func.grad(lambda t: function(x, t).sin().sum())
+    close([torch.vmap(derivative)(mapped)], [torch.stack([derivative(t) for t in mapped])])
+
+
 @pytest.mark.quick
 def test_what_cannot_hold_under_vmap_is_said() -> None:
     scattered = torch.tensor([[0, 1, 0, 1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -81,3 +82,42 @@ def test_mistakes_are_named(shape: tuple[int, ...], titles: list[str] | None, me
 
     with pytest.raises(ValueError, match=message):
         show_heatmaps(torch.zeros(shape), "Keys", "Queries", titles)
+
+
+@pytest.mark.parametrize(("keys", "queries", "name"), [(["x"], ["p", "q"], "keys"), (["x", "y", "z"], ["p", "q", "r"], "queries")])
+def test_tokens_must_be_as_many_as_are_drawn(keys: list[str], queries: list[str], name: str) -> None:
+    from fused_attn.viz import label_tokens, show_heatmaps
+
+    figure = show_heatmaps(torch.rand(1, 1, 2, 3), "Keys", "Queries")
+    before = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    with pytest.raises(ValueError, match=f"{name} must have one token for each of the . {name} drawn"):
+        label_tokens(figure, keys, queries)
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == before
+
+
+def test_complex_matrices_are_refused() -> None:
+    from fused_attn.viz import show_heatmaps
+
+    with pytest.raises(TypeError, match="matrices must be real"):
+        show_heatmaps(torch.zeros(1, 1, 2, 2, dtype=torch.complex64), "Keys", "Queries")
+
+
+def test_without_matplotlib_one_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fused_attn as fa
+    from fused_attn.viz import show_attention, show_heatmaps, show_masks
+
+    q = torch.ones(1, 1, 2, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    for draw in (lambda: show_heatmaps(q, "Keys", "Queries"), lambda: show_masks({"causal": fa.Causal()}), lambda: show_attention(q, q)):
+        with pytest.raises(ImportError, match=r'pip install "fused-attn\[viz\]"'):
+            draw()
+
+
+class Missing:
+    """Finds no matplotlib."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -216,3 +216,11 @@ def test_realformer_keeps_one_tensor_of_scores_per_layer() -> None:
         out = model(x)
     assert len(kept) <= 2, [t.shape for t in kept.values()]
     out.sum().backward()
+
+
+def test_unknown_backends_are_found_at_once() -> None:
+    model = decoder()
+    for enter in (lambda: fuse(model, "tpu"), lambda: flash_with_everything("tpu").__enter__()):
+        with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*; got 'tpu'"):
+            enter()
+    assert all(type(m) is Attend for m in model.modules() if isinstance(m, Attend))

@@ -22,7 +22,7 @@ from fused_attn.targets import Target
 if TYPE_CHECKING:
     from fused_attn.backends.base import Backend
 
-__all__ = ["EAGER", "Explanation", "Target", "Verdict", "explain", "get", "names", "register", "resolve", "unregister"]
+__all__ = ["EAGER", "Explanation", "Target", "Verdict", "explain", "get", "names", "register", "require_name", "resolve", "unregister"]
 
 EAGER = "eager"
 # Module and class of each built-in backend, fastest first; imported when a backend is first considered.
@@ -89,6 +89,23 @@ def names() -> tuple[str, ...]:
     return (*(n for n in _registered if n not in _BUILT_IN), *_BUILT_IN, EAGER)
 
 
+def require_name(backend: object) -> str:
+    """A backend's name, or "auto", which says nothing yet about whether it takes a problem.
+
+    Raises:
+        ValueError: there is no backend of that name.
+
+    Example:
+        >>> require_name("eager")
+        'eager'
+    """
+    if not isinstance(backend, str) or (backend != "auto" and backend not in names()):
+        raise ValueError(
+            f"backend must be 'auto' or one of {', '.join(names())}; got {described(backend)}. See fused_attn.explain for what can run."
+        )
+    return backend
+
+
 def resolve(problem: AttentionProblem | SoftmaxProblem, backend: str) -> str:
     """The name of the backend that runs the problem.
 
@@ -98,11 +115,7 @@ def resolve(problem: AttentionProblem | SoftmaxProblem, backend: str) -> str:
     """
     if isinstance(backend, str) and backend == EAGER:
         return EAGER
-    if not isinstance(backend, str) or backend != "auto":
-        if not isinstance(backend, str) or backend not in names():
-            raise ValueError(
-                f"backend must be 'auto' or one of {', '.join(names())}; got {described(backend)}. See fused_attn.explain for what can run."
-            )
+    if require_name(backend) != "auto":
         reasons = get(backend).refusals(problem)
         if reasons:
             raise UnsupportedError(

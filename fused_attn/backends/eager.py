@@ -230,9 +230,9 @@ def _any(condition: Tensor) -> bool:
 
 def _may_break(q: Tensor, k: Tensor, modifiers: Modifiers) -> bool:
     """Whether a masked score, or a derivative of it, may come out as NaN or infinite; where values cannot be looked at, it may."""
-    if captured(q) or captured(k) or modifiers.scoring is not None or any(not mod.is_tame for mod in modifiers.score_mods):
+    tensors = [t for mod in modifiers.score_mods for t in mod.tensors]
+    if any(map(captured, (q, k, *tensors))) or modifiers.scoring is not None or any(not mod.is_tame for mod in modifiers.score_mods):
         return True
-    tensors = (t for mod in modifiers.score_mods for t in mod.tensors)
     return not has_finite_products(q.detach(), k.detach(), modifiers.scale) or not all(bool(t.detach().isfinite().all()) for t in tensors)
 
 

@@ -23,6 +23,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
+from fused_attn.backends import require_name
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
 from fused_attn.layout import laid_out_like
@@ -51,11 +52,13 @@ def register(backend: str = "auto", device: str = "cuda") -> None:
         device: whose kernels are replaced. torch asks for flash by these operators on "cuda" only; a test may call them on "cpu".
 
     Raises:
+        ValueError: there is no such backend.
         UnsupportedError: this torch has no registry.
 
     Example:
         >>> register(backend="triton")
     """
+    require_name(backend)
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         raise UnsupportedError(
             f"registering needs torch.nn.attention.register_flash_attention_impl; got torch {torch.__version__} without it. "

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_attn.backends import require_name
 from fused_attn.dropout import Dropout
 from fused_attn.masks import Mask
 from fused_attn.nn.keras.axes import Axes
@@ -124,7 +125,7 @@ def _layer_class() -> Any:
 
         def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._fused_backend = backend
+            self._fused_backend = require_name(backend)
 
         _compute_attention = _compute_attention
         _compute_attention_mask = _merged
@@ -147,9 +148,10 @@ def enable(backend: str = "auto") -> None:
 
     Raises:
         RuntimeError: Keras does not run on torch.
+        ValueError: there is no such backend.
     """
     keras = _keras()
-    _enabled["backend"] = backend
+    _enabled["backend"] = require_name(backend)
     ours = {keras.layers.MultiHeadAttention: _compute_attention, keras.layers.GroupQueryAttention: _compute_grouped_attention}
     for layer_class, compute in ours.items():
         if (layer_class, _METHODS[0]) not in _replaced:

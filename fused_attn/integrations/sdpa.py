@@ -31,6 +31,7 @@ from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_attn import fingerprint
+from fused_attn.backends import require_name
 from fused_attn.checks import is_causal_bias
 from fused_attn.functional import torch_attention
 
@@ -187,8 +188,11 @@ def patched(backend: str = "auto") -> Iterator[None]:
 
     Args:
         backend: "auto", or a name that runs or raises, never falls back. The innermost block's counts, for all threads.
+
+    Raises:
+        ValueError: there is no such backend.
     """
-    request = _enter(backend)
+    request = _enter(require_name(backend))
     try:
         yield
     finally:
@@ -197,6 +201,7 @@ def patched(backend: str = "auto") -> Iterator[None]:
 
 def install(backend: str = "auto") -> None:
     """Routes torch's function here until ``uninstall``. Installing again only changes the backend."""
+    require_name(backend)
     uninstall()
     _installed.append(_enter(backend))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import pad
 
+from fused_attn.backends import require_name
 from fused_attn.nn.x_transformers import attend as own
 from fused_attn.nn.x_transformers.intermediates import Intermediates
 from fused_attn.nn.x_transformers.refusals import refuse
@@ -42,9 +43,10 @@ def fuse(model: Model, backend: str = "auto") -> Model:
         The model itself.
 
     Raises:
-        ValueError: there is nothing to fuse.
+        ValueError: there is nothing to fuse, or no such backend.
         NotImplementedError: ``flash_pack_seq``, whose packed sequences this package takes as ``fused_attn.Documents``.
     """
+    require_name(backend)
     swaps = _swaps()
     attends = [m for m in model.modules() if isinstance(m, _package("attend").Attend) and type(m) in (*swaps, *swaps.values())]
     if not attends:
@@ -77,7 +79,11 @@ def flash_with_everything(backend: str = "auto") -> Iterator[None]:
 
     Args:
         backend: as of ``fuse``.
+
+    Raises:
+        ValueError: there is no such backend.
     """
+    require_name(backend)
     package = _package("x_transformers")
     layers, attention = package.AttentionLayers.__init__, package.Attention.__init__
 

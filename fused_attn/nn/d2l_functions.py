@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import functional, viz
+from fused_attn.checks import described
 from fused_attn.masks import ValidLengths
 
 # What masked scores become before the softmax; float16 cannot hold it.
@@ -19,6 +20,7 @@ def masked_softmax(X: Tensor, valid_lens: Tensor | None, *, backend: str = "auto
 
     The fill is finite: a row without keys gives 1/keys everywhere, and a valid score far below -1e6 loses to masked keys. X is left as it is,
     where d2l writes into it. In float16, where d2l's fill is an infinity and its rows without keys are NaN, they give 1/keys as well.
+    Under autocast narrow scores give float32, as torch's softmax does.
 
     Args:
         X: scores [batch, ..., queries, keys], of any rank; with lengths [batch], [batch, queries, keys].
@@ -35,6 +37,7 @@ def masked_softmax(X: Tensor, valid_lens: Tensor | None, *, backend: str = "auto
         <BLANKLINE>
                 [[0.2500, 0.2500, 0.2500, 0.2500]]])
     """
+    X = X.float() if X.dtype.itemsize < 4 and not X.is_meta and torch.is_autocast_enabled(X.device.type) else X
     if valid_lens is None:
         return functional.masked_softmax(X, backend=backend)
     rows = X.shape[:-1]
@@ -63,19 +66,24 @@ def lengths_mask(valid_lens: Tensor | None, batch: int, q_len: int) -> ValidLeng
         return None
     if valid_lens.numel() != (batch if valid_lens.dim() == 1 else batch * q_len):
         raise _misfit(valid_lens, f"{batch} sequences of {q_len} queries")
-    return ValidLengths(valid_lens if valid_lens.dim() == 1 else valid_lens.reshape(batch, q_len))
+    lens = valid_lens.detach()
+    if lens.is_floating_point():  # no key is below NaN
+        lens = lens.masked_fill(lens.isnan(), 0.0)
+    lens = lens.to(torch.uint8) if lens.dtype == torch.bool else lens
+    return ValidLengths(lens if lens.dim() == 1 else lens.reshape(batch, q_len))
 
 
-def sequence_mask(X: Tensor, valid_len: Tensor, value: float = 0) -> Tensor:
+def sequence_mask(X: Tensor, valid_len: Tensor, value: float | Tensor = 0) -> Tensor:
     """X with ``value`` where dimension 1 is not below the length; X is left as it is, where d2l writes into it.
 
     Args:
         X: [batch, steps, ...].
         valid_len: int or float [batch].
-        value: what the others become, in X's dtype.
+        value: what the others become, in X's dtype: a number, or a tensor, with gradient, of any shape that ``X[hidden] = value`` takes.
 
     Raises:
         IndexError: not one length for each of X's first dimension.
+        RuntimeError: X's dtype cannot hold the value.
 
     Example:
         >>> sequence_mask(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([1, 2]))
@@ -86,9 +94,22 @@ def sequence_mask(X: Tensor, valid_len: Tensor, value: float = 0) -> Tensor:
         raise IndexError(
             f"valid_len must be [batch] for X [batch, steps, ...]; got {list(valid_len.shape)} for {list(X.shape)}. Give one length per sequence."
         )
-    keep = torch.arange(X.shape[1], device=X.device) < valid_len[:, None]
-    fill = torch.tensor(value, device=X.device).to(X.dtype)
-    return X.masked_fill(~keep.view(*keep.shape, *(1,) * (X.dim() - 2)), fill)
+    hidden = ~(torch.arange(X.shape[1], device=X.device) < valid_len[:, None])
+    try:
+        if isinstance(value, Tensor) and value.dim():
+            filled = X.clone()
+            filled[hidden] = value
+            return filled
+        if not isinstance(value, Tensor):
+            value = torch.full((), value, dtype=X.dtype, device=X.device)
+        elif X.is_floating_point():
+            value = value.to(X.dtype)
+        return X.masked_fill(hidden.view(*hidden.shape, *(1,) * (X.dim() - 2)), value)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"value must be what {X.dtype} holds, one number or a tensor that fits the hidden part of X {list(X.shape)}; got "
+            f"{described(value)}. Convert X or the value."
+        ) from error
 
 
 def transpose_qkv(X: Tensor, num_heads: int) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.dropout import Dropout, keep_factor
+from fused_attn.backends import require_name
+from fused_attn.dropout import Dropout, dropped
 from fused_attn.functional import attention
 from fused_attn.lowering import Grid
 from fused_attn.nn import torch_mha_masks
@@ -37,7 +38,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         backend: handed to ``fused_attn.attention``.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or there is no such backend.
         AssertionError: num_heads does not divide embed_dim.
 
     Example:
@@ -70,7 +71,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def take_over(self, backend: str) -> None:
         """What sets this layer apart from torch's, for one that was built as torch's."""
-        self.backend = backend
+        self.backend = require_name(backend)
         self._qkv_same_embed_dim = False
 
     def _reset_parameters(self) -> None:
@@ -136,7 +137,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out, aux = attention(q, k, v, return_aux=AuxRequest(probs=True), **options)
         probs = aux.probs
         if probs is not None and dropout is not None:
-            probs = probs * keep_factor(dropout.lower(q.device), Grid((*q.shape[:3], k.shape[2]), q.device), probs.dtype)
+            probs = dropped(probs, dropout.lower(q.device), Grid((*q.shape[:3], k.shape[2]), q.device))
         return out, probs
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -182,34 +183,53 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "query, key and value must all be nested tensors of the strided layout, with batch_first=True and without masks, or none of "
                 "them; got something else. Pad them with to_padded_tensor and pass a key_padding_mask."
             )
-        lengths, kv_lengths = ([part.shape[0] for part in t.unbind()] for t in tensors[:2])
+        lengths, kv_lengths, value_lengths = ([part.shape[0] for part in t.unbind()] for t in tensors)
+        if kv_lengths != value_lengths:
+            raise AssertionError(
+                f"key and value must have one length in every sequence; got {kv_lengths} and {value_lengths}. Slice them alike."
+            )
         padded = {id(t): t.to_padded_tensor(0.0) for t in tensors}
         query, key, value = (padded[id(t)] for t in tensors)
-        beyond = torch.arange(key.shape[1], device=key.device) >= torch.tensor(kv_lengths, device=key.device)[:, None]
-        out, weights = self(query, key, value, key_padding_mask=beyond, need_weights=need_weights, average_attn_weights=average)
+        beyond_q, beyond_kv = (_beyond(n, t) for n, t in ((lengths, query), (kv_lengths, key)))
+        out, weights = self(query, key, value, key_padding_mask=beyond_kv, need_weights=need_weights, average_attn_weights=average)
+        if weights is not None:
+            weights = weights.masked_fill(beyond_q[..., None] if average else beyond_q[:, None, :, None], 0.0)
         return torch.nested.as_nested_tensor([part[:n] for part, n in zip(out, lengths, strict=True)]), weights
+
+
+def _beyond(lengths: list[int], padded: Tensor) -> Tensor:
+    """Where a padded batch [batch, length, features] holds nothing, bool [batch, length]."""
+    return torch.arange(padded.shape[1], device=padded.device) >= torch.tensor(lengths, device=padded.device)[:, None]
 
 
 def replace_multihead_attention(model: nn.Module, *, backend: str = "auto") -> list[str]:
     """Makes every ``torch.nn.MultiheadAttention`` of a model this package's, in place: the same objects, parameters, names and hooks.
 
-    Subclasses stay what they are, for they may compute something else.
+    Subclasses of torch's stay what they are, for they may compute something else; layers that are this package's already get the backend.
 
     Args:
         model: any module, ``nn.MultiheadAttention`` itself included.
         backend: handed to ``fused_attn.attention``.
 
     Returns:
-        The names of the replaced modules within the model.
+        The names within the model of all layers that are this package's afterwards.
+
+    Raises:
+        ValueError: there is no such backend.
 
     Example:
         >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), 2).eval()
         >>> replace_multihead_attention(encoder)
         ['layers.0.self_attn', 'layers.1.self_attn']
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is nn.MultiheadAttention}
+    require_name(backend)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.MultiheadAttention or isinstance(module, MultiheadAttention)
+    }
     for module in found.values():
-        module.__class__ = MultiheadAttention
-        assert isinstance(module, MultiheadAttention)
-        module.take_over(backend)
+        if not isinstance(module, MultiheadAttention):
+            module.__class__ = MultiheadAttention
+        cast(MultiheadAttention, module).take_over(backend)
     return list(found)

@@ -39,7 +39,7 @@ class Masks:
     def check(
         cls, layer: MultiheadAttention, tensors: tuple[Tensor, ...], padding: Tensor | None, pairs: Tensor | None, is_hint: bool
     ) -> Masks:
-        """Raises AssertionError or RuntimeError where torch does; ``is_hint`` says that the mask is the causal one."""
+        """Raises AssertionError, RuntimeError or TypeError where torch does; ``is_hint`` says that the mask is the causal one."""
         _check_masks(padding, pairs)
         query, key, _ = tensors
         is_batched = query.dim() == 3
@@ -81,6 +81,8 @@ class Masks:
 
 def _check_masks(padding: Tensor | None, pairs: Tensor | None) -> None:
     for name, mask in (("key_padding_mask", padding), ("attn_mask", pairs)):
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a tensor or None; got {described(mask)}. Convert it with torch.tensor.")
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(
                 f"{name} must be bool (True = left out) or floating point (added to the scores); got {described(mask)}. Convert it with .to(torch.bool)."
@@ -122,6 +124,12 @@ def _check_sizes(layer: MultiheadAttention, tensors: tuple[Tensor, ...]) -> None
             "key and value must have one shape, or differ in the last dimension only where kdim or vdim say so; "
             f"got {list(key.shape)} and {list(value.shape)}. Slice them alike."
         )
+    error = RuntimeError if layer.in_proj_weight is not None else AssertionError
+    for name, given, option, wanted in (("key", key, "kdim", layer.kdim), ("value", value, "vdim", layer.vdim)):
+        if given.shape[-1] != wanted:
+            raise error(
+                f"{name} must have {option} = {wanted} features; got {given.shape[-1]}. Project it, or build the layer for that size."
+            )
     across = 0 if layer.batch_first else 1
     if query.dim() == 3 and query.shape[across] != key.shape[across]:
         raise RuntimeError(

@@ -16,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from fused_attn.backends import require_name
 from fused_attn.integrations.transformers.attention import Attend
 from fused_attn.integrations.transformers.masks import row_mask
 
@@ -42,11 +43,13 @@ def register(backend: str = "auto") -> None:
         backend: "auto", or a name that runs or raises, never falls back.
 
     Raises:
+        ValueError: there is no such backend.
         ImportError: transformers is not installed.
 
     Example:
         >>> register(backend="cpu")  # doctest: +SKIP
     """
+    require_name(backend)
     attention, masks = _interfaces()
     attention.register(NAME, Attend(backend, _collector()))
     # Without a mask function of the same name transformers would leave masks out without a word.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fused_attn.backends import require_name
 from fused_attn.checks import described
 from fused_attn.nn.keras import initializers, regularizers
 from fused_attn.nn.keras.lookup import Config, serialized, snake_case
@@ -41,7 +42,7 @@ class Layer(Weights):
         backend: of ``fused_attn.attention``, for layers that attend.
 
     Raises:
-        ValueError: the name or dtype is none, or a keyword is unknown.
+        ValueError: the name, dtype or backend is none, or a keyword is unknown.
     """
 
     # Methods of Keras' layer that nothing here calls, so that an override would be silently without effect, unless it comes with one of the method named.
@@ -76,7 +77,7 @@ class Layer(Weights):
         if not isinstance(self.name, str) or "/" in self.name:
             raise ValueError(f"name must be a str without '/'; got {described(name)}. Leave it out for one made of the class' name.")
         self._policy = DTypePolicy.of(dtype)
-        self._trainable, self.autocast, self.backend = trainable, autocast, backend
+        self._trainable, self.autocast, self.backend = trainable, autocast, require_name(backend)
         self.activity_regularizer = regularizers.get(activity_regularizer)
         self._losses: list[Tensor] = []
         self._regularizers: dict[str, Callable[[Tensor], Tensor]] = {}

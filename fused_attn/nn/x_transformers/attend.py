@@ -119,6 +119,7 @@ class Attend(nn.Module):
     Raises:
         AssertionError: options exclude each other.
         NotImplementedError: flash_pack_seq.
+        ValueError: there is no such backend.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 6, 8).unbind(0)
@@ -184,7 +185,8 @@ class Attend(nn.Module):
         )
         if flash and flash_pack_seq:
             raise refuse("flash_pack_seq", "Pack sequences with fused_attn.attention(mask=Documents.from_cu_seqlens(...))")
-        self.dropout, self.causal, self.heads, self.scale, self.flash, self.backend = dropout, causal, heads, scale, flash, backend
+        self.dropout, self.causal, self.heads, self.scale, self.flash = dropout, causal, heads, scale, flash
+        self.backend = backends.require_name(backend)
         self.l2_distance, self.cog_signed, self.custom_attn_fn = l2_distance, cog_signed, custom_attn_fn
         self.softclamp_logits, self.logit_softclamp_value = softclamp_logits, logit_softclamp_value
         self.add_zero_kv, self.selective, self.inverted_attention = add_zero_kv, selective, inverted_attention

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fused_attn.backends import require_name
 from fused_attn.nn.x_transformers.arguments import Arguments
 from fused_attn.nn.x_transformers.attention import Attention
 from fused_attn.nn.x_transformers.branches import ConcatCombine
@@ -82,7 +83,7 @@ class AttentionLayers(nn.Module):
         self._streams(option, dim)
         if option.zero_init_branch_output:
             groups["attn_"]["zero_init_output"] = groups["ff_"]["zero_init_output"] = True
-        made = LayerMaker(self, option, groups, backend)
+        made = LayerMaker(self, option, groups, require_name(backend))
         pre_norm = option.pre_norm and not option.gated_multi_residual  # whose gates normalise what they read
         post = None if pre_norm and not option.pre_and_post_norm else norm
         self.layers, self.skip_combines, self.layer_integrators = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
