@@ -448,8 +448,12 @@ def test_compiled_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, x, x, lengths)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(holder.attention_weights, weights)
+    within = torch.compile(lambda: (layer(x, x, x, lengths), holder.attention_weights), fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(within, (eager, weights))
     got, want = (torch.autograd.grad(a.sum() + b.square().sum(), x)[0] for a, b in ((compiled, holder.attention_weights), (eager, weights)))
     torch.testing.assert_close(got, want)
+    holder.dropout = nn.Dropout1d(0.0)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x, x, x, lengths), eager)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

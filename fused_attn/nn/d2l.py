@@ -49,6 +49,7 @@ class DotProductAttention(Weighing):
         ValueError: dropout is no chance.
 
     Example:
+        >>> import torch
         >>> layer = DotProductAttention(dropout=0.5).eval()
         >>> q, k, v = torch.randn(2, 1, 3), torch.ones(2, 10, 3), torch.arange(40.0).view(1, 10, 4).repeat(2, 1, 1)
         >>> layer(q, k, v, torch.tensor([2, 6]))
@@ -101,6 +102,7 @@ class AdditiveAttention(Weighing):
         ValueError: dropout is no chance.
 
     Example:
+        >>> import torch
         >>> layer = AdditiveAttention(key_size=2, query_size=20, num_hiddens=8)
         >>> layer(torch.randn(2, 1, 20), torch.ones(2, 10, 2), torch.randn(2, 10, 4), torch.tensor([2, 6])).shape
         torch.Size([2, 1, 4])
@@ -154,6 +156,7 @@ class MultiHeadAttention(nn.Module):
         ValueError: dropout is no chance.
 
     Example:
+        >>> import torch
         >>> layer = MultiHeadAttention(100, 5, 0.5)
         >>> x = torch.ones(2, 4, 100)
         >>> layer(x, x, x, torch.tensor([3, 2])).shape, layer.attention.attention_weights.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +67,24 @@ class Call:
                 "queries, keys and valid_lens must be what they were in the call for attention_weights to be computed; got some that were modified "
                 "in place since. Read attention_weights before, or pass clones."
             )
-        with ExitStack() as modes:
-            if torch.is_inference_mode_enabled():
-                modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.set_grad_enabled(self.with_grad))
-            if torch._C._is_any_autocast_enabled():
-                modes.enter_context(torch.autocast(self.q.device.type, enabled=False))
-            q, k = (t.float() if self.is_wide else t for t in (self.q, self.k))
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._made()
+        return self._made()
+
+    def _made(self) -> Tensor:
+        """Outside autocast, which chooses dtypes of its own."""
+        kind = self.q.device.type
+        if self.q.is_meta or not torch.is_autocast_enabled(kind):
+            return self._computed()
+        with torch.autocast(kind, enabled=False):
+            return self._computed()
+
+    def _computed(self) -> Tensor:
+        q, k = self.q, self.k
+        with torch.set_grad_enabled(self.with_grad):
+            if self.is_wide:
+                q, k = q.float(), k.float()
             mask = lengths_mask(self.valid_lens, q.shape[0], q.shape[-2])
             _, aux = attention(q, k, k[..., :1].detach(), mask=mask, return_aux=AuxRequest(probs=True), **self.options)
             return aux.probs.flatten(0, 1)  # type: ignore[union-attr]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.checks import described
-from fused_attn.dropout import Dropout, keep_factor
+from fused_attn.dropout import Dropout
+from fused_attn.dropout import dropped as dropped_in_blocks
 from fused_attn.lowering import Grid
 
 # The golden ratio of 64 bits, as an int64: seeds of neighbouring calls share no pattern.
@@ -61,14 +62,14 @@ class SeedGenerator(nn.Module):
 
 
 def dropped(probs: Tensor, dropout: Dropout) -> Tensor:
-    """Probabilities [batch, heads, q_len, kv_len] as they meet the values: what ``attention`` drops is 0, the rest is scaled.
+    """Probabilities [batch, heads, q_len, kv_len] as they meet the values: what ``attention`` drops is 0, the rest is scaled; without gradient they are written to.
 
     Example:
         >>> set(dropped(torch.ones(1, 1, 4, 4), Dropout(0.5, seed=1)).flatten().tolist()) == {0.0, 2.0}
         True
     """
     batch, heads, q_len, kv_len = probs.shape
-    return probs * keep_factor(dropout.lower(probs.device), Grid((batch, heads, q_len, kv_len), probs.device), probs.dtype)
+    return dropped_in_blocks(probs, dropout.lower(probs.device), Grid((batch, heads, q_len, kv_len), probs.device))
 
 
 def check_rate(dropout: Any) -> None:
