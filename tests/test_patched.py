@@ -226,3 +226,27 @@ def test_torchs_caches_of_compiled_graphs_are_told_and_told_off():
             assert "fused_attn auto" in config.cache_key_tag
             config.cache_key_tag = "changed meanwhile"
         assert config.cache_key_tag == "changed meanwhile"
+    assert config.cache_key_tag == ""
+
+
+def test_the_mark_is_the_processs():
+    """Whoever enters or leaves, in whatever thread; each look is a new thread's, without a tag of its own."""
+
+    def seen(function=lambda: None):
+        tags = []
+        thread = threading.Thread(target=lambda: (function(), tags.append(torch.compiler.config.cache_key_tag)))
+        thread.start()
+        thread.join()
+        return tags[0]
+
+    with sdpa.patched("cpu"):
+        assert "fused_attn cpu" in seen()
+        with sdpa.patched("eager"):
+            assert "fused_attn eager" in seen()
+        assert "fused_attn cpu" in seen()
+    assert seen(sdpa.install) == seen() != ""
+    assert seen(sdpa.uninstall) == seen() == ""
+    sdpa.install()
+    assert seen().count("fused_attn") == 1
+    seen(sdpa.uninstall)
+    assert seen() == ""

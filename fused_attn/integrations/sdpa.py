@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,18 +142,20 @@ def _recognising(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = 
     return _answer_of_bias(cls, func, types, args, kwargs)
 
 
-_mark = ""
+_MARK = re.compile(r"\[fused_attn [^\]]*\]")
 
 
 def _mark_caches() -> None:
-    """Says whose attention is traced to torch's caches of compiled graphs, in the tag they offer.
+    """Says whose attention is traced to torch's caches of compiled graphs on disk, in the tag they offer.
 
-    A graph that calls a function of torch's around this one (``F.multi_head_attention_forward``) reads the same with and without a patch.
+    A graph that calls a function of torch's around this one (``F.multi_head_attention_forward``) reads the same with and without a patch. The tag's
+    default is the process', the value that torch's own setter writes is one thread's.
     """
-    global _mark
-    tag = torch.compiler.config.cache_key_tag.removesuffix(_mark)
-    _mark = f"[fused_attn {_requests[-1].backend} {fingerprint.PACKAGE}]" if _requests else ""
-    torch.compiler.config.cache_key_tag = tag + _mark
+    config, entry = torch.compiler.config, torch.compiler.config._config["cache_key_tag"]  # type: ignore[attr-defined]
+    mark = f"[fused_attn {_requests[-1].backend} {fingerprint.PACKAGE}]" if _requests else ""
+    entry.default = _MARK.sub("", entry.default) + mark
+    if config.cache_key_tag != entry.default:  # this thread has a tag of its own
+        config.cache_key_tag = _MARK.sub("", config.cache_key_tag) + mark
 
 
 def _enter(backend: str) -> _Request:
