@@ -321,3 +321,76 @@ def test_inputs_are_left_alone(make: Any) -> None:
     x, y = X.clone(), Y.clone()
     run(make(), x, y, return_attention_scores=True)
     assert torch.equal(x, X) and torch.equal(y, Y)
+
+
+@pytest.mark.quick
+def test_arrays_are_copies() -> None:
+    layer = _built(MultiHeadAttention(2, 4))
+    arrays, kernel = layer.get_weights(), layer.query.kernel.detach().clone()
+    with torch.no_grad():
+        layer.query.kernel.zero_()
+    assert torch.equal(torch.as_tensor(arrays[0]), kernel)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("lost", ["query.kernel", "key.kernel", "value.bias", "gate.kernel", "attention_output.kernel"])
+def test_a_state_with_a_weight_missing(lost: str) -> None:
+    layer = _built(MultiHeadAttention(2, 4, use_gate=True))
+    state = {name: weight for name, weight in layer.state_dict().items() if name != lost}
+    fresh = MultiHeadAttention(2, 4, use_gate=True)
+    report = fresh.load_state_dict(state, strict=False)
+    assert report.missing_keys == [lost] and report.unexpected_keys == []
+    assert all(torch.equal(fresh.state_dict()[name], weight) for name, weight in state.items())
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{lost}"\. $'):
+        MultiHeadAttention(2, 4, use_gate=True).load_state_dict(state)
+
+
+@pytest.mark.quick
+def test_a_state_without_the_layer() -> None:
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.query.kernel"'):
+        nn.Sequential(MultiHeadAttention(2, 4)).load_state_dict({})
+    fresh = MultiHeadAttention(2, 4)
+    fresh.load_state_dict(MultiHeadAttention(2, 4).state_dict())
+    assert not fresh.built, "nor was the other"
+
+
+@pytest.mark.quick
+def test_rules_are_those_of_trained_weights() -> None:
+    layer = _built(MultiHeadAttention(2, 4, kernel_regularizer="l2", kernel_constraint=constraints.MaxNorm(0.1)))
+    layer.query.requires_grad_(False)
+    before = layer.query.kernel.clone()
+    assert len(layer.losses()) == 3
+    layer.apply_constraints()
+    assert torch.equal(layer.query.kernel, before) and layer.key.kernel.norm(dim=0).max() <= 0.1001
+
+
+@pytest.mark.quick
+def test_rules_of_a_parametrized_weight() -> None:
+    layer = _built(MultiHeadAttention(2, 4, kernel_regularizer="l2", kernel_constraint=constraints.MaxNorm(0.1)))
+    want = layer(X, Y)
+    torch.nn.utils.parametrizations.weight_norm(layer.query, "kernel")
+    torch.testing.assert_close(layer(X, Y), want)
+    torch.testing.assert_close(layer.losses()[0], 0.01 * layer.query.kernel.square().sum())
+    with torch.no_grad():
+        assert len(layer.losses()) == 4
+    layer.apply_constraints()
+    assert layer.query.kernel.norm(dim=0).max() <= 0.1001
+
+
+@pytest.mark.quick
+def test_freezing_before_the_first_call(make: Any) -> None:
+    layer = make()
+    assert layer.requires_grad_(False) is layer and not layer.trainable
+    assert not any(p.requires_grad for p in _built(layer).parameters())
+
+
+@pytest.mark.quick
+def test_a_layer_made_on_meta(make: Any) -> None:
+    with torch.device("meta"):
+        layer = make()
+    out = run(layer)
+    assert out.device == X.device and out.isfinite().all()
+    again = make()
+    again.set_weights(layer.keras_weights())
+    if layer.get_config().get("seed") is not None:
+        assert torch.equal(run(again), out)

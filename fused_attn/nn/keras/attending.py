@@ -188,7 +188,18 @@ class Attending(Layer):
             self._build_on(query, query.shape, value.shape, (value if key is None else key).shape)
 
     def _build_from(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.build(*((None, None, shapes[f"{name}/kernel"][0]) for name in ("query", "value", "key")))
+        """Where a kernel is missing, its inputs are taken to have as many features as the nearest of those that are there."""
+        sizes = {name: shape[0] for name, shape in shapes.items() if name.endswith("/kernel") and "output" not in name}
+        if self._output_shape is None:
+            sizes.update({"output": shape[-1] for name, shape in shapes.items() if name.startswith("attention_output/")})
+
+        def nearest(*names: str) -> int | None:
+            return next((sizes[name] for name in (*names, *sizes) if name in sizes), None)
+
+        features = nearest("query/kernel", "gate/kernel", "output")
+        value, key = nearest("value/kernel", "key/kernel"), nearest("key/kernel", "value/kernel")
+        if features is not None:
+            self.build((None, None, features), (None, None, value), (None, None, key))
 
     def _weight_names(self) -> list[str]:
         names = ("query", "key", *(["gate"] if self._use_gate else []), "value", "attention_output")

@@ -120,8 +120,8 @@ class MultiHeadAttention(Attending):
         return super().call(query, value, key, query_mask, *args, **kwargs)
 
     def _build_from(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        features, output_shape = shapes["query/kernel"][0], shapes["attention_output/kernel"][2:]
-        if self._output_shape is None and output_shape != (features,):
+        features, output_shape = shapes.get("query/kernel", (None,))[0], shapes.get("attention_output/kernel", (None,) * 2)[2:]
+        if self._output_shape is None and features and output_shape and output_shape != (features,):
             raise ValueError(
                 f"output_shape must be given to load weights that project to {list(output_shape)}; got None. Pass output_shape=."
             )
