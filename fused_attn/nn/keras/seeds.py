@@ -80,5 +80,5 @@ def dropped(probs: Tensor, dropout: Dropout) -> Tensor:
 
 def check_rate(dropout: Any) -> None:
     """A ValueError unless it is a chance."""
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) <= 1:
         raise ValueError(f"dropout must be a number in [0, 1]; got {described(dropout)}. It is the chance of removal.")
