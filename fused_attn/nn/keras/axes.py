@@ -72,16 +72,20 @@ class Axes:
         Raises:
             ValueError: sizes differ otherwise, or ranks do.
         """
-        tensors, shared = (query, key, value), [a for a in self.lead if a != self.rank - 2]
-        sizes = {a: {t.shape[a] for t in tensors} - {1} for a in shared} if {t.dim() for t in tensors} == {self.rank} else {}
-        if any(len(found) > 1 for found in sizes.values()) or len(sizes) < len(shared):
+        tensors, shared = [query, key, value], [a for a in self.lead if a != self.rank - 2]
+        full = [-1] * self.rank
+        is_fitting = all(t.dim() == self.rank for t in tensors)
+        for a in shared if is_fitting else ():
+            sizes = [t.shape[a] for t in tensors]
+            full[a] = next((n for n in sizes if n != 1), 1)
+            is_fitting = is_fitting and all(n in (1, full[a]) for n in sizes)
+        if not is_fitting:
             shapes = ", ".join(str(list(t.shape[:-2])) for t in tensors)
             raise ValueError(
-                f"query, key and value must have as many dimensions, and the same sizes of the batch and of what is not attended over; "
+                "query, key and value must have as many dimensions, and the same sizes of the batch and of what is not attended over; "
                 f"got {shapes} before the features. A size of 1 serves all."
             )
-        full = [next(iter(sizes[a]), 1) if a in sizes else -1 for a in range(self.rank)]
-        return [t.expand(full) for t in tensors]
+        return [t.expand(full) if any(t.shape[a] != full[a] for a in shared) else t for t in tensors]
 
     def fold(self, tensor: Tensor) -> Tensor:
         """A projected tensor as [batch, heads, length, dim]; a view where one axis is attended, and the batch and the heads are one axis each."""
@@ -130,13 +134,14 @@ class Axes:
         """Folds as many leading axes into the batch as keeps placed masks smallest, so that one that is shared is not copied."""
         lead = self.sizes(queries)[0]
 
-        def elements(split: int) -> int:
+        best, fewest = self.split, -1
+        for split in range(self.split, 0, -1) if self.split > 1 else ():
             folds, count = (slice(split), slice(split, len(lead))), len(lead)
-            return sum(
+            elements = sum(
                 math.prod(math.prod(_joined(m.shape[:count][at], lead[at])) for at in folds) * math.prod(m.shape[count:]) for m in masks
             )
-
-        return replace(self, batched=min(range(self.split, 0, -1), key=elements, default=None))
+            best, fewest = (split, elements) if fewest < 0 or elements < fewest else (best, fewest)
+        return replace(self, batched=best)
 
     def fold_mask(self, mask: Tensor, queries: Sequence[int], keys: Sequence[int]) -> Tensor:
         """A placed mask as [batch|1, heads|1, q_len|1, kv_len|1]."""
