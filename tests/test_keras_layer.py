@@ -250,10 +250,15 @@ def test_constraints(constraint: Any, right: list[list[float]]) -> None:
 @pytest.mark.quick
 def test_regularizers() -> None:
     w = torch.tensor([[3.0, 0.0], [4.0, -1.0]])
-    found = [regularizers.get(name) for name in ("l1", "l2", "l1_l2", "L1L2", regularizers.L1L2(1, 2), regularizers.L2)]
+    found = [regularizers.get(name) for name in ("l1", "l2", "l1l2", "L1L2", regularizers.L1L2(1, 2), regularizers.L2)]
     assert [round(float(rule(w)), 4) for rule in found if rule] == [0.08, 0.26, 0.0, 0.0, 60.0, 0.26]
     torch.testing.assert_close(regularizers.OrthogonalRegularizer(1.0)(w), torch.tensor(12 / 17**0.5 / 3))
-    for wrong in (lambda: regularizers.L1(-1.0), lambda: regularizers.OrthogonalRegularizer(mode="all"), lambda: regularizers.get("l3")):
+    for wrong in (
+        lambda: regularizers.L1(-1.0),
+        lambda: regularizers.OrthogonalRegularizer(mode="all"),
+        lambda: regularizers.get("l3"),
+        lambda: regularizers.get("l1_l2"),
+    ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
 
@@ -394,3 +399,31 @@ def test_a_layer_made_on_meta(make: Any) -> None:
     again.set_weights(layer.keras_weights())
     if layer.get_config().get("seed") is not None:
         assert torch.equal(run(again), out)
+
+
+@pytest.mark.quick
+def test_a_config_after_conversion() -> None:
+    layer = MultiHeadAttention(2, 4).to(torch.bfloat16)
+    assert layer.get_config()["dtype"]["config"] == {"name": "bfloat16"}
+    assert MultiHeadAttention.from_config(layer.get_config()).variable_dtype == torch.bfloat16
+    assert MultiHeadAttention(2, 4, dtype="mixed_bfloat16").to(torch.bfloat16).get_config()["dtype"]["config"] == {"name": "bfloat16"}
+    assert MultiHeadAttention(2, 4, dtype="mixed_bfloat16").get_config()["dtype"]["config"] == {"name": "mixed_bfloat16"}
+
+
+@pytest.mark.quick
+def test_shapes_are_refused_in_the_words_of_the_call() -> None:
+    layer = _built(MultiHeadAttention(2, 4))
+    for call, message in (
+        (lambda: layer(X[..., :5], Y), "query must have 6 features"),
+        (lambda: layer(X, Y[..., :5]), "key must have 6 features"),
+        (lambda: layer(X, torch.cat([Y, Y])), "query, key and value must have as many dimensions"),
+        (lambda: layer(X, Y[None]), "query, key and value must have as many dimensions"),
+        (lambda: Attention()([X, Y[..., :5]]), r"Attention inputs must be query \[..., q_len, dim\]"),
+        (lambda: Attention()([X, torch.cat([Y, X, Y])]), "Attention inputs must be query"),
+        (lambda: Attention()([X, Y, Y[:, :3]]), "Attention inputs must be query"),
+        (lambda: Attention()([]), "got 0. Pass one tensor twice"),
+        (lambda: MultiHeadAttention(2, 4, kernel_initializer=None), "kernel_initializer must be a name"),
+        (lambda: MultiHeadAttention(2, 4, output_shape="ab"), "output_shape must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -150,14 +152,12 @@ def test_attention_axes_are_keras_own(keras: Any, axes: Any) -> None:
     [
         ("MultiHeadAttention", {"num_heads": 2, "key_dim": 4, "use_gate": True, "dropout": 0.1, "seed": 3, "kernel_regularizer": "l2", "output_shape": 5}),
         ("MultiHeadAttention", {"num_heads": 2, "key_dim": 4, "dtype": "mixed_bfloat16", "kernel_initializer": "he_normal", "bias_constraint": "max_norm"}),
-        ("GroupQueryAttention", {"head_dim": 4, "num_query_heads": 4, "num_key_value_heads": 2, "activity_regularizer": "l1_l2"}),
+        ("GroupQueryAttention", {"head_dim": 4, "num_query_heads": 4, "num_key_value_heads": 2, "activity_regularizer": "l1l2"}),
         ("Attention", {"use_scale": True, "dropout": 0.1}),
         ("AdditiveAttention", {"use_scale": False}),
     ],
 )  # fmt: skip
 def test_configs_both_ways(keras: Any, name: str, arguments: dict[str, Any]) -> None:
-    if arguments.get("activity_regularizer"):  # Keras' documentation has the name, its table does not
-        arguments = {**arguments, "activity_regularizer": "L1L2"}
     real = getattr(keras.layers, name)(**arguments)
     mine = getattr(ours, name).from_config(real.get_config())
     assert mine.get_config() == real.get_config()
@@ -230,7 +230,7 @@ def test_regularizers_and_constraints_are_keras_own(keras: Any) -> None:
 ERRORS = {
     **{f"{name}={value}": {name: value} for name, value in itertools.chain(
         itertools.product(("num_heads", "key_dim"), (0, -1, 2.0)), itertools.product(("value_dim",), (-1, 0, "3")), itertools.product(("sliding_window",), (0, 1.5)),
-        [("output_shape", 2.5), ("attention_axes", "a"), ("kernel_initializer", "nothing"), ("bias_regularizer", 3), ("kernel_constraint", "nothing"), ("name", "a/b"),
+        [("output_shape", 2.5), ("dtype", object()), ("kernel_regularizer", "l1_l2"), ("attention_axes", "a"), ("kernel_initializer", "nothing"), ("bias_regularizer", 3), ("kernel_constraint", "nothing"), ("name", "a/b"),
          ("dtype", "int3"), ("unknown", 1)],
     )},
 }  # fmt: skip
@@ -257,6 +257,12 @@ def test_errors_of_calls_of_the_same_class(keras: Any) -> None:
             lambda layers=layers: layers.Attention()([x, x], mask=torch.ones(2, 5)),
             lambda layers=layers: layers.Attention(score_mode="other"),
             lambda layers=layers: layers.GroupQueryAttention(4, 5, 2),
+            lambda layers=layers: layers.GroupQueryAttention(4, 2, 1).compute_output_shape((2, 5, 6), (2, 5, 7)),
+            lambda layers=layers: layers.MultiHeadAttention(2, 4, output_shape=-1)(x, x),
+            lambda layers=layers: layers.MultiHeadAttention(2, 4, output_shape=(2.5,))(x, x),
+            lambda layers=layers: layers.Attention()([]),
+            lambda layers=layers: layers.Attention().compute_mask([x, x], torch.ones(2)),
+            lambda layers=layers: layers.Attention().compute_mask([x, x], [torch.ones(2)]),
         ):
             with pytest.raises(ValueError):  # noqa: PT011
                 call()
@@ -479,3 +485,34 @@ def test_rows_without_keys_in_float16(keras: Any, factor: float) -> None:
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2 * factor)
     mean = mine.value(x).mean(1, keepdim=True).expand(2, 5, 2, 4)
     assert (mine.attention_output(mean) - want).abs()[1].max() > 3e-2 * factor, "not the mean"
+
+
+def test_arguments_that_keras_takes(keras: Any) -> None:
+    """bools as ints, numpy's numbers, iterables of sizes."""
+    x, found = torch.randn(2, 5, 6), []
+    for layers in (keras.layers, ours):
+        made = [
+            layers.MultiHeadAttention(True, 4, sliding_window=True),
+            layers.MultiHeadAttention(2, True, dropout=np.float32(0.25), output_shape=range(2, 4)),
+            layers.MultiHeadAttention(2, 4, output_shape=np.array([3])),
+            layers.GroupQueryAttention(4, True, True),
+        ]
+        found.append([layer(x, x, training=False) for layer in made] if layers is ours else [(layer(x, x), layer) for layer in made])
+        if layers is ours:
+            json.dumps([layer.get_config() for layer in made])
+            for layer, (want, real) in zip(made, found[0], strict=True):
+                layer.set_weights(real.get_weights())
+                hold([layer(x, x, training=False)], [want])
+    assert keras.layers.GroupQueryAttention(4, 2, 1).name.startswith("grouped_query_attention")
+    assert ours.GroupQueryAttention(4, 2, 1).name.startswith("grouped_query_attention")
+
+
+@pytest.mark.parametrize("kind", ["array", "list", "tensor"])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 5, 7), (7,), (2, 7), (1, 7)], ids=str)
+def test_value_masks_of_attention(keras: Any, shape: tuple[int, ...], kind: str) -> None:
+    query, value = torch.randn(2, 5, 6), torch.randn(2, 7, 6)
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    rows = torch.tensor([True, True, False, True, False])
+    to = {"array": lambda t: t.numpy(), "list": lambda t: t.tolist(), "tensor": lambda t: t}[kind]
+    want = keras.layers.Attention()([query, value], mask=[rows, keep])
+    hold([ours.Attention()([query, value], mask=[to(rows), to(keep)])], [want])

@@ -18,7 +18,7 @@ from fused_attn.nn.keras.masks import Masks, materialized
 from fused_attn.nn.keras.projected import attend_over
 from fused_attn.nn.keras.projection import Projection, Rules
 from fused_attn.nn.keras.rows import EmptyRows, check_empty_rows, of_fused_path
-from fused_attn.nn.keras.seeds import SeedGenerator, check_rate
+from fused_attn.nn.keras.seeds import SeedGenerator, as_number, check_rate
 
 
 class Heads(NamedTuple):
@@ -53,14 +53,15 @@ class Attending(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window <= 0):
-            raise ValueError(f"sliding_window must be a positive int or None; got {described(sliding_window)}. It is a number of keys.")
+        if sliding_window is not None:
+            require_sizes(sliding_window=sliding_window)
+            sliding_window = int(sliding_window)
         check_rate(dropout)
         check_empty_rows(empty_rows)
-        self._heads, self._rules = heads, Rules.of(rules)
+        self._heads, self._rules = Heads(*(int(size) for size in heads)), Rules.of(rules)
         self._output_shape: tuple[int, ...] | None = None
         self._attention_axes: tuple[int, ...] | None = None
-        self._dropout, self._use_bias, self._use_gate, self._sliding_window = dropout, use_bias, use_gate, sliding_window
+        self._dropout, self._use_bias, self._use_gate, self._sliding_window = as_number(dropout), use_bias, use_gate, sliding_window
         self._flash_attention = flash_attention or is_flash_attention_enabled()
         self._empty_rows, self.seed = empty_rows, seed
         if dropout > 0:
@@ -76,18 +77,18 @@ class Attending(Layer):
         key_shape = value_shape if key_shape is None else key_shape
         check_lengths(value_shape, key_shape)
         features, heads = query_shape[-1], self._heads
-        self.query = self._projection((features,), (heads.queries, heads.key_dim))
-        self.key = self._projection((key_shape[-1],), (heads.keys, heads.key_dim))
+        self.query = self._projection("query", (features,), (heads.queries, heads.key_dim))
+        self.key = self._projection("key", (key_shape[-1],), (heads.keys, heads.key_dim))
         if self._use_gate:
-            self.gate = self._projection((features,), (heads.queries, heads.value_dim), has_sigmoid=True)
-        self.value = self._projection((value_shape[-1],), (heads.keys, heads.value_dim))
-        self.attention_output = self._projection((heads.queries, heads.value_dim), self._output_shape or (features,))
+            self.gate = self._projection("gate", (features,), (heads.queries, heads.value_dim), has_sigmoid=True)
+        self.value = self._projection("value", (value_shape[-1],), (heads.keys, heads.value_dim))
+        self.attention_output = self._projection("attention_output", (heads.queries, heads.value_dim), self._output_shape or (features,))
         self.built = True
 
-    def _projection(self, inputs: Sequence[Any], outputs: Sequence[Any], *, has_sigmoid: bool = False) -> Projection:
+    def _projection(self, name: str, inputs: Sequence[Any], outputs: Sequence[Any], *, has_sigmoid: bool = False) -> Projection:
         return Projection(
             self._rules, inputs, outputs, self._placement, use_bias=self._use_bias, has_sigmoid=has_sigmoid,
-            dtype=self._policy.name, trainable=self.trainable, name="projection",
+            dtype=self._policy.name, trainable=self.trainable, name=name,
         )  # fmt: skip
 
     def call(

@@ -49,6 +49,8 @@ class Layer(Weights):
     # Methods of Keras' layer that nothing here calls, so that an override would be silently without effect, unless it comes with one of the method named.
     _uncalled: ClassVar[tuple[str, ...]] = ()
     _instead: ClassVar[str] = "call"
+    # Keras' own class has another name than the one it is found by.
+    _prefixes: ClassVar[dict[str, str]] = {"GroupQueryAttention": "grouped_query_attention"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,7 +76,7 @@ class Layer(Weights):
         super().__init__()
         if unknown:
             raise ValueError(f"{type(self).__name__} must get arguments it knows; got {', '.join(unknown)}. Remove them.")
-        self.name = _unique(snake_case(type(self).__name__)) if name is None else name
+        self.name = _unique(self._prefixes.get(type(self).__name__) or snake_case(type(self).__name__)) if name is None else name
         if not isinstance(self.name, str) or "/" in self.name:
             raise ValueError(f"name must be a str without '/'; got {described(name)}. Leave it out for one made of the class' name.")
         self._policy = DTypePolicy.of(dtype)
@@ -208,7 +210,7 @@ class Layer(Weights):
 
     def get_config(self) -> Config:
         """Arguments that make the same layer, in the form that Keras reads; callables of the user's own come back as they are."""
-        config = {"name": self.name, "trainable": self.trainable, "dtype": self._policy.get_config()}
+        config = {"name": self.name, "trainable": self.trainable, "dtype": self._policy.moved(self.variable_dtype).get_config()}
         if self.activity_regularizer is not None:
             config["activity_regularizer"] = serialized(self.activity_regularizer)
         return config

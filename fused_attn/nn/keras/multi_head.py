@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -142,18 +143,20 @@ class MultiHeadAttention(Attending):
 
 
 def _output_shape(given: Any) -> tuple[int, ...] | None:
-    if not given:
+    if given is None or (isinstance(given, (int, list, tuple)) and not given):
         return None
-    if isinstance(given, int):
-        return (given,)
-    if not isinstance(given, (tuple, list)):
+    try:
+        sizes = tuple(int(operator.index(size)) for size in (given if isinstance(given, Iterable) else (operator.index(given),)))
+    except TypeError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
         raise ValueError(
-            f"output_shape must be an int, a tuple or a list of ints; got {described(given)}. Leave it out for the query's size."
+            f"output_shape must be an int or several, none negative; got {described(given)}. Leave it out for the query's size."
         )
-    return tuple(given)
+    return sizes or None
 
 
 def _attention_axes(given: Any) -> tuple[int, ...] | None:
     if given is not None and not isinstance(given, (int, tuple, list)):
         raise ValueError(f"attention_axes must be an int, a tuple or a list of ints; got {described(given)}. Leave it out for all lengths.")
-    return (given,) if isinstance(given, int) else None if given is None else tuple(given)
+    return (int(given),) if isinstance(given, int) else None if given is None else tuple(given)

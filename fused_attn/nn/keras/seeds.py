@@ -78,6 +78,11 @@ def dropped(probs: Tensor, dropout: Dropout) -> Tensor:
     return probs * keep_factor(dropout.lower(probs.device), Grid((batch, heads, q_len, kv_len), probs.device), probs.dtype)
 
 
+def as_number(dropout: Any) -> int | float:
+    """A chance that configs can hold: numpy's numbers become Python's."""
+    return dropout if isinstance(dropout, (int, float)) else float(dropout)
+
+
 def check_rate(dropout: Any) -> None:
     """A ValueError unless it is a chance."""
     if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) <= 1:
