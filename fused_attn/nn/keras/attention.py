@@ -163,7 +163,7 @@ class Attention(Layer):
         if mask is None:
             return None
         _check_list(type(self).__name__, "mask", mask)
-        return None if mask[0] is None else torch.as_tensor(mask[0])
+        return None if mask[0] is None else torch.as_tensor(mask[0], device=inputs[0].device)
 
     def compute_output_shape(self, input_shape: Sequence[Shape]) -> tuple[int | None, ...]:
         """The output's shape for inputs of these shapes."""
