@@ -138,7 +138,7 @@ class Axes:
         for split in range(self.split, 0, -1) if self.split > 1 else ():
             folds, count = (slice(split), slice(split, len(lead))), len(lead)
             elements = sum(
-                math.prod(math.prod(_joined(m.shape[:count][at], lead[at])) for at in folds) * math.prod(m.shape[count:]) for m in masks
+                math.prod([math.prod(_joined(m.shape[:count][at], lead[at])) for at in folds]) * math.prod(m.shape[count:]) for m in masks
             )
             best, fewest = (split, elements) if fewest < 0 or elements < fewest else (best, fewest)
         return replace(self, batched=best)

@@ -44,7 +44,7 @@ class MultiHeadAttention(Attending):
         seed: an int for masks of this layer's own, counted by calls; None follows ``torch.manual_seed``.
         empty_rows: what a query gets that may attend to no key: "softmax" (the mean of all values, with gradients), "uniform" (the same without
             gradients to scores), "zero", or "unmasked" (as layers do that subtract 1e9, TF-Keras 2.11 among them). None is Keras' own habit: "zero" where
-            scores or dropout are asked for or inputs are not of rank 3, else "softmax".
+            scores or dropout are asked for or inputs are not of rank 3, else "softmax", and in float16 the softmax of what is left of its scores.
         honour_query_mask: whether ``query_mask`` counts; Keras' layer throws the argument away.
         backend: of ``fused_attn.attention``: "auto", or a name that runs or raises.
         options: name, dtype, trainable and autocast, as every layer takes them.
