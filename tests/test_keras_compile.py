@@ -87,3 +87,11 @@ def test_checkpointing_drops_the_same_twice() -> None:
         torch.manual_seed(1)
         grads += torch.autograd.grad(run(x, x).square().sum(), x)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (2, 3, 1, 5, 5)], ids=str)
+def test_one_graph_of_any_size_over_a_chosen_axis(shape: tuple[int, ...]) -> None:
+    layer, x, mask = MultiHeadAttention(2, 4, attention_axes=2), torch.randn(2, 3, 5, 6), torch.ones(shape).tril()
+    want = layer(x, x, attention_mask=mask)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x, x, attention_mask=mask), want)

@@ -250,10 +250,15 @@ def test_constraints(constraint: Any, right: list[list[float]]) -> None:
 @pytest.mark.quick
 def test_regularizers() -> None:
     w = torch.tensor([[3.0, 0.0], [4.0, -1.0]])
-    found = [regularizers.get(name) for name in ("l1", "l2", "l1_l2", "L1L2", regularizers.L1L2(1, 2), regularizers.L2)]
+    found = [regularizers.get(name) for name in ("l1", "l2", "l1l2", "L1L2", regularizers.L1L2(1, 2), regularizers.L2)]
     assert [round(float(rule(w)), 4) for rule in found if rule] == [0.08, 0.26, 0.0, 0.0, 60.0, 0.26]
     torch.testing.assert_close(regularizers.OrthogonalRegularizer(1.0)(w), torch.tensor(12 / 17**0.5 / 3))
-    for wrong in (lambda: regularizers.L1(-1.0), lambda: regularizers.OrthogonalRegularizer(mode="all"), lambda: regularizers.get("l3")):
+    for wrong in (
+        lambda: regularizers.L1(-1.0),
+        lambda: regularizers.OrthogonalRegularizer(mode="all"),
+        lambda: regularizers.get("l3"),
+        lambda: regularizers.get("l1_l2"),
+    ):
         with pytest.raises(ValueError, match="must be"):
             wrong()
 
@@ -321,3 +326,104 @@ def test_inputs_are_left_alone(make: Any) -> None:
     x, y = X.clone(), Y.clone()
     run(make(), x, y, return_attention_scores=True)
     assert torch.equal(x, X) and torch.equal(y, Y)
+
+
+@pytest.mark.quick
+def test_arrays_are_copies() -> None:
+    layer = _built(MultiHeadAttention(2, 4))
+    arrays, kernel = layer.get_weights(), layer.query.kernel.detach().clone()
+    with torch.no_grad():
+        layer.query.kernel.zero_()
+    assert torch.equal(torch.as_tensor(arrays[0]), kernel)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("lost", ["query.kernel", "key.kernel", "value.bias", "gate.kernel", "attention_output.kernel"])
+def test_a_state_with_a_weight_missing(lost: str) -> None:
+    layer = _built(MultiHeadAttention(2, 4, use_gate=True))
+    state = {name: weight for name, weight in layer.state_dict().items() if name != lost}
+    fresh = MultiHeadAttention(2, 4, use_gate=True)
+    report = fresh.load_state_dict(state, strict=False)
+    assert report.missing_keys == [lost] and report.unexpected_keys == []
+    assert all(torch.equal(fresh.state_dict()[name], weight) for name, weight in state.items())
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{lost}"\. $'):
+        MultiHeadAttention(2, 4, use_gate=True).load_state_dict(state)
+
+
+@pytest.mark.quick
+def test_a_state_without_the_layer() -> None:
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.query.kernel"'):
+        nn.Sequential(MultiHeadAttention(2, 4)).load_state_dict({})
+    fresh = MultiHeadAttention(2, 4)
+    fresh.load_state_dict(MultiHeadAttention(2, 4).state_dict())
+    assert not fresh.built, "nor was the other"
+
+
+@pytest.mark.quick
+def test_rules_are_those_of_trained_weights() -> None:
+    layer = _built(MultiHeadAttention(2, 4, kernel_regularizer="l2", kernel_constraint=constraints.MaxNorm(0.1)))
+    layer.query.requires_grad_(False)
+    before = layer.query.kernel.clone()
+    assert len(layer.losses()) == 3
+    layer.apply_constraints()
+    assert torch.equal(layer.query.kernel, before) and layer.key.kernel.norm(dim=0).max() <= 0.1001
+
+
+@pytest.mark.quick
+def test_rules_of_a_parametrized_weight() -> None:
+    layer = _built(MultiHeadAttention(2, 4, kernel_regularizer="l2", kernel_constraint=constraints.MaxNorm(0.1)))
+    want = layer(X, Y)
+    torch.nn.utils.parametrizations.weight_norm(layer.query, "kernel")
+    torch.testing.assert_close(layer(X, Y), want)
+    torch.testing.assert_close(layer.losses()[0], 0.01 * layer.query.kernel.square().sum())
+    with torch.no_grad():
+        assert len(layer.losses()) == 4
+    layer.apply_constraints()
+    assert layer.query.kernel.norm(dim=0).max() <= 0.1001
+
+
+@pytest.mark.quick
+def test_freezing_before_the_first_call(make: Any) -> None:
+    layer = make()
+    assert layer.requires_grad_(False) is layer and not layer.trainable
+    assert not any(p.requires_grad for p in _built(layer).parameters())
+
+
+@pytest.mark.quick
+def test_a_layer_made_on_meta(make: Any) -> None:
+    with torch.device("meta"):
+        layer = make()
+    out = run(layer)
+    assert out.device == X.device and out.isfinite().all()
+    again = make()
+    again.set_weights(layer.keras_weights())
+    if layer.get_config().get("seed") is not None:
+        assert torch.equal(run(again), out)
+
+
+@pytest.mark.quick
+def test_a_config_after_conversion() -> None:
+    layer = MultiHeadAttention(2, 4).to(torch.bfloat16)
+    assert layer.get_config()["dtype"]["config"] == {"name": "bfloat16"}
+    assert MultiHeadAttention.from_config(layer.get_config()).variable_dtype == torch.bfloat16
+    assert MultiHeadAttention(2, 4, dtype="mixed_bfloat16").to(torch.bfloat16).get_config()["dtype"]["config"] == {"name": "bfloat16"}
+    assert MultiHeadAttention(2, 4, dtype="mixed_bfloat16").get_config()["dtype"]["config"] == {"name": "mixed_bfloat16"}
+
+
+@pytest.mark.quick
+def test_shapes_are_refused_in_the_words_of_the_call() -> None:
+    layer = _built(MultiHeadAttention(2, 4))
+    for call, message in (
+        (lambda: layer(X[..., :5], Y), "query must have 6 features"),
+        (lambda: layer(X, Y[..., :5]), "key must have 6 features"),
+        (lambda: layer(X, torch.cat([Y, Y])), "query, key and value must have as many dimensions"),
+        (lambda: layer(X, Y[None]), "query, key and value must have as many dimensions"),
+        (lambda: Attention()([X, Y[..., :5]]), r"Attention inputs must be query \[..., q_len, dim\]"),
+        (lambda: Attention()([X, torch.cat([Y, X, Y])]), "Attention inputs must be query"),
+        (lambda: Attention()([X, Y, Y[:, :3]]), "Attention inputs must be query"),
+        (lambda: Attention()([]), "got 0. Pass one tensor twice"),
+        (lambda: MultiHeadAttention(2, 4, kernel_initializer=None), "kernel_initializer must be a name"),
+        (lambda: MultiHeadAttention(2, 4, output_shape="ab"), "output_shape must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

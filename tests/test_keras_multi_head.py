@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn as fa
 from fused_attn.nn import keras
@@ -317,3 +318,50 @@ def test_memory_is_that_of_the_length() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x, x, use_causal_mask=True, value_mask=torch.arange(length)[None] < 300)
     assert 0 < kept[0] < length * length // 8
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage of bools that any operation makes."""
+
+    bools = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.bool:
+            self.bools = max(self.bools, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", [(2, 6, 6), (6, 6), (2, 1, 1, 6, 6), (1, 4, 1, 6, 6), (2, 4, 3, 6, 6), (2, 1, 3, 6, 6)], ids=str)
+def test_a_mask_shared_over_an_axis_is_not_copied(shape: tuple[int, ...]) -> None:
+    layer = MultiHeadAttention(3, 4, attention_axes=2, dtype="float64")
+    x, mask = torch.randn(2, 4, 6, 8, dtype=torch.float64), torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    with torch.no_grad(), Largest() as largest:
+        out, scores = layer(x, x, attention_mask=mask, return_attention_scores=True)
+    full = mask.expand(2, 4, 3, 6, 6) if len(shape) != 3 else mask[:, None, None].expand(2, 4, 3, 6, 6)
+    each, probs = layer(x, x, attention_mask=full.contiguous(), return_attention_scores=True)
+    torch.testing.assert_close(out, each)
+    torch.testing.assert_close(scores, probs)
+    assert len(shape) != 3 or largest.bools < full.numel()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", [(2, 6), (6,), (2, 4, 6), (1, 4, 6)], ids=str)
+@pytest.mark.parametrize("name", ["value_mask", "key_mask", "query_mask"])
+def test_masks_of_positions_with_one_attention_axis(name: str, shape: tuple[int, ...]) -> None:
+    """Keras adds dimensions before the last one."""
+    layer = MultiHeadAttention(3, 4, attention_axes=2, dtype="float64", honour_query_mask=True)
+    x, mask = torch.randn(2, 4, 6, 8, dtype=torch.float64), torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    placed = (mask[:, None] if shape == (2, 6) else mask).expand(2, 4, 6)[:, :, None]
+    pairs = placed[..., :, None] if name == "query_mask" else placed[..., None, :]
+    want = layer(x, x, attention_mask=pairs.expand(2, 4, 1, 6, 6))
+    for given in (mask, mask.numpy(), mask.tolist()):
+        torch.testing.assert_close(layer(x, x, **{name: given}), want)
+
+
+@pytest.mark.quick
+def test_masks_of_positions_over_the_first_of_two_axes() -> None:
+    layer = MultiHeadAttention(3, 4, attention_axes=1, dtype="float64")
+    x, mask = torch.randn(2, 4, 6, 8, dtype=torch.float64), torch.tensor([[True, True, False, True], [False, True, True, True]])
+    torch.testing.assert_close(layer(x, x, value_mask=mask), layer(x, x, value_mask=mask[..., None].expand(2, 4, 6)))

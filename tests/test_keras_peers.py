@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,14 +152,12 @@ def test_attention_axes_are_keras_own(keras: Any, axes: Any) -> None:
     [
         ("MultiHeadAttention", {"num_heads": 2, "key_dim": 4, "use_gate": True, "dropout": 0.1, "seed": 3, "kernel_regularizer": "l2", "output_shape": 5}),
         ("MultiHeadAttention", {"num_heads": 2, "key_dim": 4, "dtype": "mixed_bfloat16", "kernel_initializer": "he_normal", "bias_constraint": "max_norm"}),
-        ("GroupQueryAttention", {"head_dim": 4, "num_query_heads": 4, "num_key_value_heads": 2, "activity_regularizer": "l1_l2"}),
+        ("GroupQueryAttention", {"head_dim": 4, "num_query_heads": 4, "num_key_value_heads": 2, "activity_regularizer": "l1l2"}),
         ("Attention", {"use_scale": True, "dropout": 0.1}),
         ("AdditiveAttention", {"use_scale": False}),
     ],
 )  # fmt: skip
 def test_configs_both_ways(keras: Any, name: str, arguments: dict[str, Any]) -> None:
-    if arguments.get("activity_regularizer"):  # Keras' documentation has the name, its table does not
-        arguments = {**arguments, "activity_regularizer": "L1L2"}
     real = getattr(keras.layers, name)(**arguments)
     mine = getattr(ours, name).from_config(real.get_config())
     assert mine.get_config() == real.get_config()
@@ -228,7 +230,7 @@ def test_regularizers_and_constraints_are_keras_own(keras: Any) -> None:
 ERRORS = {
     **{f"{name}={value}": {name: value} for name, value in itertools.chain(
         itertools.product(("num_heads", "key_dim"), (0, -1, 2.0)), itertools.product(("value_dim",), (-1, 0, "3")), itertools.product(("sliding_window",), (0, 1.5)),
-        [("output_shape", 2.5), ("attention_axes", "a"), ("kernel_initializer", "nothing"), ("bias_regularizer", 3), ("kernel_constraint", "nothing"), ("name", "a/b"),
+        [("output_shape", 2.5), ("dtype", object()), ("kernel_regularizer", "l1_l2"), ("attention_axes", "a"), ("kernel_initializer", "nothing"), ("bias_regularizer", 3), ("kernel_constraint", "nothing"), ("name", "a/b"),
          ("dtype", "int3"), ("unknown", 1)],
     )},
 }  # fmt: skip
@@ -255,6 +257,12 @@ def test_errors_of_calls_of_the_same_class(keras: Any) -> None:
             lambda layers=layers: layers.Attention()([x, x], mask=torch.ones(2, 5)),
             lambda layers=layers: layers.Attention(score_mode="other"),
             lambda layers=layers: layers.GroupQueryAttention(4, 5, 2),
+            lambda layers=layers: layers.GroupQueryAttention(4, 2, 1).compute_output_shape((2, 5, 6), (2, 5, 7)),
+            lambda layers=layers: layers.MultiHeadAttention(2, 4, output_shape=-1)(x, x),
+            lambda layers=layers: layers.MultiHeadAttention(2, 4, output_shape=(2.5,))(x, x),
+            lambda layers=layers: layers.Attention()([]),
+            lambda layers=layers: layers.Attention().compute_mask([x, x], torch.ones(2)),
+            lambda layers=layers: layers.Attention().compute_mask([x, x], [torch.ones(2)]),
         ):
             with pytest.raises(ValueError):  # noqa: PT011
                 call()
@@ -356,3 +364,161 @@ def test_unknown_backends_are_found_at_once(keras: Any) -> None:
     for build in (lambda: bridge.enable("tpu"), lambda: bridge.MultiHeadAttention(2, 4, backend="tpu")):
         with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*; got 'tpu'"):
             build()
+
+
+OVERRIDES: dict[str, Any] = {
+    "_compute_causal_mask": lambda self, query, value=None: torch.ones(1, query.shape[1], value.shape[1], dtype=torch.bool).tril(-1),
+    "_compute_sliding_window_mask": lambda self, query, value=None: torch.ones(1, query.shape[1], value.shape[1], dtype=torch.bool).triu(1),
+    "_masked_softmax": lambda self, scores, attention_mask=None: scores.sigmoid(),
+    "_compute_attention_mask": lambda self, query, value, **masks: torch.ones(query.shape[1], value.shape[1], dtype=torch.bool).triu(2)[
+        None
+    ],
+}
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "GroupQueryAttention", "bridge"])
+def test_overrides_of_masks_and_softmax_count(keras: Any, kind: str, name: str, where: str) -> None:
+    """On the class or on the layer: such a layer is left to Keras."""
+    sizes = (4, 2, 1) if kind == "GroupQueryAttention" else (2, 4)
+    base = keras.layers.MultiHeadAttention if kind == "bridge" else getattr(keras.layers, kind)
+
+    def made(base: Any) -> Any:
+        layer = (type("Own", (base,), {name: OVERRIDES[name]}) if where == "class" else base)(*sizes, sliding_window=3)
+        if where == "instance":
+            setattr(layer, name, OVERRIDES[name].__get__(layer))
+        return layer
+
+    x, call = torch.randn(2, 5, 6), {"use_causal_mask": True, "value_mask": torch.arange(5) < torch.tensor([[5], [4]])}
+    plain = made(base)
+    want = [plain(x, x, **call, return_attention_scores=scores) for scores in (False, True)]
+    other = made(bridge.MultiHeadAttention) if kind == "bridge" else plain
+    if kind == "bridge":
+        other.build(x.shape, x.shape)
+        other.set_weights(plain.get_weights())
+    else:
+        bridge.enable()
+    got = [other(x, x, **call, return_attention_scores=scores) for scores in (False, True)]
+    hold([got[0], *got[1]], [want[0], *want[1]])
+
+
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "GroupQueryAttention"])
+def test_a_scale_of_the_layer_counts(keras: Any, kind: str) -> None:
+    layer = getattr(keras.layers, kind)(*((4, 2, 1) if kind == "GroupQueryAttention" else (2, 4)))
+    setattr(layer, "_inverse_sqrt_head_dim" if kind == "GroupQueryAttention" else "_inverse_sqrt_key_dim", 3.0)
+    x = torch.randn(2, 5, 6)
+    want = layer(x, x)
+    bridge.enable()
+    hold([layer(x, x)], [want])
+
+
+@pytest.mark.parametrize("how", ["enabled", "bridge"])
+def test_masks_are_tensors_wherever_a_layer_reads_them(keras: Any, how: str) -> None:
+    """In an override of any method, and for a caller of ``_compute_attention_mask``."""
+    if how == "enabled":
+        bridge.enable()
+    base = keras.layers.MultiHeadAttention if how == "enabled" else bridge.MultiHeadAttention
+    seen: list[Any] = []
+
+    class Masked(base):  # type: ignore[misc]
+        def _compute_attention_mask(self, *args: Any, **kwargs: Any) -> Any:
+            mask = super()._compute_attention_mask(*args, **kwargs)
+            seen.append(mask & torch.ones(5, dtype=torch.bool))
+            return keras.ops.logical_and(mask, torch.ones(5, 5, dtype=torch.bool))
+
+    class Attends(base):  # type: ignore[misc]
+        def _compute_attention(self, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+            seen.append(attention_mask)
+            return super()._compute_attention(query, key, value, attention_mask, *args, **kwargs)
+
+    x, call = torch.randn(2, 5, 6), {"use_causal_mask": True, "value_mask": torch.arange(5) < torch.tensor([[5], [4]])}
+    plain = keras.layers.MultiHeadAttention(2, 4)
+    want = plain(x, x, **call)
+    for layer in (Masked(2, 4), Attends(2, 4)):
+        layer.build(x.shape, x.shape)
+        layer.set_weights(plain.get_weights())
+        hold([layer(x, x, **call)], [want])
+    seen.append(base(2, 4)._compute_attention_mask(x, x, use_causal_mask=True, value_mask=call["value_mask"]))
+    right = torch.ones(5, 5, dtype=torch.bool).tril() & call["value_mask"][:, None]
+    assert len(seen) == 3 and all(torch.equal(mask, right) for mask in seen)
+
+
+def test_the_subclass_pickles(keras: Any, tmp_path: Path) -> None:
+    layer, x = bridge.MultiHeadAttention(2, 4), torch.randn(2, 5, 6)
+    want = layer(x, x)
+    torch.save(layer, tmp_path / "layer.pt")
+    for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        assert type(again) is bridge.MultiHeadAttention
+        hold([again(x, x)], [want])
+
+
+@pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}, {"return_attention_scores": True}], ids=lambda c: next(iter(c), "plain"))
+@pytest.mark.parametrize("shapes", [((1, 5), (3, 7)), ((3, 5), (1, 7)), ((1, 2, 5), (3, 1, 7))], ids=str)
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "GroupQueryAttention"])
+def test_sizes_of_one_serve_all(keras: Any, kind: str, shapes: Any, call: dict[str, Any]) -> None:
+    if kind == "GroupQueryAttention" and len(shapes[0]) > 2:
+        pytest.skip("takes three dimensions")
+    sizes: dict[str, Any] = (
+        {"head_dim": 4, "num_query_heads": 2, "num_key_value_heads": 1} if kind[0] == "G" else {"num_heads": 2, "key_dim": 4}
+    )
+    if len(shapes[0]) > 2:
+        sizes["attention_axes"] = 2
+        call = {name: value for name, value in call.items() if name != "use_causal_mask"}
+    real, mine = getattr(keras.layers, kind)(**sizes), getattr(ours, kind)(**sizes)
+    query, value = (torch.randn(*shape, 6) for shape in shapes)
+    call = {**call, "value_mask": torch.arange(7) < torch.arange(4, 4 + value.shape[0])[:, None]}
+    want = real(query, value, **call)
+    mine.set_weights(real.get_weights())
+    got = [mine(query, value, **call)]
+    bridge.enable()
+    got.append(real(query, value, **call))
+    for one in got:
+        hold(list(one) if isinstance(one, tuple) else [one], list(want) if isinstance(want, tuple) else [want])
+
+
+@pytest.mark.parametrize("factor", [1.0, 6.0])
+def test_rows_without_keys_in_float16(keras: Any, factor: float) -> None:
+    """Keras adds a number that leaves the scores to the hundredth."""
+    real, mine = (kind(2, 4, dtype="float16") for kind in (keras.layers.MultiHeadAttention, ours.MultiHeadAttention))
+    x = torch.randn(2, 5, 6, dtype=torch.float16) * factor
+    mask = torch.ones(2, 5, 5, dtype=torch.bool)
+    mask[0, 2], mask[1] = False, False
+    want = real(x, x, attention_mask=mask)
+    mine.set_weights(real.get_weights())
+    bridge.enable()
+    for got in (mine(x, x, attention_mask=mask), real(x, x, attention_mask=mask)):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2 * factor)
+    mean = mine.value(x).mean(1, keepdim=True).expand(2, 5, 2, 4)
+    assert (mine.attention_output(mean) - want).abs()[1].max() > 3e-2 * factor, "not the mean"
+
+
+def test_arguments_that_keras_takes(keras: Any) -> None:
+    """bools as ints, numpy's numbers, iterables of sizes."""
+    x, found = torch.randn(2, 5, 6), []
+    for layers in (keras.layers, ours):
+        made = [
+            layers.MultiHeadAttention(True, 4, sliding_window=True),
+            layers.MultiHeadAttention(2, True, dropout=np.float32(0.25), output_shape=range(2, 4)),
+            layers.MultiHeadAttention(2, 4, output_shape=np.array([3])),
+            layers.GroupQueryAttention(4, True, True),
+        ]
+        found.append([layer(x, x, training=False) for layer in made] if layers is ours else [(layer(x, x), layer) for layer in made])
+        if layers is ours:
+            json.dumps([layer.get_config() for layer in made])
+            for layer, (want, real) in zip(made, found[0], strict=True):
+                layer.set_weights(real.get_weights())
+                hold([layer(x, x, training=False)], [want])
+    assert keras.layers.GroupQueryAttention(4, 2, 1).name.startswith("grouped_query_attention")
+    assert ours.GroupQueryAttention(4, 2, 1).name.startswith("grouped_query_attention")
+
+
+@pytest.mark.parametrize("kind", ["array", "list", "tensor"])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 5, 7), (7,), (2, 7), (1, 7)], ids=str)
+def test_value_masks_of_attention(keras: Any, shape: tuple[int, ...], kind: str) -> None:
+    query, value = torch.randn(2, 5, 6), torch.randn(2, 7, 6)
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    rows = torch.tensor([True, True, False, True, False])
+    to = {"array": lambda t: t.numpy(), "list": lambda t: t.tolist(), "tensor": lambda t: t}[kind]
+    want = keras.layers.Attention()([query, value], mask=[rows, keep])
+    hold([ours.Attention()([query, value], mask=[to(rows), to(keep)])], [want])

@@ -133,3 +133,16 @@ def test_an_override_may_call_what_it_defines() -> None:
 def test_the_page_of_migrating_runs(title: str) -> None:
     section = (ROOT / "docs" / "migrating.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)), title, "exec"), {})
+
+
+class Mixed:
+    """A class of no layer that has what nothing calls."""
+
+    def _masked_softmax(self) -> None:
+        """Of no use."""
+
+
+def test_a_mixin_is_no_way_around() -> None:
+    with pytest.raises(TypeError, match="must override methods that are called; got _masked_softmax"):
+        type("Mine", (Mixed, MultiHeadAttention), {})
+    assert type("Fine", (Mixed, Attends), {})(2, 4)(X, X).shape == X.shape

@@ -2,7 +2,8 @@
 
 ``MultiHeadAttention`` here is a subclass of Keras' layer; ``enable()`` serves the layers of models that exist, and ``disable()`` gives Keras' own
 computation back. Neither ever holds a causal or sliding-window mask as a tensor. Results are Keras', rows without keys included; what Keras refuses
-because its fused kernel gives no scores works. A subclass that overrides ``_compute_attention`` keeps its own, and its masks as tensors.
+because its fused kernel gives no scores works. A subclass that overrides ``_compute_attention`` keeps its own, and its masks as tensors; a subclass or
+an instance that overrides a method which makes masks or probabilities (``_compute_attention_mask``, ``_masked_softmax``, ...) is left to Keras.
 
 Example:
     >>> enable()  # doctest: +SKIP
@@ -12,21 +13,27 @@ Example:
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fused_attn.backends import require_name
 from fused_attn.dropout import Dropout
-from fused_attn.masks import Mask
 from fused_attn.nn.keras.axes import Axes
-from fused_attn.nn.keras.masks import Masks, as_mask
-from fused_attn.nn.keras.rows import attend
+from fused_attn.nn.keras.masks import Masks
+from fused_attn.nn.keras.projected import attend_over
+from fused_attn.nn.keras.rows import of_fused_path
 from fused_attn.nn.keras.seeds import mixed
 
-_METHODS = ("_compute_attention", "_compute_attention_mask")
+_METHODS = ("call", "_compute_attention_mask", "_compute_attention")
+# Methods of Keras' layers that its own attention goes through, and this package's does not.
+_READ_WHEN_ATTENDING = (
+    "_compute_attention_mask", "_compute_causal_mask", "_compute_sliding_window_mask", "_masked_softmax", "_build_attention",
+)  # fmt: skip
+_READ = ("_compute_attention", *_READ_WHEN_ATTENDING)
+_OWN = ("keras.src.layers.attention.", __name__)
 _replaced: dict[tuple[type, str], Any] = {}
 _enabled = {"backend": "auto"}
 
@@ -41,71 +48,77 @@ def _keras() -> Any:
     return keras
 
 
-def _merged(
-    layer: Any,
-    query: Any,
-    value: Any,
-    query_mask: Any = None,
-    value_mask: Any = None,
-    key_mask: Any = None,
-    attention_mask: Any = None,
-    use_causal_mask: bool = False,
-) -> Masks | None:
-    """In place of Keras' ``_compute_attention_mask``: the masks side by side, None where there is none."""
-    window = getattr(layer, "_sliding_window", None) or getattr(layer, "sliding_window", None)
-    masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, window)
-    return masks if any(part is not None and part is not False for part in masks) else None
+class _Asked(NamedTuple):
+    """An ``attention_mask`` on its way through Keras' own ``call``, which asks for all masks in one: the answer need be no tensor."""
+
+    attention_mask: Any
 
 
-def _attended(layer: Any, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, training: Any, return_scores: bool, backend: str) -> Any:
-    """What Keras' ``_compute_attention`` gives for projected tensors [batch, length, heads, dim]."""
-    query, key, value = tensors
-    axes = Axes(tuple(getattr(layer, "_attention_axes", (1,))), query.dim())
-    if isinstance(mask, Masks):
-        mask = mask.merged(axes, query.shape, key.shape, query.device)
-    elif mask is not None:
-        mask = as_mask(mask, axes, query.shape, key.shape, query.device)
-    rate = layer.dropout
-    dropout = Dropout(rate, seed=mixed(layer._dropout_layer.seed_generator.next()).to(query.device)) if rate > 0 and training else None
-    is_explicit = not layer._flash_attention and (return_scores or rate > 0 or query.dim() != 4)
-    out, scores = attend(
-        axes.fold(query), axes.fold(key), axes.fold(value), mask=mask, scale=1 / math.sqrt(query.shape[-1]), dropout=dropout, q_offset=0,
-        empty_rows="zero" if is_explicit else "softmax", return_probs=return_scores, backend=backend,
-    )  # fmt: skip
-    return axes.unfold(out, query.shape), None if scores is None else axes.unfold_scores(scores, query.shape, key.shape)
-
-
-def _with_causal(mask: Any, use_causal_mask: bool) -> Any:
-    if not use_causal_mask:
-        return mask
-    if mask is None or isinstance(mask, Masks):
-        return (mask or Masks())._replace(causal=True)
-    return mask if isinstance(mask, Mask) else Masks(attention=mask, causal=True)
-
-
-def _compute_attention(
-    self: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any = None,
-    training: Any = None,
-    return_attention_scores: bool = False,
-    use_causal_mask: bool = False,
-) -> Any:
-    """In place of the method of Keras' ``MultiHeadAttention``."""
-    mask = _with_causal(attention_mask, use_causal_mask)
-    return _attended(
-        self, (query, key, value), mask, training, return_attention_scores, getattr(self, "_fused_backend", _enabled["backend"])
+def _is_keras_own(layer: Any, names: Sequence[str] = _READ) -> bool:
+    """Whether neither the layer's class nor the layer itself overrides any of these methods, and its scale is a number."""
+    scale = getattr(layer, "_inverse_sqrt_key_dim", None) or getattr(layer, "_inverse_sqrt_head_dim", None)
+    methods = [getattr(type(layer), name, None) for name in names]
+    return isinstance(scale, (int, float)) and all(
+        name not in vars(layer) and (method is None or str(getattr(method, "__module__", None)).startswith(_OWN))
+        for name, method in zip(names, methods, strict=True)
     )
 
 
-def _compute_grouped_attention(
-    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, training: Any = None, use_causal_mask: bool = False
-) -> Any:
-    """In place of the method of Keras' ``GroupQueryAttention``, which keeps whether scores are wanted on the layer."""
-    mask = _with_causal(attention_mask, use_causal_mask)
-    return _attended(self, (query, key, value), mask, training, self._return_attention_scores, _enabled["backend"])
+def _attended(layer: Any, tensors: tuple[Tensor, Tensor, Tensor], masks: Masks, training: Any, return_scores: bool) -> Any:
+    """What Keras' ``_compute_attention`` gives for projected tensors [batch, length, heads, dim]."""
+    query = tensors[0]
+    axes = Axes(tuple(getattr(layer, "_attention_axes", (1,))), query.dim())
+    rate = layer.dropout
+    dropout = Dropout(rate, seed=mixed(layer._dropout_layer.seed_generator.next()).to(query.device)) if rate > 0 and training else None
+    is_explicit = not layer._flash_attention and (return_scores or rate > 0 or query.dim() != 4)
+    scale = getattr(layer, "_inverse_sqrt_key_dim", None) or layer._inverse_sqrt_head_dim
+    return attend_over(
+        axes, tensors, masks, scale=float(scale), dropout=dropout, empty_rows="zero" if is_explicit else of_fused_path(query.dtype),
+        return_probs=return_scores, backend=getattr(layer, "_fused_backend", _enabled["backend"]),
+    )  # fmt: skip
+
+
+def _methods(base: Any) -> dict[str, Any]:
+    """What takes the place of three methods of a layer of Keras, and leaves layers that override what these read to Keras' own."""
+    own = {name: _replaced.get((base, name), getattr(base, name)) for name in _METHODS}
+
+    def call(
+        self: Any, query: Any, value: Any, key: Any = None, query_mask: Any = None, value_mask: Any = None, key_mask: Any = None,
+        attention_mask: Any = None, return_attention_scores: bool = False, training: Any = None, use_causal_mask: bool = False,
+    ) -> Any:  # fmt: skip
+        if _is_keras_own(self):
+            attention_mask = _Asked(attention_mask)
+        masks = (query_mask, value_mask, key_mask, attention_mask)
+        return own["call"](self, query, value, key, *masks, return_attention_scores, training, use_causal_mask)
+
+    def _compute_attention_mask(
+        self: Any, query: Any, value: Any, query_mask: Any = None, value_mask: Any = None, key_mask: Any = None,
+        attention_mask: Any = None, use_causal_mask: bool = False,
+    ) -> Any:  # fmt: skip
+        if not isinstance(attention_mask, _Asked):
+            return own["_compute_attention_mask"](self, query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask)
+        window = getattr(self, "_sliding_window", None) or getattr(self, "sliding_window", None)
+        return Masks(query_mask, value_mask, key_mask, attention_mask.attention_mask, use_causal_mask, window)
+
+    def _compute_attention(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, training: Any = None,
+        return_attention_scores: bool = False, use_causal_mask: bool = False,
+    ) -> Any:  # fmt: skip
+        if not _is_keras_own(self, _READ_WHEN_ATTENDING):
+            return own["_compute_attention"](self, query, key, value, attention_mask, training, return_attention_scores, use_causal_mask)
+        return _attended(self, (query, key, value), Masks.of(attention_mask, use_causal_mask), training, return_attention_scores)
+
+    def _compute_grouped_attention(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, training: Any = None, use_causal_mask: bool = False
+    ) -> Any:  # fmt: skip
+        # Keras keeps on the layer whether scores are wanted.
+        if not _is_keras_own(self, _READ_WHEN_ATTENDING):
+            return own["_compute_attention"](self, query, key, value, attention_mask, training, use_causal_mask)
+        return _attended(self, (query, key, value), Masks.of(attention_mask, use_causal_mask), training, self._return_attention_scores)
+
+    is_grouped = base is _keras().layers.GroupQueryAttention
+    attend = _compute_grouped_attention if is_grouped else _compute_attention
+    return {"call": call, "_compute_attention_mask": _compute_attention_mask, "_compute_attention": attend}
 
 
 @cache
@@ -113,7 +126,6 @@ def _layer_class() -> Any:
     keras = _keras()
     base: Any = keras.layers.MultiHeadAttention
 
-    @keras.saving.register_keras_serializable(package="fused_attn")
     class MultiHeadAttention(base):  # type: ignore[misc]
         """Keras' layer on this package's kernels, without a mask tensor for ``use_causal_mask`` or ``sliding_window``.
 
@@ -127,10 +139,10 @@ def _layer_class() -> Any:
             super().__init__(*args, **kwargs)
             self._fused_backend = require_name(backend)
 
-        _compute_attention = _compute_attention
-        _compute_attention_mask = _merged
-
-    return MultiHeadAttention
+    for name, method in _methods(base).items():
+        setattr(MultiHeadAttention, name, method)
+    MultiHeadAttention.__qualname__ = "MultiHeadAttention"  # pickle looks it up in the module
+    return keras.saving.register_keras_serializable(package="fused_attn")(MultiHeadAttention)
 
 
 def __getattr__(name: str) -> Any:
@@ -152,23 +164,13 @@ def enable(backend: str = "auto") -> None:
     """
     keras = _keras()
     _enabled["backend"] = require_name(backend)
-    ours = {keras.layers.MultiHeadAttention: _compute_attention, keras.layers.GroupQueryAttention: _compute_grouped_attention}
-    for layer_class, compute in ours.items():
-        if (layer_class, _METHODS[0]) not in _replaced:
-            own = {name: getattr(layer_class, name) for name in _METHODS}
-            _replaced.update({(layer_class, name): method for name, method in own.items()})
-            # On the class itself, so that Keras sees no override of its method and leaves a causal mask to it.
-            layer_class._compute_attention = compute
-            layer_class._compute_attention_mask = _unless_overridden(compute, own["_compute_attention_mask"])
-
-
-def _unless_overridden(compute: Any, keras_own: Any) -> Any:
-    """Masks side by side for the method they are meant for, Keras' tensor for one of a subclass."""
-
-    def _compute_attention_mask(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (_merged if type(self)._compute_attention is compute else keras_own)(self, *args, **kwargs)
-
-    return _compute_attention_mask
+    for layer_class in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention):
+        if (layer_class, "call") not in _replaced:
+            methods = _methods(layer_class)
+            _replaced.update({(layer_class, name): getattr(layer_class, name) for name in methods})
+            # On the class itself, so that Keras sees no override of its method.
+            for name, method in methods.items():
+                setattr(layer_class, name, method)
 
 
 def disable() -> None:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fused_attn.checks import described
 from fused_attn.dropout import Dropout
-from fused_attn.masks import Causal, Mask
 from fused_attn.nn.keras.axes import Axes
 from fused_attn.nn.keras.flash import is_flash_attention_enabled
 from fused_attn.nn.keras.layer import Layer, Shape
 from fused_attn.nn.keras.lookup import Config
-from fused_attn.nn.keras.masks import Masks, as_mask, materialized
+from fused_attn.nn.keras.masks import Masks, materialized
+from fused_attn.nn.keras.projected import attend_over
 from fused_attn.nn.keras.projection import Projection, Rules
-from fused_attn.nn.keras.rows import EmptyRows, attend, check_empty_rows
-from fused_attn.nn.keras.seeds import SeedGenerator, check_rate
+from fused_attn.nn.keras.rows import EmptyRows, check_empty_rows, of_fused_path
+from fused_attn.nn.keras.seeds import SeedGenerator, as_number, check_rate
 
 
 class Heads(NamedTuple):
@@ -53,14 +53,15 @@ class Attending(Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window <= 0):
-            raise ValueError(f"sliding_window must be a positive int or None; got {described(sliding_window)}. It is a number of keys.")
+        if sliding_window is not None:
+            require_sizes(sliding_window=sliding_window)
+            sliding_window = int(sliding_window)
         check_rate(dropout)
         check_empty_rows(empty_rows)
-        self._heads, self._rules = heads, Rules.of(rules)
+        self._heads, self._rules = Heads(*(int(size) for size in heads)), Rules.of(rules)
         self._output_shape: tuple[int, ...] | None = None
         self._attention_axes: tuple[int, ...] | None = None
-        self._dropout, self._use_bias, self._use_gate, self._sliding_window = dropout, use_bias, use_gate, sliding_window
+        self._dropout, self._use_bias, self._use_gate, self._sliding_window = as_number(dropout), use_bias, use_gate, sliding_window
         self._flash_attention = flash_attention or is_flash_attention_enabled()
         self._empty_rows, self.seed = empty_rows, seed
         if dropout > 0:
@@ -76,18 +77,18 @@ class Attending(Layer):
         key_shape = value_shape if key_shape is None else key_shape
         check_lengths(value_shape, key_shape)
         features, heads = query_shape[-1], self._heads
-        self.query = self._projection((features,), (heads.queries, heads.key_dim))
-        self.key = self._projection((key_shape[-1],), (heads.keys, heads.key_dim))
+        self.query = self._projection("query", (features,), (heads.queries, heads.key_dim))
+        self.key = self._projection("key", (key_shape[-1],), (heads.keys, heads.key_dim))
         if self._use_gate:
-            self.gate = self._projection((features,), (heads.queries, heads.value_dim), has_sigmoid=True)
-        self.value = self._projection((value_shape[-1],), (heads.keys, heads.value_dim))
-        self.attention_output = self._projection((heads.queries, heads.value_dim), self._output_shape or (features,))
+            self.gate = self._projection("gate", (features,), (heads.queries, heads.value_dim), has_sigmoid=True)
+        self.value = self._projection("value", (value_shape[-1],), (heads.keys, heads.value_dim))
+        self.attention_output = self._projection("attention_output", (heads.queries, heads.value_dim), self._output_shape or (features,))
         self.built = True
 
-    def _projection(self, inputs: Sequence[Any], outputs: Sequence[Any], *, has_sigmoid: bool = False) -> Projection:
+    def _projection(self, name: str, inputs: Sequence[Any], outputs: Sequence[Any], *, has_sigmoid: bool = False) -> Projection:
         return Projection(
             self._rules, inputs, outputs, self._placement, use_bias=self._use_bias, has_sigmoid=has_sigmoid,
-            dtype=self._policy.name, trainable=self.trainable, name="projection",
+            dtype=self._policy.name, trainable=self.trainable, name=name,
         )  # fmt: skip
 
     def call(
@@ -127,15 +128,13 @@ class Attending(Layer):
         key = value if key is None else key
         self._build_on(query, query.shape, value.shape, key.shape)
         check_lengths(value.shape, key.shape)
-        masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, self._sliding_window)
+        masks: Any = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, self._sliding_window)
         q, k, v = self.query(query), self.key(key), self.value(value)
-        axes = self._axes(q)
-        mask: Any = masks.merged(axes, q.shape, k.shape, q.device)
         if type(self)._compute_attention is not Attending._compute_attention:
-            mask = materialized(mask, axes, q.shape, k.shape, q.device)
+            masks = materialized(masks, self._axes(q), q, k)
             groups = self._heads.queries // self._heads.keys
             k, v = (t if groups == 1 else t.repeat_interleave(groups, -2) for t in (k, v))
-        out, scores = self._compute_attention(q, k, v, mask, training, return_attention_scores)
+        out, scores = self._compute_attention(q, k, v, masks, training, return_attention_scores)
         out = self.attention_output(out * self.gate(query) if self._use_gate else out)
         return (out, scores) if return_attention_scores else out
 
@@ -156,7 +155,7 @@ class Attending(Layer):
             key: projected key; a method that overrides this one gets as many heads as the query has.
             value: projected value, likewise.
             attention_mask: every mask of the call in one: for a method that overrides this one a bool tensor [batch, q_len, kv_len], with heads
-                where they differ and sizes of 1 where it repeats; a mask of this package otherwise.
+                where they differ and sizes of 1 where it repeats; the masks side by side otherwise.
             training: as given to the layer.
             return_attention_scores: as given to the layer.
             use_causal_mask: a causal mask besides; the layer itself has it in ``attention_mask``.
@@ -164,19 +163,14 @@ class Attending(Layer):
         Returns:
             (out [batch, q_len, heads, value_dim], scores or None).
         """
-        axes = self._axes(query)
-        mask: Mask | None = None if attention_mask is None else as_mask(attention_mask, axes, query.shape, key.shape, query.device)
-        if use_causal_mask:
-            mask = Causal() if mask is None else mask & Causal()
         dropout: Dropout | None = None
         if self._dropout > 0 and (self.training if training is None else training):
             dropout = self.seed_generator(self._dropout, query.device)
         is_explicit = not self._flash_attention and (return_attention_scores or self._dropout > 0 or query.dim() != 4)
-        out, scores = attend(
-            axes.fold(query), axes.fold(key), axes.fold(value), mask=mask, scale=1 / math.sqrt(self._heads.key_dim), dropout=dropout, q_offset=0,
-            empty_rows=self._empty_rows or ("zero" if is_explicit else "softmax"), return_probs=return_attention_scores, backend=self.backend,
+        return attend_over(
+            self._axes(query), (query, key, value), Masks.of(attention_mask, use_causal_mask), scale=1 / math.sqrt(self._heads.key_dim), dropout=dropout,
+            empty_rows=self._empty_rows or ("zero" if is_explicit else of_fused_path(query.dtype)), return_probs=return_attention_scores, backend=self.backend,
         )  # fmt: skip
-        return axes.unfold(out, query.shape), None if scores is None else axes.unfold_scores(scores, query.shape, key.shape)
 
     def _axes(self, projected: Tensor) -> Axes:
         return Axes.of(self._attention_axes, projected.dim())
@@ -188,7 +182,18 @@ class Attending(Layer):
             self._build_on(query, query.shape, value.shape, (value if key is None else key).shape)
 
     def _build_from(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.build(*((None, None, shapes[f"{name}/kernel"][0]) for name in ("query", "value", "key")))
+        """Where a kernel is missing, its inputs are taken to have as many features as the nearest of those that are there."""
+        sizes = {name: shape[0] for name, shape in shapes.items() if name.endswith("/kernel") and "output" not in name}
+        if self._output_shape is None:
+            sizes |= {name: shape[-1] for name, shape in shapes.items() if name.startswith("attention_output/")}
+
+        def nearest(*names: str) -> int | None:
+            return next((sizes[name] for name in (*names, *sizes) if name in sizes), None)
+
+        features = nearest("query/kernel", "gate/kernel", "attention_output/kernel", "attention_output/bias")
+        value, key = nearest("value/kernel", "key/kernel"), nearest("key/kernel", "value/kernel")
+        if features is not None:
+            self.build((None, None, features), (None, None, value), (None, None, key))
 
     def _weight_names(self) -> list[str]:
         names = ("query", "key", *(["gate"] if self._use_gate else []), "value", "attention_output")

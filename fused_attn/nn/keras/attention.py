@@ -14,7 +14,7 @@ from fused_attn.masks import Causal, Dense, Mask
 from fused_attn.nn.keras.layer import Layer, Shape
 from fused_attn.nn.keras.lookup import Config
 from fused_attn.nn.keras.rows import EmptyRows, attend, check_empty_rows
-from fused_attn.nn.keras.seeds import SeedGenerator, check_rate, dropped
+from fused_attn.nn.keras.seeds import SeedGenerator, as_number, check_rate, dropped
 from fused_attn.scoring import Additive, DotProduct, Scoring
 
 
@@ -64,7 +64,7 @@ class Attention(Layer):
             raise ValueError(f"score_mode must be 'dot' or 'concat'; got {described(score_mode)}. Choose one.")
         check_rate(dropout)
         check_empty_rows(empty_rows)
-        self.use_scale, self.score_mode, self.dropout, self.seed = use_scale, score_mode, dropout, seed
+        self.use_scale, self.score_mode, self.dropout, self.seed = use_scale, score_mode, as_number(dropout), seed
         self._empty_rows = empty_rows
         self.register_parameter("scale", None)
         self.register_parameter("concat_score_weight", None)
@@ -95,8 +95,9 @@ class Attention(Layer):
 
         Args:
             inputs: a list; key is value where it is left out.
-            mask: a list [query_mask [batch, q_len], value_mask [batch, kv_len]] of tensors or None, nonzero where a position counts; a third is ignored.
-                Output rows of masked queries are 0, their scores are not.
+            mask: a list [query_mask [batch, q_len], value_mask [batch, kv_len]] of tensors, arrays or None, nonzero where a position counts; a third is
+                ignored. Either may leave the batch out, and value_mask may be one of pairs, [..., q_len, kv_len]. Output rows of masked queries
+                are 0, their scores are not.
             training: whether to drop; None for the module's mode.
             return_attention_scores: whether the probabilities come too, [..., q_len, kv_len], after dropout.
             use_causal_mask: keys at or before the query's index, both counted from 0.
@@ -105,7 +106,7 @@ class Attention(Layer):
             out [..., q_len, value_dim], or (out, scores).
 
         Raises:
-            ValueError: inputs or masks are no list of 2 or 3, or a mask's shape does not fit.
+            ValueError: inputs or masks are no list of 2 or 3, or shapes do not fit.
         """
         name = type(self).__name__
         _check_list(name, "inputs", inputs)
@@ -114,17 +115,18 @@ class Attention(Layer):
         self._build_on(inputs[0], [t.shape for t in inputs])
         query, value = inputs[:2]
         key = inputs[2] if len(inputs) > 2 else value
-        lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, value, key)))
+        lead = _lead(name, query, value, key)
         q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(math.prod(lead), 1, *t.shape[-2:]) for t in (query, key, value))
         query_mask, value_mask = (None, None) if mask is None else mask[:2]
         allowed: Mask | None = Causal() if use_causal_mask else None
         if value_mask is not None:
-            keep = Dense(_placed("value_mask", value_mask, lead, value.shape[-2]).reshape(math.prod(lead), 1, 1, value.shape[-2]))
-            allowed = keep if allowed is None else allowed & keep
+            keep = _pairs(torch.as_tensor(value_mask, device=query.device), lead, query.shape[-2], value.shape[-2])
+            allowed = Dense(keep) if allowed is None else allowed & Dense(keep)
         out, scores = self._attend(q, k, v, allowed, training, return_attention_scores)
         out = out.reshape(*lead, *out.shape[-2:])
         if query_mask is not None:
-            out = out.where(_placed("query_mask", query_mask, lead, query.shape[-2])[..., None], 0.0)
+            rows = _positions("query_mask", torch.as_tensor(query_mask, device=query.device), lead, query.shape[-2])
+            out = out.where(rows[..., None], 0.0)
         return out if scores is None else (out, scores.reshape(*lead, *scores.shape[-2:]))
 
     def _attend(
@@ -158,7 +160,10 @@ class Attention(Layer):
     def compute_mask(self, inputs: list[Tensor], mask: list[Tensor | None] | None = None) -> Tensor | None:
         """The output's mask, which is the query's."""
         _check_list(type(self).__name__, "inputs", inputs)
-        return None if mask is None else mask[0]
+        if mask is None:
+            return None
+        _check_list(type(self).__name__, "mask", mask)
+        return None if mask[0] is None else torch.as_tensor(mask[0], device=inputs[0].device)
 
     def compute_output_shape(self, input_shape: Sequence[Shape]) -> tuple[int | None, ...]:
         """The output's shape for inputs of these shapes."""
@@ -178,21 +183,54 @@ class Attention(Layer):
 
 
 def _check_list(layer: str, name: str, given: Any) -> None:
-    items = "[query, value] or [query, value, key]" if name == "inputs" else "[query_mask, value_mask]"
+    is_inputs = name == "inputs"
+    items = "[query, value] or [query, value, key]" if is_inputs else "[query_mask, value_mask]"
     if not isinstance(given, list):
         raise ValueError(f"{layer} {name} must be a list {items}; got {described(given)}. Put them into one.")
     if not 2 <= len(given) <= 3:
-        raise ValueError(f"{layer} {name} must be a list of 2 or 3, {items}; got {len(given)}. Write None for a mask that is not there.")
+        advice = "Pass one tensor twice for self-attention" if is_inputs else "Write None for a mask that is not there"
+        raise ValueError(f"{layer} {name} must be a list of 2 or 3, {items}; got {len(given)}. {advice}.")
 
 
-def _placed(name: str, mask: Tensor, lead: torch.Size, length: int) -> Tensor:
-    """A mask [*lead, length] or [batch, length] as bool over all leading dimensions."""
+def _lead(layer: str, query: Tensor, value: Tensor, key: Tensor) -> torch.Size:
+    """The leading dimensions of all three, of which some may be 1."""
+    shapes = [t.shape for t in (query, value, key)]
+    count = max(t.dim() - 2 for t in (query, value, key))
+    columns = list(zip(*((*[1] * (count - len(shape) + 2), *shape[:-2]) for shape in shapes), strict=True))
+    lead = torch.Size([next((n for n in column if n != 1), 1) for column in columns])
+    is_fitting = all(n in (1, full) for column, full in zip(columns, lead, strict=True) for n in column)
+    is_fitting = is_fitting and min(len(shape) for shape in shapes) >= 2 and query.shape[-1] == key.shape[-1]
+    if not is_fitting or value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"{layer} inputs must be query [..., q_len, dim], value [..., kv_len, value_dim] and key [..., kv_len, dim]; "
+            f"got {', '.join(str(list(shape)) for shape in shapes)}, where the key is the value if it is left out. Leading sizes are equal or 1."
+        )
+    return lead
+
+
+def _positions(name: str, mask: Tensor, lead: torch.Size, length: int) -> Tensor:
+    """A mask [*lead, length], [batch, length] or [length] as bool with all dimensions, which may be 1."""
     mask = mask.to(torch.bool)
-    if mask.dim() == 2 and len(lead) > 1:
-        mask = mask.reshape(mask.shape[0], *[1] * (len(lead) - 1), mask.shape[1])
-    wanted = (*lead, length)
+    if 0 < mask.dim() < 3 and mask.dim() <= len(lead):
+        mask = mask.reshape(*mask.shape[:-1], *[1] * (len(lead) + 1 - mask.dim()), mask.shape[-1])
+    _check_mask(name, mask, (*lead, length))
+    return mask
+
+
+def _pairs(mask: Tensor, lead: torch.Size, q_len: int, kv_len: int) -> Tensor:
+    """A mask of values or of pairs as bool [batch|1, 1, q_len|1, kv_len|1], the batch being all leading dimensions."""
+    if mask.dim() == len(lead) + 2:
+        mask = mask.to(torch.bool)
+        _check_mask("value_mask", mask, (*lead, q_len, kv_len))
+    else:
+        mask = _positions("value_mask", mask, lead, kv_len)[..., None, :]
+    if any(n != 1 for n in mask.shape[:-2]):
+        mask = mask.expand(*lead, *mask.shape[-2:])
+    return mask.reshape(math.prod(mask.shape[:-2]), 1, *mask.shape[-2:])
+
+
+def _check_mask(name: str, mask: Tensor, wanted: tuple[int, ...]) -> None:
     if mask.dim() != len(wanted) or any(n not in (1, full) for n, full in zip(mask.shape, wanted, strict=True)):
         raise ValueError(
             f"{name} must have one element for each position, {list(wanted)}; got {described(mask)}. Leave it out where all count."
         )
-    return mask.expand(wanted)

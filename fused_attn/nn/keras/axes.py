@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Axes:
     Args:
         attended: in the order in which scores list them.
         rank: of the projected tensors.
+        batched: how many leading axes fold into the batch, the others into the heads; None for all but the last.
 
     Example:
         >>> axes = Axes((1, 2), 5)
@@ -29,6 +30,7 @@ class Axes:
 
     attended: tuple[int, ...]
     rank: int
+    batched: int | None = None
 
     @classmethod
     def of(cls, attention_axes: Sequence[int] | None, rank: int) -> Axes:
@@ -51,6 +53,11 @@ class Axes:
         return tuple([a for a in range(self.rank - 1) if a not in self.attended])
 
     @property
+    def split(self) -> int:
+        """How many leading axes fold into the batch."""
+        return max(len(self.lead) - 1, 0) if self.batched is None else self.batched
+
+    @property
     def scores_rank(self) -> int:
         """Of scores [*lead, *queries, *keys]."""
         return len(self.lead) + 2 * len(self.attended)
@@ -59,15 +66,36 @@ class Axes:
         """The leading and the attended sizes of a tensor's shape, with or without its last dimension."""
         return tuple([shape[a] for a in self.lead]), tuple([shape[a] for a in self.attended])
 
+    def broadcast(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """All three with the same sizes on axes that are not attended over, but for the heads, where some may have a size of 1.
+
+        Raises:
+            ValueError: sizes differ otherwise, or ranks do.
+        """
+        tensors, shared = [query, key, value], [a for a in self.lead if a != self.rank - 2]
+        full = [-1] * self.rank
+        is_fitting = all(t.dim() == self.rank for t in tensors)
+        for a in shared if is_fitting else ():
+            sizes = [t.shape[a] for t in tensors]
+            full[a] = next((n for n in sizes if n != 1), 1)
+            is_fitting = is_fitting and all(n in (1, full[a]) for n in sizes)
+        if not is_fitting:
+            shapes = ", ".join(str(list(t.shape[:-2])) for t in tensors)
+            raise ValueError(
+                "query, key and value must have as many dimensions, and the same sizes of the batch and of what is not attended over; "
+                f"got {shapes} before the features. A size of 1 serves all."
+            )
+        return [t.expand(full) if any(t.shape[a] != full[a] for a in shared) else t for t in tensors]
+
     def fold(self, tensor: Tensor) -> Tensor:
-        """A projected tensor as [batch, heads, length, dim]; a view where one axis is attended."""
+        """A projected tensor as [batch, heads, length, dim]; a view where one axis is attended, and the batch and the heads are one axis each."""
         ordered = tensor.permute(*self.lead, *self.attended, self.rank - 1)
         return ordered.reshape(*self.folded(tensor.shape, tensor.shape)[:3], tensor.shape[-1])
 
     def folded(self, queries: Sequence[int], keys: Sequence[int]) -> tuple[int, int, int, int]:
         """(batch, heads, q_len, kv_len) of folded queries and keys of these shapes."""
         (lead, q_sizes), k_sizes = self.sizes(queries), self.sizes(keys)[1]
-        return math.prod(lead[:-1]), lead[-1] if lead else 1, math.prod(q_sizes), math.prod(k_sizes)
+        return math.prod(lead[: self.split]), math.prod(lead[self.split :]), math.prod(q_sizes), math.prod(k_sizes)
 
     def unfold(self, out: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of ``fold`` for a tensor whose shape began so."""
@@ -80,8 +108,8 @@ class Axes:
         lead, q_sizes = self.sizes(queries)
         return scores.reshape(*lead, *q_sizes, *self.sizes(keys)[1])
 
-    def fold_mask(self, name: str, mask: Tensor, queries: Sequence[int], keys: Sequence[int]) -> Tensor:
-        """A mask of Keras' as bool [batch|1, heads|1, q_len|1, kv_len|1].
+    def placed(self, name: str, mask: Tensor, queries: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """A mask of Keras' as bool [*lead, *queries, *keys], with sizes of 1 where it repeats.
 
         Its last dimensions are the attended ones of queries and keys; those before lead, without the last of ``lead`` where its rank is short.
 
@@ -100,11 +128,28 @@ class Axes:
                 f"{name} must broadcast to the scores' {list(wanted)}; got {described(mask)}. "
                 f"Give the last {count} dimensions, or all; each is full or 1."
             )
-        mask, first, last = mask.to(torch.bool), len(lead), len(lead) + len(q_sizes)
-        heads = mask.shape[first - 1 : first] or (1,)
-        groups = [_joined(mask.shape[a:b], wanted[a:b]) for a, b in ((0, max(first - 1, 0)), (first, last), (last, len(wanted)))]
-        full = (*groups[0], *heads[:first], *groups[1], *groups[2])
-        return mask.expand(full).reshape(math.prod(groups[0]), *heads, math.prod(groups[1]), math.prod(groups[2]))
+        return mask.to(torch.bool)
+
+    def sharing(self, masks: Sequence[Tensor], queries: Sequence[int]) -> Axes:
+        """Folds as many leading axes into the batch as keeps placed masks smallest, so that one that is shared is not copied."""
+        lead = self.sizes(queries)[0]
+
+        best, fewest = self.split, -1
+        for split in range(self.split, 0, -1) if self.split > 1 else ():
+            folds, count = (slice(split), slice(split, len(lead))), len(lead)
+            elements = sum(
+                math.prod([math.prod(_joined(m.shape[:count][at], lead[at])) for at in folds]) * math.prod(m.shape[count:]) for m in masks
+            )
+            best, fewest = (split, elements) if fewest < 0 or elements < fewest else (best, fewest)
+        return replace(self, batched=best)
+
+    def fold_mask(self, mask: Tensor, queries: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """A placed mask as [batch|1, heads|1, q_len|1, kv_len|1]."""
+        lead, q_sizes = self.sizes(queries)
+        wanted, first, last = (*lead, *q_sizes, *self.sizes(keys)[1]), len(lead), len(lead) + len(q_sizes)
+        bounds = ((0, self.split), (self.split, first), (first, last), (last, len(wanted)))
+        groups = [_joined(mask.shape[a:b], wanted[a:b]) for a, b in bounds]
+        return mask.expand([n for group in groups for n in group]).reshape([math.prod(group) for group in groups])
 
 
 def _joined(sizes: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:

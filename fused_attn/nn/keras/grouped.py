@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_attn.nn.keras.attending import Attending, Heads, require_sizes
 from fused_attn.nn.keras.axes import Axes
+from fused_attn.nn.keras.layer import Shape
 from fused_attn.nn.keras.lookup import Config
 from fused_attn.nn.keras.rows import EmptyRows
 
@@ -86,8 +87,8 @@ class GroupQueryAttention(Attending):
             Heads(num_query_heads, num_key_value_heads, head_dim, head_dim), rules, dropout=dropout, use_bias=use_bias, use_gate=use_gate, sliding_window=sliding_window, flash_attention=flash_attention, seed=seed,
             empty_rows=empty_rows, backend=backend, activity_regularizer=activity_regularizer, **options,
         )  # fmt: skip
-        self.head_dim, self.num_query_heads, self.num_key_value_heads = head_dim, num_query_heads, num_key_value_heads
-        self.dropout, self.use_bias, self.use_gate, self.sliding_window = dropout, use_bias, use_gate, sliding_window
+        self.num_query_heads, self.num_key_value_heads, self.head_dim, _ = self._heads
+        self.dropout, self.use_bias, self.use_gate, self.sliding_window = self._dropout, use_bias, use_gate, self._sliding_window
 
     def _axes(self, projected: Tensor) -> Axes:
         if projected.dim() != 4:
@@ -95,6 +96,15 @@ class GroupQueryAttention(Attending):
                 f"query and value must be [batch, length, features]; got {projected.dim() - 1} dimensions. MultiHeadAttention takes more."
             )
         return Axes((1,), 4)
+
+    def compute_output_shape(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> tuple[int | None, ...]:
+        """The output's shape; a ValueError unless query and value have as many features, which only this method asks, as in Keras."""
+        if query_shape[-1] != value_shape[-1]:
+            raise ValueError(
+                f"query_shape and value_shape must end with the same number of features; got {list(query_shape)} and {list(value_shape)}. "
+                "Call the layer to see what other shapes give."
+            )
+        return super().compute_output_shape(query_shape, value_shape, key_shape)
 
     def get_config(self) -> Config:
         """Arguments that make the same layer, in the form that Keras reads."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fused_attn.backends import require_name
 from fused_attn.checks import described
@@ -18,6 +19,7 @@ from fused_attn.nn.keras.policies import DTypePolicy
 from fused_attn.nn.keras.weights import Weights
 
 Shape = Sequence[int | None]
+Rule = Callable[[Tensor], Tensor]
 _counts: defaultdict[str, int] = defaultdict(int)
 
 
@@ -48,11 +50,13 @@ class Layer(Weights):
     # Methods of Keras' layer that nothing here calls, so that an override would be silently without effect, unless it comes with one of the method named.
     _uncalled: ClassVar[tuple[str, ...]] = ()
     _instead: ClassVar[str] = "call"
+    # Keras' own class has another name than the one it is found by.
+    _prefixes: ClassVar[dict[str, str]] = {"GroupQueryAttention": "grouped_query_attention"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         owner = next(c for c in cls.__mro__ if "_uncalled" in vars(c))
-        overridden = [name for name in cls._uncalled if name in vars(cls)]
+        overridden = [name for name in cls._uncalled if hasattr(cls, name)]
         if overridden and getattr(cls, cls._instead) is getattr(owner, cls._instead):
             raise TypeError(
                 f"{cls.__name__} must override methods that are called; got {', '.join(overridden)}, which the fused path has no use for. "
@@ -73,15 +77,15 @@ class Layer(Weights):
         super().__init__()
         if unknown:
             raise ValueError(f"{type(self).__name__} must get arguments it knows; got {', '.join(unknown)}. Remove them.")
-        self.name = _unique(snake_case(type(self).__name__)) if name is None else name
+        self.name = _unique(self._prefixes.get(type(self).__name__) or snake_case(type(self).__name__)) if name is None else name
         if not isinstance(self.name, str) or "/" in self.name:
             raise ValueError(f"name must be a str without '/'; got {described(name)}. Leave it out for one made of the class' name.")
         self._policy = DTypePolicy.of(dtype)
         self._trainable, self.autocast, self.backend = trainable, autocast, require_name(backend)
         self.activity_regularizer = regularizers.get(activity_regularizer)
         self._losses: list[Tensor] = []
-        self._regularizers: dict[str, Callable[[Tensor], Tensor]] = {}
-        self._constraints: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._regularizers: dict[str, Rule] = {}
+        self._constraints: dict[str, Rule] = {}
         # Goes where the module is sent before it has parameters, so that they are made there.
         placement = torch.empty(0, dtype=self._policy.variables, device=torch.get_default_device())
         self.register_buffer("_placement", placement, persistent=False)
@@ -97,9 +101,13 @@ class Layer(Weights):
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        for layer in self._layers():
-            layer._trainable = value
         self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As of every module, and holds for parameters that are made later; a module around this one knows only of those that exist."""
+        for layer in self._layers():
+            layer._trainable = requires_grad
+        return super().requires_grad_(requires_grad)
 
     @property
     def variable_dtype(self) -> torch.dtype:
@@ -140,7 +148,7 @@ class Layer(Weights):
     def _build_on(self, tensor: Tensor, *shapes: Any) -> None:
         """Builds where a first input is."""
         if not self.built:
-            self._placement = self._placement.to(tensor.device)
+            self._placement = torch.empty(0, dtype=self._placement.dtype, device=tensor.device)
             self.build(*shapes)
 
     def _cast(self, value: Any) -> Any:
@@ -155,8 +163,8 @@ class Layer(Weights):
         initializer: Any,
         *,
         axes: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
-        regularizer: Callable[[Tensor], Tensor] | None = None,
-        constraint: Callable[[Tensor], Tensor] | None = None,
+        regularizer: Rule | None = None,
+        constraint: Rule | None = None,
     ) -> nn.Parameter:
         """Registers a new parameter; ``axes`` are the axes of its shape that count as inputs and as outputs."""
         found = initializers.get(initializer)
@@ -178,22 +186,32 @@ class Layer(Weights):
         return [module for module in self.modules() if isinstance(module, Layer)]
 
     def losses(self) -> list[Tensor]:
-        """Scalar penalties to add to a loss: of the outputs of the last call, then of the weights."""
+        """Scalar penalties to add to a loss: of the outputs of the last call, then of the weights that require gradients."""
         layers = self._layers()
         penalties = [loss for layer in layers for loss in layer._losses]
-        return penalties + [rule(layer.get_parameter(name)) for layer in layers for name, rule in layer._regularizers.items()]
+        return penalties + [rule(getattr(layer, name)) for layer in layers for name, rule in layer._trained(layer._regularizers)]
+
+    def _trained(self, rules: dict[str, Rule]) -> list[tuple[str, Rule]]:
+        """Those of weights that require gradients, themselves or what they are computed from (torch's parametrizations)."""
+        return [(name, rule) for name, rule in rules.items() if any(p.requires_grad for p in self._sources(name))]
+
+    def _sources(self, name: str) -> list[Tensor]:
+        return list(self.parametrizations[name].parameters()) if is_parametrized(self, name) else [getattr(self, name)]  # type: ignore[union-attr, index]
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Puts every weight with a constraint back within it; run it after each step of the optimizer, as Keras does."""
+        """Puts every weight with a constraint that requires gradients back within it; run it after each step of the optimizer, as Keras does."""
         for layer in self._layers():
-            for name, constraint in layer._constraints.items():
-                weight = layer.get_parameter(name)
-                weight.copy_(constraint(weight))
+            for name, constraint in layer._trained(layer._constraints):
+                weight = constraint(getattr(layer, name))
+                if is_parametrized(layer, name):
+                    setattr(layer, name, weight)
+                else:
+                    getattr(layer, name).copy_(weight)
 
     def get_config(self) -> Config:
         """Arguments that make the same layer, in the form that Keras reads; callables of the user's own come back as they are."""
-        config = {"name": self.name, "trainable": self.trainable, "dtype": self._policy.get_config()}
+        config = {"name": self.name, "trainable": self.trainable, "dtype": self._policy.moved(self.variable_dtype).get_config()}
         if self.activity_regularizer is not None:
             config["activity_regularizer"] = serialized(self.activity_regularizer)
         return config

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class MultiHeadAttention(Attending):
         seed: an int for masks of this layer's own, counted by calls; None follows ``torch.manual_seed``.
         empty_rows: what a query gets that may attend to no key: "softmax" (the mean of all values, with gradients), "uniform" (the same without
             gradients to scores), "zero", or "unmasked" (as layers do that subtract 1e9, TF-Keras 2.11 among them). None is Keras' own habit: "zero" where
-            scores or dropout are asked for or inputs are not of rank 3, else "softmax".
+            scores or dropout are asked for or inputs are not of rank 3, else "softmax", and in float16 the softmax of what is left of its scores.
         honour_query_mask: whether ``query_mask`` counts; Keras' layer throws the argument away.
         backend: of ``fused_attn.attention``: "auto", or a name that runs or raises.
         options: name, dtype, trainable and autocast, as every layer takes them.
@@ -120,8 +121,8 @@ class MultiHeadAttention(Attending):
         return super().call(query, value, key, query_mask, *args, **kwargs)
 
     def _build_from(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        features, output_shape = shapes["query/kernel"][0], shapes["attention_output/kernel"][2:]
-        if self._output_shape is None and output_shape != (features,):
+        features, output_shape = shapes.get("query/kernel", (None,))[0], shapes.get("attention_output/kernel", (None,) * 2)[2:]
+        if self._output_shape is None and features and output_shape and output_shape != (features,):
             raise ValueError(
                 f"output_shape must be given to load weights that project to {list(output_shape)}; got None. Pass output_shape=."
             )
@@ -142,18 +143,20 @@ class MultiHeadAttention(Attending):
 
 
 def _output_shape(given: Any) -> tuple[int, ...] | None:
-    if not given:
+    if given is None or (isinstance(given, (int, list, tuple)) and not given):
         return None
-    if isinstance(given, int):
-        return (given,)
-    if not isinstance(given, (tuple, list)):
+    try:
+        sizes = tuple(int(operator.index(size)) for size in (given if isinstance(given, Iterable) else (operator.index(given),)))
+    except TypeError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
         raise ValueError(
-            f"output_shape must be an int, a tuple or a list of ints; got {described(given)}. Leave it out for the query's size."
+            f"output_shape must be an int or several, none negative; got {described(given)}. Leave it out for the query's size."
         )
-    return tuple(given)
+    return sizes or None
 
 
 def _attention_axes(given: Any) -> tuple[int, ...] | None:
     if given is not None and not isinstance(given, (int, tuple, list)):
         raise ValueError(f"attention_axes must be an int, a tuple or a list of ints; got {described(given)}. Leave it out for all lengths.")
-    return (given,) if isinstance(given, int) else None if given is None else tuple(given)
+    return (int(given),) if isinstance(given, int) else None if given is None else tuple(given)

@@ -42,11 +42,17 @@ class DTypePolicy(NamedTuple):
             name = str(dtype).removeprefix("torch.")
         if name is None:
             return cls("float32", torch.float32)
-        if name in _NAMES:
+        if isinstance(name, str) and name in _NAMES:
             return cls(name, _NAMES[name])
-        if name in ("mixed_float16", "mixed_bfloat16"):
+        if isinstance(name, str) and name in ("mixed_float16", "mixed_bfloat16"):
             return cls(name, torch.float32, _NAMES[name.removeprefix("mixed_")])
         raise ValueError(f"dtype must be one of {', '.join(_NAMES)}, mixed_float16 or mixed_bfloat16; got {described(dtype)}. Name one.")
+
+    def moved(self, variables: torch.dtype) -> DTypePolicy:
+        """The policy of a layer whose variables were converted afterwards."""
+        if variables == self.variables or (self.compute not in (None, variables)):
+            return self
+        return DTypePolicy.of(variables)
 
     def get_config(self) -> dict[str, Any]:
         """The config that Keras and ``of`` read."""

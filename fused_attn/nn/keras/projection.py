@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_attn.checks import described
 from fused_attn.nn.keras import constraints, initializers, regularizers
 from fused_attn.nn.keras.layer import Layer
 from fused_attn.nn.keras.lookup import Config, serialized
@@ -29,7 +30,10 @@ class Rules:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Rules:
-        """Names, configs and callables by the fields' names, looked up."""
+        """Names, configs and callables by the fields' names, looked up; a ValueError for an initialiser that is None."""
+        for name, value in given.items():
+            if value is None and name.endswith("_initializer"):
+                raise ValueError(f"{name} must be a name, a config, a class, a tensor or a callable; got None. 'zeros' is the plainest.")
         tables = {"initializer": initializers, "regularizer": regularizers, "constraint": constraints}
         return cls(**{name: tables[name.rpartition("_")[2]].get(value) for name, value in given.items()})
 
@@ -82,6 +86,11 @@ class Projection(Layer):
         self.built = True
 
     def call(self, inputs: Tensor) -> Tensor:
+        if inputs.shape[-len(self._inputs) :] != self._inputs:
+            raise ValueError(
+                f"{self.name} must have {' x '.join(map(str, self._inputs))} features, as the layer was built for; got {described(inputs)}. "
+                "Make another layer for other features."
+            )
         dtype = self.compute_dtype
         weight = self.kernel.reshape(math.prod(self._inputs), -1).mT.to(dtype)
         bias = None if self.bias is None else self.bias.reshape(-1).to(dtype)

@@ -98,7 +98,7 @@ class OrthogonalRegularizer(Regularizer):
         return self.factor * 0.5 * (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1) / 2)
 
 
-_TABLE = by_name((L1, L2, L1L2, OrthogonalRegularizer), l1_l2=L1L2)
+_TABLE = by_name((L1, L2, L1L2, OrthogonalRegularizer))
 
 
 def get(identifier: Any) -> Callable[[Tensor], Tensor] | None:

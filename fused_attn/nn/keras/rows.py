@@ -15,12 +15,19 @@ from fused_attn.auxiliary import AuxRequest
 from fused_attn.checks import captured, described
 from fused_attn.functional import attention
 from fused_attn.lowering import stat_dtype
-from fused_attn.masks import Dense
+from fused_attn.masks import Causal, Dense
 from fused_attn.score_mods import Bias
 
 EmptyRows = Literal["zero", "uniform", "softmax", "unmasked"]
 EMPTY_ROWS = ("zero", "uniform", "softmax", "unmasked")
 _SUBTRACTED = 1e9
+# Added by Keras to masked scores on its fused path in float16: 0.7 of almost the least, as float16 rounds it.
+_FLOAT16_FILL = 45856.0
+
+
+def of_fused_path(dtype: torch.dtype) -> EmptyRows | float:
+    """Keras' habit on its fused path, where so much is added to masked scores that nothing is left of them but in float16."""
+    return _FLOAT16_FILL if dtype == torch.float16 else "softmax"
 
 
 def check_empty_rows(empty_rows: Any) -> None:
@@ -32,12 +39,12 @@ def check_empty_rows(empty_rows: Any) -> None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, empty_rows: EmptyRows, return_probs: bool = False, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, empty_rows: EmptyRows | float, return_probs: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``fused_attn.attention`` with one policy more, "unmasked", and with the probabilities where they are asked for.
+    """``fused_attn.attention`` with one policy more, "unmasked" or the number to subtract, and with the probabilities where they are asked for.
 
     Rows without keys are a call of their own, in which they attend to every key and all others to none. It is left out where one can see that there
-    is no such row: on a CPU, outside a compiler.
+    is no such row: on a CPU, outside a compiler, or from a mask that is only causal.
 
     Example:
         >>> q, v = torch.zeros(1, 1, 2, 4), torch.tensor([[[[1.0], [3.0]]]])
@@ -45,8 +52,9 @@ def attend(
         >>> out.flatten()
         tensor([1., 2.])
     """
-    if empty_rows != "unmasked" or options.get("mask") is None:
-        policy = "zero" if empty_rows == "unmasked" else empty_rows
+    subtracted = _SUBTRACTED if empty_rows == "unmasked" else empty_rows
+    if isinstance(subtracted, str) or options.get("mask") is None or isinstance(options["mask"], Causal):
+        policy = subtracted if isinstance(subtracted, str) else "zero"
         if not return_probs:
             return attention(q, k, v, empty_rows=policy, **options), None
         out, aux = attention(q, k, v, empty_rows=policy, return_aux=AuxRequest(probs=True), **options)
@@ -56,7 +64,7 @@ def attend(
     is_empty = aux.lse.detach() == -torch.inf
     if is_empty.device.type == "cpu" and not captured(is_empty) and not bool(is_empty.any()):
         return out, aux.probs
-    offset = Bias(torch.full((1, 1, 1, 1), -_SUBTRACTED, dtype=stat_dtype(q.dtype), device=q.device))
+    offset = Bias(torch.full((1, 1, 1, 1), -subtracted, dtype=stat_dtype(q.dtype), device=q.device))
     options = {**options, "mask": Dense(is_empty[..., None]), "score_mods": (offset,)}
     rest, probs = attend(q, k, v, empty_rows="zero", return_probs=return_probs, **options)
     return out + rest, None if aux.probs is None or probs is None else aux.probs + probs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ _STRIDE = 0x9E3779B97F4A7C15 - 2**64
 def mixed(state: Tensor) -> Tensor:
     """The seed of one call: of a pair (seed, count of calls), as Keras keeps it too."""
     return state[0].to(torch.int64) + state[1].to(torch.int64) * _STRIDE
+
+
+def _state(seed: int, device: torch.device) -> Tensor:
+    """A seed, whose bits an int64 keeps, before the first call."""
+    return torch.tensor([(seed + 2**63) % 2**64 - 2**63, 0], dtype=torch.int64, device=device)
 
 
 class SeedGenerator(nn.Module):
@@ -44,13 +50,14 @@ class SeedGenerator(nn.Module):
             raise ValueError(f"seed must be an int or None; got {described(seed)}. Leave it out to follow torch.manual_seed.")
         self.seed = seed
         if seed is not None:
-            words = [(seed + 2**63) % 2**64 - 2**63, 0]
-            self.register_buffer("seed_generator_state", torch.tensor(words, dtype=torch.int64, device=torch.get_default_device()))
+            self.register_buffer("seed_generator_state", _state(seed, torch.get_default_device()))
 
     def next(self, device: torch.device) -> Tensor:
         """An int64 number on that device."""
         if self.seed is None:
             return torch.randint(2**63 - 1, (), device=device)
+        if self.seed_generator_state.is_meta and device.type != "meta":
+            self.seed_generator_state = _state(self.seed, device)
         value = mixed(self.seed_generator_state)
         with torch.no_grad():
             self.seed_generator_state[1:].add_(1)
@@ -72,7 +79,12 @@ def dropped(probs: Tensor, dropout: Dropout) -> Tensor:
     return dropped_in_blocks(probs, dropout.lower(probs.device), Grid((batch, heads, q_len, kv_len), probs.device))
 
 
+def as_number(dropout: Any) -> int | float:
+    """A chance that configs can hold: numpy's numbers become Python's."""
+    return dropout if isinstance(dropout, (int, float)) else float(dropout)
+
+
 def check_rate(dropout: Any) -> None:
     """A ValueError unless it is a chance."""
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) <= 1:
         raise ValueError(f"dropout must be a number in [0, 1]; got {described(dropout)}. It is the chance of removal.")

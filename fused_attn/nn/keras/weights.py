@@ -22,13 +22,13 @@ class Weights(nn.Module):
     _placement: Tensor
 
     def keras_weights(self) -> dict[str, nn.Parameter]:
-        """Parameters by Keras' names ("query/kernel"), in Keras' order and shapes; empty before ``build``."""
+        """The parameters themselves by Keras' names ("query/kernel"), in Keras' order and shapes; empty before ``build``."""
         return {name.replace(".", "/"): parameter for name, parameter in self.named_parameters()}
 
     def get_weights(self) -> list[Any]:
-        """Numpy arrays in Keras' order, as ``keras.layers.Layer.get_weights`` gives them; float32 for bfloat16, which numpy does not have."""
-        held = [p.detach().cpu() for p in self.keras_weights().values()]
-        return [(p.float() if p.dtype == torch.bfloat16 else p).numpy() for p in held]
+        """Copies as numpy arrays in Keras' order, as ``keras.layers.Layer.get_weights``; float32 for bfloat16, which numpy does not have."""
+        held = [p.detach().to("cpu", torch.float32 if p.dtype == torch.bfloat16 else p.dtype) for p in self.keras_weights().values()]
+        return [p.numpy().copy() for p in held]
 
     @torch.no_grad()
     def set_weights(self, weights: Iterable[Any] | Mapping[str, Any]) -> None:
@@ -60,12 +60,17 @@ class Weights(nn.Module):
         return list(self.keras_weights())
 
     def _build_from(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Builds for weights of these shapes, by their Keras names."""
+        """Builds for weights of these shapes, by their Keras names; some may be missing."""
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Builds first, where the state holds every weight."""
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *args: Any
+    ) -> None:  # fmt: skip
+        """Builds first, for those weights that the state holds; torch reports the others once there are parameters for them."""
         if not self.built:
             keys = {name: prefix + name.replace("/", ".") for name in self._weight_names()}
-            if all(key in state_dict for key in keys.values()):
-                self._build_from({name: tuple(state_dict[key].shape) for name, key in keys.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            held = {name: tuple(state_dict[key].shape) for name, key in keys.items() if key in state_dict}
+            if held or not keys:
+                self._build_from(held)
+            if not self.built and (held or not local_metadata):  # without both, the state is of a layer that was not built either
+                missing_keys += [keys[name] for name in keys if name not in held]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
