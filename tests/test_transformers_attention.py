@@ -191,6 +191,12 @@ def test_what_would_change_the_meaning_is_refused_by_name(options: dict[str, Any
         attend(*tensors(), KEEP, **options)
 
 
+@pytest.mark.parametrize("options", [{"softcap": 0.0}, {"s_aux": torch.zeros(HEADS), "sinks": torch.zeros(HEADS)}], ids=["cap", "sinks"])
+def test_mistakes_name_the_keyword(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        attend(*tensors(), KEEP, **options)
+
+
 def test_what_changes_nothing_passes() -> None:
     q, k, v = tensors()
     options = {"position_ids": torch.arange(Q_LEN), "use_cache": True, "cache_position": torch.arange(Q_LEN), "output_router_logits": True}
@@ -206,7 +212,7 @@ def test_what_changes_nothing_passes() -> None:
             ValueError,
             "attention_mask must have shape .* 5 queries",
         ),
-        (KEEP.long(), TypeError, "mask must be a bool tensor"),
+        (KEEP.long(), TypeError, "attention_mask must be bool or floating point"),
     ],
     ids=["of other lengths", "of integers"],
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.cli.encoder import MODEL_PACKAGE, model_folder
-from fused_attn.integrations.transformers import NAME, register, unregister
+from fused_attn.integrations.transformers import NAME, models, register, unregister
 from fused_attn.integrations.transformers import attention as module
 from fused_attn.integrations.transformers.mask_tensor import RowMask
 from fused_attn.testing.measure import peak_bytes
@@ -248,6 +248,39 @@ def test_models_that_add_their_masks_themselves(architecture: str, sizes: dict[s
         found += [model(family.tokens)[0], model(family.tokens, attention_mask=family.padded)[0]]
     for a, b in zip(found[:2], found[2:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [4, 16], ids=["window", "window of everything"])
+def test_models_that_compute_with_their_mask(window: int) -> None:
+    """DeepSeek V4 puts its mask together with a bias for compressed keys, and then asks the interface."""
+    import transformers
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+             "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "qk_rope_head_dim": 4, "index_topk": 2,
+             "index_n_heads": 2, "index_head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "num_key_value_heads": 1}  # fmt: skip
+    kinds = ["compressed_sparse_attention", "sliding_attention"]
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 4}
+    config = transformers.DeepseekV4Config(**sizes, layer_types=kinds, compress_rates=rates, sliding_window=window)
+    model = transformers.DeepseekV4ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
+    tokens = torch.randint(3, VOCABULARY, (2, 8))
+    want = model(tokens, use_cache=False).logits
+    model.set_attn_implementation(NAME)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_users_configuration_is_looked_up_as_the_packages() -> None:
+    import transformers
+
+    class Mine(transformers.BloomConfig):
+        """Of a module of the user's own."""
+
+    leaves = models.leaves_masks_to_attention
+    assert leaves(transformers.NllbMoeConfig)  # nothing of it is loaded, and nothing kept
+    from transformers import NllbMoeForConditionalGeneration as model
+
+    transformers.BloomModel  # noqa: B018 - loads it
+    assert not leaves(model.config_class) and not leaves(Mine) and leaves(transformers.LlamaConfig)
 
 
 def test_weights_are_computed_when_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
+from fused_attn.checks import described
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
 from fused_attn.integrations.transformers.keywords import chosen_keys, packed_documents, refuse_unknown, shared_with_sinks, sinks_of
@@ -118,6 +120,8 @@ def _factor(scaling: float | Tensor | None) -> dict[str, Any]:
 
 def _score_mods(softcap: float | None, *biases: Tensor | None) -> tuple[ScoreMod, ...]:
     """The cap comes before whatever is added."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None; got {softcap}. None caps nothing.")
     caps = () if softcap is None else (SoftCap(softcap),)
     return (*caps, *[Bias(bias) for bias in biases if bias is not None])
 
@@ -140,6 +144,8 @@ def _masks(
     elif attention_mask is not None and attention_mask.is_floating_point():
         additive = attention_mask
     elif attention_mask is not None:
+        if attention_mask.dtype != torch.bool:
+            raise TypeError(f"attention_mask must be bool or floating point; got {described(attention_mask)}. Write attention_mask.bool().")
         masks.append(Dense(attention_mask))
     elif causal:
         masks.append(Causal())

@@ -57,7 +57,10 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
 
 def sinks_of(options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """One logit per head, [heads], or one per query, [batch|1, heads, q_len, 1]."""
-    sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
+    sinks, other = options.get("s_aux"), options.get("sinks")
+    if sinks is not None and other is not None:
+        raise ValueError("s_aux and sinks must not be given together; got both. They are two names of the same logits.")
+    sinks = other if sinks is None else sinks
     if sinks is None:
         return None, None
     return (None, sinks) if sinks.dim() == 4 and (sinks.shape[0] > 1 or sinks.shape[2] > 1) else (sinks.reshape(-1), None)
