@@ -49,7 +49,7 @@ def run(case: Case, layer: Layer, call: Callable[[dict[str, Tensor], bool], Any]
     leaves = {name: t.clone().requires_grad_() for name, t in case.below("in").items()}
     named = {**leaves, **{f"w/{name}": p for name, p in layer.keras_weights().items()}}
     factors = kept(case) or keep_factor
-    with mock.patch("fused_attn.backends.eager.keep_factor", factors), mock.patch("fused_attn.nn.keras.seeds.keep_factor", factors):
+    with mock.patch("fused_attn.backends.eager.keep_factor", factors), mock.patch("fused_attn.dropout.keep_factor", factors):
         out, (explicit, scores) = call(leaves, False), call(leaves, True)
     zero = torch.zeros((), dtype=out.dtype)
     dout, dscores = (case.tensors.get(f"ct/{name}", zero) for name in ("out", "scores"))
