@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,8 @@ class Attend(nn.Module):
         hard works on whole arrays of scores: O(q_len * kv_len) memory
     """
 
+    record: ClassVar[Callable[..., Intermediates]] = Intermediates
+
     def __init__(
         self,
         *,
@@ -250,6 +252,7 @@ class Attend(nn.Module):
         if flash_pack_seq_kwargs is not None:
             raise refuse("flash_pack_seq_kwargs", "Pack sequences with fused_attn.attention(mask=Documents.from_cu_seqlens(...))")
         if self._dense_because(attn_delta):
+            call = replace(call, mask=call.keep)
             out, arrays = dense.attention(self, call, attn_delta, row_mask)
         else:
             fused = self._fused(call)
@@ -286,10 +289,13 @@ class Attend(nn.Module):
         mask, attn_bias, prev_attn, attn_delta, causal = terms
         flash = self.flash and attn_delta is None
         needs(not (flash and prev_attn is not None), "prev_attn must be None with flash", "a tensor", "Build Attend without flash")
+        mask = mask.keep_keys if isinstance(mask, KeyPadding) else mask
         if isinstance(mask, Tensor):
+            needs(mask.dtype == torch.bool, "mask must be bool, True where a pair may attend", str(mask.dtype), "Convert it with .bool()")
             needs(not flash or mask.dim() in (2, 4), "mask must be 2-D or 4-D with flash", f"{mask.dim()}-D", "Insert dimensions of size 1")
             mask = mask[:, None, None] if mask.dim() == 2 else mask[(None,) * (4 - mask.dim())]
         causal = self.causal if causal is None or flash else causal
+        v = v.expand(-1, k.shape[1], -1, -1) if v.shape[1] == 1 else v  # polar positions make keys of every head out of one
         biases = (Bias(attn_bias),) if isinstance(attn_bias, Tensor) else tuple(attn_bias or ())
         if self.add_zero_kv:
             whole = Inputs(q, k, v, mask, biases, None, False)
@@ -316,6 +322,9 @@ class Attend(nn.Module):
         return next((name for name, given in options.items() if given), "")
 
     def _fused(self, call: Inputs) -> _Fused:
+        if self.keeps_scores or call.prev_attn is not None:
+            # Keys and values of every head are short; scores in another order of heads would be one more array for every layer.
+            call = replace(call, k=_of_every_head(call.k, call.q.shape[1]), v=_of_every_head(call.v, call.q.shape[1]))
         order = HeadOrder(call.q.shape[1], call.k.shape[1])
         prev = None if call.prev_attn is None else Bias(order.grouped(call.prev_attn, -3))
         mods = [*([] if prev is None else [prev]), *[order.of_mod(mod) for mod in call.biases]]
@@ -342,7 +351,7 @@ class Attend(nn.Module):
         return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev, torch.is_grad_enabled(), autocast)
 
     def _run(self, fused: _Fused) -> tuple[Tensor, Intermediates]:
-        arrays = Intermediates(**{name: partial(_array, fused, name) for name in ARRAYS})  # type: ignore[arg-type]
+        arrays = self.record(**{name: partial(_array, fused, name) for name in ARRAYS})
         if not self.keeps_scores:
             return fused.order.tiled(fused.run()), arrays
         out, aux = fused.run(return_aux=AuxRequest(scores=True))
@@ -356,6 +365,11 @@ def _array(fused: _Fused, name: str) -> Tensor:
     mode = nullcontext() if fused.autocast is None else torch.autocast(device, dtype=fused.autocast)
     with torch.set_grad_enabled(fused.grad), mode:
         return fused.array(name)
+
+
+def _of_every_head(tensor: Tensor, heads: int) -> Tensor:
+    """[batch, kv_heads, ...] repeated to [batch, heads, ...]; one for all stays, whose order of heads is every order."""
+    return tensor if tensor.shape[1] in (1, heads) else tensor.repeat(1, heads // tensor.shape[1], 1, 1)
 
 
 def _mask(call: Inputs, order: HeadOrder) -> Mask | None:

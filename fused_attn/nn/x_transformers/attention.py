@@ -360,7 +360,9 @@ class Attention(Projections, Hybrid, Finish):
         if self.data_dependent_alibi is not None:
             found = self.data_dependent_alibi.in_kernel(x, front)
         if self.rel_proj_pos_bias is not None:
-            found = (*found, Bias(before_keys(self.rel_proj_pos_bias(q_input, lengths[1]), kv_len, 0.0)))
+            # A call's own keys in front have positions here, as in the package; memories have none.
+            reach = lengths[1] if self.num_mem_kv else kv_len
+            found = (*found, Bias(before_keys(self.rel_proj_pos_bias(q_input, reach), kv_len, 0.0)))
         return found
 
 

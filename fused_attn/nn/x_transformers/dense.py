@@ -92,7 +92,7 @@ def attention(attend: Attend, call: Inputs, attn_delta: Tensor | None, row_mask:
     weights = weights if attn_delta is None else weights + attn_delta
     weights = weights if sign is None else weights * sign
     dtype = call.q.dtype
-    arrays = Intermediates(similarities.to(dtype), sim.to(dtype), weights.to(dtype))
+    arrays = attend.record(similarities.to(dtype), sim.to(dtype), weights.to(dtype))
     weights = weights if attend.head_attn_sink is None else weights[..., 1:]
     if attend.training and attend.dropout > 0:
         weights = weights * keep_factor(Dropout(attend.dropout).lower(weights.device), Grid(call.shape, weights.device), weights.dtype)
