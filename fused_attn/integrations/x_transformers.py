@@ -111,7 +111,7 @@ class _Patch:
 
     lock = threading.Lock()
     blocks = 0
-    before: ClassVar[dict[type, Any]] = {}
+    before: ClassVar[dict[Any, Any]] = {}
 
     @classmethod
     def enter(cls) -> None:
@@ -121,14 +121,14 @@ class _Patch:
             if cls.blocks == 1:
                 cls.before = {made: made.__init__ for made in (package.AttentionLayers, package.Attention, attend)}
                 for made, construct in cls.before.items():
-                    setattr(made, "__init__", _without_flash(construct))
+                    made.__init__ = _without_flash(construct)
 
     @classmethod
     def leave(cls) -> None:
         with cls.lock:
             cls.blocks -= 1
             for made, construct in cls.before.items() if not cls.blocks else ():
-                setattr(made, "__init__", construct)
+                made.__init__ = construct
 
 
 def _without_flash(construct: Any) -> Any:

@@ -69,7 +69,12 @@ class Pairs:
         pairs = self.pairs
         if isinstance(pairs, Tensor):
             needs(2 <= pairs.dim() <= 4, "attn_mask must have 2 to 4 dimensions", f"{pairs.dim()}", "Pass [q_len, kv_len]")
-            needs(pairs.dtype == torch.bool, "attn_mask must be bool, True where a pair may attend", str(pairs.dtype), "Convert it with .bool()")
+            needs(
+                pairs.dtype == torch.bool,
+                "attn_mask must be bool, True where a pair may attend",
+                str(pairs.dtype),
+                "Convert it with .bool()",
+            )
             return before_keys(pairs[(None,) * (4 - pairs.dim())], self.grid.shape[3], True)
         return None if pairs is None else self._with_front(pairs)
 
