@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import fused_attn as fa
+from fused_attn.lowering import Grid
 from fused_attn.nn.x_transformers import Attend, Attention, Decoder, Encoder, Intermediates, PrefixDecoder
+from fused_attn.nn.x_transformers.pairs import Pairs
 from fused_attn.testing.measure import peak_bytes
 
 CPU = torch.device("cpu")
@@ -227,12 +229,16 @@ def test_copies_and_dtypes(name: str) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["plain", "real_former_selective_grouped", "window_memories"])
+@pytest.mark.parametrize("name", ["plain", "real_former_sinks", "real_former_selective_grouped", "window_memories"])
 def test_transforms_and_recomputation(name: str) -> None:
     stack, x = decoder(name).double(), inputs(5, torch.float64).requires_grad_()
     out = stack(x)
     torch.testing.assert_close(torch.vmap(lambda one: stack(one[None])[0])(x), out)
     torch.testing.assert_close(torch.func.jvp(stack, (x.detach(),), (x.detach(),))[0], out.detach())
+    weights = {n: p.detach() for n, p in stack.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(stack, p, (x.detach(),)).sin().sum())(weights)
+    for n, grad in zip(weights, torch.autograd.grad(out.sin().sum(), tuple(stack.parameters()), retain_graph=True), strict=True):
+        torch.testing.assert_close(grads[n], grad)
     again = torch.utils.checkpoint.checkpoint(stack, x, use_reentrant=False)
     torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (again, out)))
     (grad,) = torch.autograd.grad(stack(x).sin().sum(), x, create_graph=True)
@@ -339,6 +345,96 @@ def test_memories_are_open_to_masks_and_biases_that_leave_them_out() -> None:
     stack, x = decoder("plain", attn_num_mem_kv=2), inputs()
     torch.testing.assert_close(stack(x, attn_mask=torch.ones(11, 11, dtype=torch.bool)), stack(x))
     torch.testing.assert_close(stack(x, attn_bias=torch.zeros(4, 11, 11)), stack(x))
+
+
+MASKS: dict[str, Any] = {
+    "documents": fa.Documents(torch.tensor([0] * 4 + [1] * 7)),
+    "padding": fa.KeyPadding(torch.arange(11) < torch.tensor([[11], [6]])),
+    "lengths": fa.ValidLengths(torch.tensor([0, 7])),
+    "chunks": fa.Chunked(4),
+    "blocks": fa.BlockCausal(4),
+    "prefix": fa.PrefixLM(3),
+    "not_a_prefix": ~fa.PrefixLM(3),
+    "future": ~fa.Causal(),
+    "window_of_chunks": fa.Band(3) & fa.Chunked(4),
+    "one_or_the_other": fa.Documents(torch.tensor([0] * 4 + [1] * 7)) | fa.Band(2),
+    "array": fa.Dense(torch.eye(11, dtype=torch.bool)),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("more", [{}, {"attn_max_attend_past": 3}, {"attn_pre_talking_heads": True}], ids=lambda o: next(iter(o), "plain"))
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_do_not_count_memories(name: str, more: dict[str, Any]) -> None:
+    mask, array = MASKS[name], MASKS[name].allowed(Grid((2, 4, 11, 11), CPU))
+    for memories in (2, 0):
+        stack = Encoder(**SMALL, attn_num_mem_kv=memories, **more).eval()
+        torch.testing.assert_close(stack(inputs(), attn_mask=mask), stack(inputs(), attn_mask=array), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_intervals_stay_intervals_behind_memories() -> None:
+    grid = Grid((2, 4, 11, 13), CPU, 2)
+    for mask in (fa.Causal(), fa.PrefixLM(3), fa.ValidLengths(torch.tensor([0, 7]))):
+        form = Pairs(grid, 2, None, mask, None, False).mask().lower(grid)
+        assert form.keep is None and not form.rules
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", ["attn_hard", "attn_pre_talking_heads", "attn_cog_signed", "attn_sigmoid"])
+def test_rows_that_a_mask_of_this_package_empties_are_zeros(option: str) -> None:
+    layer = Encoder(dim=32, depth=1, heads=4, attn_dim_head=8, **{option: True}).layers[0][1]
+    assert torch.count_nonzero(layer(inputs(), attn_mask=~fa.Causal())[:, -1]) == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", ["attn_hard", "attn_pre_talking_heads", "attn_softclamp_logits"])
+def test_nan_in_hidden_keys_stays_there(option: str) -> None:
+    layer, x = Encoder(dim=32, depth=1, heads=4, attn_dim_head=8, **{option: True}).layers[0][1], inputs()
+    context, seen = torch.randn(2, 6, 32), torch.arange(6).expand(2, -1) < 4
+    right = layer(x, context=context, context_mask=seen)
+    context[:, 4:] = torch.nan
+    torch.testing.assert_close(layer(x, context=context, context_mask=seen), right)
+
+
+@pytest.mark.quick
+def test_arrays_do_not_follow_what_changes_after_the_call() -> None:
+    stack, x, seen = decoder("plain"), inputs(), torch.ones(2, 11, dtype=torch.bool)
+    _, left = stack(x, self_attn_kv_mask=seen, return_hiddens=True)
+    right = stack(x, self_attn_kv_mask=seen, return_hiddens=True)[1].attn_intermediates[0].post_softmax_attn
+    seen[:, 2:] = False
+    assert torch.equal(left.attn_intermediates[0].post_softmax_attn, right)
+    bias = torch.zeros(11, 11)
+    _, left = stack(x, attn_bias=bias, return_hiddens=True)
+    bias += 1
+    with pytest.raises(RuntimeError, match="modified in place"):
+        _ = left.attn_intermediates[0].post_softmax_attn
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["all_heads", "grouped"])
+def test_real_former_holds_as_many_arrays_at_every_depth_without_gradients(kv_heads: int) -> None:
+    peaks = []
+    for depth in (3, 6):
+        stack, x = decoder("plain", residual_attn=True, depth=depth, attn_kv_heads=kv_heads), inputs(512)
+        with torch.no_grad():
+            peaks.append(peak_bytes(lambda s=stack, x=x: s(x), CPU)[1])
+    assert peaks[1] < peaks[0] + 0.2 * 2 * 4 * 512**2 * 4
+
+
+@pytest.mark.quick
+def test_no_sequences_at_all() -> None:
+    assert decoder("forgetting")(inputs()[:0]).shape == (0, 11, 32)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["mask", "context_mask", "self_attn_kv_mask", "attn_mask"])
+def test_masks_of_numbers_are_named(name: str) -> None:
+    numbers = torch.ones(11, 11) if name == "attn_mask" else torch.ones(2, 11)
+    call = {"context": inputs(), name: numbers} if name == "context_mask" else {name: numbers}
+    stack = Encoder(**SMALL, cross_attend=name == "context_mask")
+    with pytest.raises(AssertionError, match=rf"{name}.* must be bool"):
+        stack(inputs(), **call)
 
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
