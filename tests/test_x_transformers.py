@@ -271,6 +271,15 @@ def test_clipping_bounds_the_scores() -> None:
     layer.qk_clip_(left, tau=2.0)
     _, left = layer(x, return_intermediates=True)
     assert left.pre_softmax_attn.max() < 2.0 + 1e-4
+    before = layer.to_q.weight.clone()
+    layer.qk_clip_(-left.pre_softmax_attn.abs() - 1.0, tau=2.0)
+    assert torch.equal(layer.to_q.weight, before)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("positions", ["rotary_pos_emb", "polar_pos_emb"])
+def test_positions_on_the_meta_device(positions: str) -> None:
+    assert Decoder(**SMALL, **{positions: True}).to("meta")(inputs().to("meta")).shape == (2, 11, 32)
 
 
 WORKS_HERE: dict[str, dict[str, Any]] = {

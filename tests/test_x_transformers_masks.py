@@ -123,3 +123,13 @@ def test_masks_of_numbers_are_named(name: str) -> None:
     stack = Encoder(**SMALL, cross_attend=name == "context_mask")
     with pytest.raises(AssertionError, match=rf"{name}.* must be bool"):
         stack(inputs(), **call)
+
+
+@pytest.mark.quick
+def test_rows_that_lost_their_keys_move_no_gate_of_selective_attention() -> None:
+    q, k, v = qkv(6)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    mask[0, 0, 4, :5] = False
+    out, _ = Attend(causal=True, selective=True)(q, k, v, mask=mask)
+    torch.testing.assert_close(out[:, :, 4], v.mean(2))
+    assert torch.count_nonzero(torch.autograd.grad(out[:, :, 4].sin().sum(), k)[0]) == 0

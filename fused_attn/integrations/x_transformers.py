@@ -45,10 +45,13 @@ def fuse(model: Model, backend: str = "auto") -> Model:
         The model itself.
 
     Raises:
+        TypeError: model is no module.
         ValueError: there is nothing to fuse, or no such backend.
         NotImplementedError: ``flash_pack_seq``, whose packed sequences this package takes as ``fused_attn.Documents``.
     """
     require_name(backend)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module of torch; got {type(model).__name__}. Pass the model that was built with x-transformers.")
     swaps = _swaps()
     attends = [m for m in model.modules() if isinstance(m, _package("attend").Attend) and type(m) in (*swaps, *swaps.values())]
     if not attends:
