@@ -310,6 +310,10 @@ def test_arrays_do_not_follow_what_changes_after_the_call() -> None:
     right = stack(x, self_attn_kv_mask=seen, return_hiddens=True)[1].attn_intermediates[0].post_softmax_attn
     seen[:, 2:] = False
     assert torch.equal(left.attn_intermediates[0].post_softmax_attn, right)
+    with torch.no_grad():  # tensors of a graph cannot be copied
+        _, left = stack(x, return_hiddens=True)
+    for copied in (copy.deepcopy(left.attn_intermediates[0]), pickle.loads(pickle.dumps(left.attn_intermediates[0]))):
+        torch.testing.assert_close(copied.post_softmax_attn, left.attn_intermediates[0].post_softmax_attn)
     bias = torch.zeros(11, 11)
     _, left = stack(x, attn_bias=bias, return_hiddens=True)
     bias += 1

@@ -237,7 +237,7 @@ class _Attention(nn.Module):
             # The one keyword that the package hands to Attend as it is; what a caller packs is refused there.
             kwargs.setdefault("flash_pack_seq_kwargs", None)
             kwargs["flash_pack_seq_kwargs"] = kwargs["flash_pack_seq_kwargs"] or {_SUMS: True}
-        elif self.data_dependent_alibi is None and self.rel_proj_pos_bias is None:
+        elif self.data_dependent_alibi is None and self.rel_proj_pos_bias is None and isinstance(self.attend, own.Attend):
             kwargs = self._with_alibi(kwargs)
         return super().forward(x, *args, **kwargs)
 

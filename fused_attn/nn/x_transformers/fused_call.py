@@ -57,6 +57,19 @@ class FusedCall:
         """How often each tensor that an array is made of was modified."""
         return versions([*self.tensors[:2], *tree_leaves((self.keywords["mask"], self.keywords["score_mods"]))])
 
+    def require_unchanged(self) -> None:
+        """Raises RuntimeError where a tensor was modified since the call."""
+        if self.versions and self.versions != self.versions_now():
+            raise RuntimeError(
+                "queries, keys, masks and biases must be what they were in the call for arrays of Intermediates to be computed; got some that "
+                "were modified in place since. Read the arrays before, or pass clones."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: the tensors as they are, whose copies count anew."""
+        self.require_unchanged()
+        return {**self.__dict__, "versions": ()}
+
     def run(self, **more: Any) -> Any:
         return attention(*self.tensors, **{**self.keywords, **more})
 
@@ -96,11 +109,7 @@ class FusedCall:
 
 def array_of(fused: FusedCall, name: str) -> Tensor:
     """One of the arrays as the call would have given it, wherever it is read; a function, for a compiled graph cannot give out a method."""
-    if fused.versions and fused.versions != fused.versions_now():
-        raise RuntimeError(
-            "queries, keys, masks and biases must be what they were in the call for arrays of Intermediates to be computed; got some that were "
-            "modified in place since. Read the arrays before, or pass clones."
-        )
+    fused.require_unchanged()
     device = fused.tensors[0].device.type
     mode = nullcontext() if fused.autocast is None else torch.autocast(device, dtype=fused.autocast)
     with torch.set_grad_enabled(fused.grad), mode:
