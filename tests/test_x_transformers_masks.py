@@ -133,3 +133,10 @@ def test_rows_that_lost_their_keys_move_no_gate_of_selective_attention() -> None
     out, _ = Attend(causal=True, selective=True)(q, k, v, mask=mask)
     torch.testing.assert_close(out[:, :, 4], v.mean(2))
     assert torch.count_nonzero(torch.autograd.grad(out[:, :, 4].sin().sum(), k)[0]) == 0
+
+
+@pytest.mark.quick
+def test_one_flag_for_all_keys_of_a_sequence() -> None:
+    layer, x, context = Encoder(**SMALL, attn_max_attend_past=3).layers[0][1], inputs(), inputs()[:, :6]
+    flag = torch.tensor([[True], [False]])
+    torch.testing.assert_close(layer(x, context=context, context_mask=flag), layer(x, context=context, context_mask=flag.expand(-1, 6)))

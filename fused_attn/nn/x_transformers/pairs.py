@@ -53,7 +53,8 @@ class Pairs:
             return window
         # Rows that only such a mask empties are zeroed, those that causality empties are not: this needs the array.
         if not self.causal and not isinstance(pairs, Tensor):
-            parts = [m for m in (pairs, window, None if self.keys is None else KeyPadding(self.keys)) if m is not None]
+            keys = None if self.keys is None else KeyPadding(self.keys.expand(self.grid.shape[0], self.grid.shape[3]))
+            parts = [m for m in (pairs, window, keys) if m is not None]
             return parts[0] if len(parts) == 1 else parts[0] & parts[1] if len(parts) == 2 else parts[0] & parts[1] & parts[2]
         arrays = [m.allowed(self.grid) if isinstance(m, Mask) else m for m in (pairs, window) if m is not None]
         arrays += [] if self.keys is None else [self.keys[:, None, None]]
