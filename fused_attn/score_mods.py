@@ -297,7 +297,8 @@ class DecayBias(ScoreMod):
         """c at the queries' positions, [batch|1, heads|1, q_len, 1]; NaN where a query lies beyond the keys, so that it shows."""
         position = grid.q_pos[(None,) * (4 - grid.q_pos.dim())][:, :, :, 0]
         heads, length = keys.shape[1], keys.shape[3]
-        per_batch = keys[:, :, 0].expand(max(position.shape[0], keys.shape[0]), -1, -1)
+        batch = keys.shape[0] if position.shape[0] == 1 else position.shape[0]
+        per_batch = keys[:, :, 0].expand(batch, -1, -1)
         position = position.expand(per_batch.shape[0], heads, -1)
         if length == 0:
             return per_batch.new_full((*position.shape, 1), torch.nan)

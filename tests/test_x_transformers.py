@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_attn as fa
-from fused_attn.nn.x_transformers import Attend, Attention, Decoder, Encoder, Intermediates, PrefixDecoder
+from fused_attn.nn.x_transformers import Attend, Attention, Decoder, Encoder, Intermediates
 from fused_attn.testing.measure import peak_bytes
 
 CPU = torch.device("cpu")
@@ -123,18 +123,6 @@ def test_arrays_are_those_of_the_call_wherever_they_are_read() -> None:
     assert not left.post_softmax_attn.requires_grad
 
 
-@pytest.mark.quick
-def test_rows_without_keys() -> None:
-    """Zeros where the mask alone leaves none; where causality takes the last one, the mean of all values, or zeros with flash."""
-    q, k, v = qkv(4)
-    mask = torch.tensor([[False, False, True, True], [False] * 4])
-    out, left = Attend(causal=True)(q, k, v, mask=mask)
-    torch.testing.assert_close(out[0, :, :2], v[0].mean(1, keepdim=True).expand(-1, 2, -1))
-    assert torch.count_nonzero(out[1]) == 0
-    torch.testing.assert_close(left.post_softmax_attn[1], torch.full((4, 4, 4), 0.25, dtype=torch.float64))
-    assert torch.count_nonzero(Attend(causal=True, flash=True)(q, k, v, mask=mask)[0][0, :, :2]) == 0
-
-
 def test_selective_alone_needs_a_tenth_of_the_scores_memory() -> None:
     """Of what plain torch keeps for one layer: seven arrays of the scores' size (the package's peak was measured at that)."""
     q, k, v = (t.detach()[:1, :2].requires_grad_() for t in qkv(2048, dtype=torch.float32))
@@ -227,12 +215,16 @@ def test_copies_and_dtypes(name: str) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["plain", "real_former_selective_grouped", "window_memories"])
+@pytest.mark.parametrize("name", ["plain", "real_former_sinks", "real_former_selective_grouped", "window_memories"])
 def test_transforms_and_recomputation(name: str) -> None:
     stack, x = decoder(name).double(), inputs(5, torch.float64).requires_grad_()
     out = stack(x)
     torch.testing.assert_close(torch.vmap(lambda one: stack(one[None])[0])(x), out)
     torch.testing.assert_close(torch.func.jvp(stack, (x.detach(),), (x.detach(),))[0], out.detach())
+    weights = {n: p.detach() for n, p in stack.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(stack, p, (x.detach(),)).sin().sum())(weights)
+    for n, grad in zip(weights, torch.autograd.grad(out.sin().sum(), tuple(stack.parameters()), retain_graph=True), strict=True):
+        torch.testing.assert_close(grads[n], grad)
     again = torch.utils.checkpoint.checkpoint(stack, x, use_reentrant=False)
     torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (again, out)))
     (grad,) = torch.autograd.grad(stack(x).sin().sum(), x, create_graph=True)
@@ -250,38 +242,6 @@ def test_dropout_is_of_training_alone() -> None:
     torch.testing.assert_close(left.post_softmax_attn, attend(q, k, v)[1].post_softmax_attn)
     hard = Attend(dropout=0.5, hard=True)
     assert not torch.allclose(hard(q, k, v)[0], hard.eval()(q, k, v)[0])
-
-
-@pytest.mark.quick
-def test_a_prefix_is_causal_from_there_on() -> None:
-    stack = PrefixDecoder(**SMALL, attn_num_mem_kv=2).eval()
-    x = inputs()
-    moved = x.clone()
-    moved[:, 5:] = torch.randn(2, 6, 32)
-    changed = (stack(x, prefix_attn_len=4) - stack(moved, prefix_attn_len=4)).abs().amax((0, 2)) > 1e-6
-    assert changed.tolist() == [False] * 5 + [True] * 6
-    moved = x.clone()
-    moved[:, 3] = torch.randn(2, 32)
-    assert bool(((stack(x, prefix_attn_len=4) - stack(moved, prefix_attn_len=4)).abs().amax((0, 2)) > 1e-6).all())
-    both = stack(x, prefix_attn_len=4, attn_mask=torch.ones(11, 11, dtype=torch.bool))
-    torch.testing.assert_close(both, stack(x, prefix_attn_len=torch.tensor([4, 4])))
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"attn_num_mem_kv": 2}, {"attn_max_attend_past": 3}, {"attn_post_talking_heads": True}],
-    ids=lambda o: next(iter(o), "plain"),
-)
-@pytest.mark.parametrize("cls", [Encoder, Decoder], ids=lambda cls: cls.__name__)
-def test_masks_of_this_package_are_those_of_arrays(cls: Any, more: dict[str, Any]) -> None:
-    stack, x = cls(**SMALL, **more).eval(), inputs()
-    ids, places = torch.tensor([0] * 4 + [1] * 7), torch.arange(11)
-    cases = [(fa.Band(3), (places[:, None] - places).abs() < 3)]
-    cases += [] if "attn_num_mem_kv" in more else [(fa.Documents(ids), ids[:, None] == ids)]
-    for mask in (None, places < torch.tensor([[11], [6]])):
-        for pairs, array in cases:
-            torch.testing.assert_close(stack(x, mask=mask, attn_mask=pairs), stack(x, mask=mask, attn_mask=array), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.quick
@@ -311,6 +271,15 @@ def test_clipping_bounds_the_scores() -> None:
     layer.qk_clip_(left, tau=2.0)
     _, left = layer(x, return_intermediates=True)
     assert left.pre_softmax_attn.max() < 2.0 + 1e-4
+    before = layer.to_q.weight.clone()
+    layer.qk_clip_(-left.pre_softmax_attn.abs() - 1.0, tau=2.0)
+    assert torch.equal(layer.to_q.weight, before)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("positions", ["rotary_pos_emb", "polar_pos_emb"])
+def test_positions_on_the_meta_device(positions: str) -> None:
+    assert Decoder(**SMALL, **{positions: True}).to("meta")(inputs().to("meta")).shape == (2, 11, 32)
 
 
 WORKS_HERE: dict[str, dict[str, Any]] = {
@@ -335,10 +304,37 @@ def test_what_fails_in_the_package_works(name: str) -> None:
 
 
 @pytest.mark.quick
-def test_memories_are_open_to_masks_and_biases_that_leave_them_out() -> None:
-    stack, x = decoder("plain", attn_num_mem_kv=2), inputs()
-    torch.testing.assert_close(stack(x, attn_mask=torch.ones(11, 11, dtype=torch.bool)), stack(x))
-    torch.testing.assert_close(stack(x, attn_bias=torch.zeros(4, 11, 11)), stack(x))
+def test_arrays_do_not_follow_what_changes_after_the_call() -> None:
+    stack, x, seen = decoder("plain"), inputs(), torch.ones(2, 11, dtype=torch.bool)
+    _, left = stack(x, self_attn_kv_mask=seen, return_hiddens=True)
+    right = stack(x, self_attn_kv_mask=seen, return_hiddens=True)[1].attn_intermediates[0].post_softmax_attn
+    seen[:, 2:] = False
+    assert torch.equal(left.attn_intermediates[0].post_softmax_attn, right)
+    with torch.no_grad():  # tensors of a graph cannot be copied
+        _, left = stack(x, return_hiddens=True)
+    for copied in (copy.deepcopy(left.attn_intermediates[0]), pickle.loads(pickle.dumps(left.attn_intermediates[0]))):
+        torch.testing.assert_close(copied.post_softmax_attn, left.attn_intermediates[0].post_softmax_attn)
+    bias = torch.zeros(11, 11)
+    _, left = stack(x, attn_bias=bias, return_hiddens=True)
+    bias += 1
+    with pytest.raises(RuntimeError, match="modified in place"):
+        _ = left.attn_intermediates[0].post_softmax_attn
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["all_heads", "grouped"])
+def test_real_former_holds_as_many_arrays_at_every_depth_without_gradients(kv_heads: int) -> None:
+    peaks = []
+    for depth in (3, 6):
+        stack, x = decoder("plain", residual_attn=True, depth=depth, attn_kv_heads=kv_heads), inputs(512)
+        with torch.no_grad():
+            peaks.append(peak_bytes(lambda s=stack, x=x: s(x), CPU)[1])
+    assert peaks[1] < peaks[0] + 0.2 * 2 * 4 * 512**2 * 4
+
+
+@pytest.mark.quick
+def test_no_sequences_at_all() -> None:
+    assert decoder("forgetting")(inputs()[:0]).shape == (0, 11, 32)
 
 
 LEFT_OUT: dict[str, dict[str, Any]] = {

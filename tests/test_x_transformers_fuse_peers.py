@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import math
+import threading
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fused_attn as fa
 from fused_attn.testing.measure import peak_bytes
@@ -19,7 +21,7 @@ from fused_attn.testing.workload import rounding
 pytestmark = [pytest.mark.slow, pytest.mark.peers]
 x_transformers = pytest.importorskip("x_transformers", reason="x-transformers is not installed (make test-peers)")
 
-from x_transformers.attend import Attend, Intermediates  # noqa: E402
+from x_transformers.attend import Attend, Intermediates, one_hot_straight_through, sparse_topk_attn  # noqa: E402
 
 from fused_attn.integrations.x_transformers import flash_with_everything, fuse, unfuse  # noqa: E402
 
@@ -187,6 +189,120 @@ def test_what_is_left_behind_is_the_packages(x: Tensor) -> None:
     torch.testing.assert_close(model(x), again(x))
 
 
+CUSTOM: dict[str, Any] = {
+    "softmax over queries": partial(functional.softmax, dim=-2),
+    "hard at a temperature": partial(one_hot_straight_through, temperature=3.0),
+    "top-k at a temperature": partial(sparse_topk_attn, sparse_topk=2, straight_through=True, temperature=3.0, dim=-1),
+    "top-k over queries": partial(sparse_topk_attn, sparse_topk=2, straight_through=True, dim=-2),
+    "top-k alone": partial(sparse_topk_attn, sparse_topk=2),
+    "a square": lambda scores: scores.clamp(min=-1e3).square(),
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_functions_that_only_resemble_the_packages_are_called(name: str) -> None:
+    q, k, v = torch.randn(3, 2, 4, 7, 8).unbind(0)
+    q.requires_grad_()
+    given, late = Attend(custom_attn_fn=CUSTOM[name]), Attend()
+    fused, fused_late = fuse(copy.deepcopy(given)), fuse(copy.deepcopy(late))
+    late.attn_fn = fused_late.attn_fn = CUSTOM[name]
+    for twin, model in ((fused, given), (fused_late, late)):
+        got, want = twin(q, k, v)[0], model(q, k, v)[0]
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), q)[0] for t in (got, want)))
+
+
+def test_gumbel_softmax_needs_no_other_keyword() -> None:
+    fused, scores = fuse(Attend(custom_attn_fn=partial(functional.gumbel_softmax, dim=-1))), torch.randn(1, 2, 5, 8)
+    torch.manual_seed(0)
+    out, _ = fused(scores, scores, scores)
+    torch.manual_seed(0)
+    torch.testing.assert_close(out, functional.gumbel_softmax(scores @ scores.mT * 8**-0.5, dim=-1) @ scores)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["gates", "gates per row"])
+def test_forgetting_takes_no_cache(per_row: bool) -> None:
+    layers = decoder(attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=per_row)
+    model = x_transformers.AutoregressiveWrapper(
+        x_transformers.TransformerWrapper(num_tokens=20, max_seq_len=32, attn_layers=layers)
+    ).eval()
+    fused, start = fuse(copy.deepcopy(model)), torch.randint(0, 20, (2, 4))
+    assert torch.equal(fused.generate(start, 6, temperature=0.0), model.generate(start, 6, temperature=0.0, cache_kv=False))
+    _, hidden = fused.net(start, return_intermediates=True)
+    with pytest.raises(ValueError, match="cache must be None with data_dependent_alibi"):
+        fused.net(start, cache=hidden)
+    assert not fused.net.can_cache_kv
+    assert unfuse(fused).net.can_cache_kv
+    assert torch.equal(fused.net(start), model.net(start))
+
+
+def test_forgetting_keeps_its_module(x: Tensor) -> None:
+    fused = fuse(decoder(attn_data_dependent_alibi=True))
+    torch.testing.assert_close(torch.func.functional_call(fused, dict(fused.named_parameters()), (x,)), fused(x))
+    assert fused.get_submodule("layers.0.1.data_dependent_alibi") is fused.layers[0][1].data_dependent_alibi
+    assert fused(x[:0]).shape == (0, LENGTH, 24)
+    for _, block, _ in fused.layers:
+        if hasattr(block, "data_dependent_alibi"):
+            block.data_dependent_alibi = None
+    plain = decoder()
+    plain.load_state_dict({n: t for n, t in fused.state_dict().items() if n in plain.state_dict()})
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_forgetting_beside_projected_positions(x: Tensor) -> None:
+    model = decoder(attn_data_dependent_alibi=True, attn_use_rel_proj_pos_bias=True)
+    hold(model, x, fuse(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("mixes", [False, True], ids=["kernels", "talking heads"])
+def test_polar_positions_of_one_kv_head(mixes: bool, x: Tensor) -> None:
+    model = decoder(polar_pos_emb=True, attn_one_kv_head=True, attn_pre_talking_heads=mixes)
+    ours = fa.nn.x_transformers.Decoder(
+        dim=24, depth=2, heads=4, attn_dim_head=8, ff_mult=2, polar_pos_emb=True, attn_one_kv_head=True, attn_pre_talking_heads=mixes
+    )
+    ours.load_state_dict(model.state_dict())
+    for twin in (ours, fuse(copy.deepcopy(model))):
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"attn_add_zero_kv": True}, {"attn_kv_heads": 2}, {"attn_pre_talking_heads": True}], ids=str)
+def test_realformer_with_sinks_is_that_of_our_own_layers(more: dict[str, Any], x: Tensor) -> None:
+    """The package fails there: the column of the sinks is no key of the next layer."""
+    options = {"residual_attn": True, "attn_head_learned_sink": True, **more}
+    model = decoder(**options)
+    ours = fa.nn.x_transformers.Decoder(dim=24, depth=2, heads=4, attn_dim_head=8, ff_mult=2, **options)
+    ours.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fuse(model)(x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+def test_flash_is_taken_away_wherever_it_stands() -> None:
+    with flash_with_everything():
+        by_place = x_transformers.Attention(24, 8, None, 4, True, True, True)
+        alone = Attend(flash=True, selective=True, causal=True)
+        with flash_with_everything("eager"):
+            inner = Attend(flash=True, sigmoid=True)
+    assert by_place(torch.randn(1, 5, 24)).shape == (1, 5, 24)
+    assert [type(m).__name__ for m in (by_place, alone, inner)] == ["FusedAttention", "FusedAttend", "FusedAttend"]
+    assert (alone.backend, inner.backend) == ("auto", "eager")
+
+
+def test_other_threads_build_the_packages_models() -> None:
+    kinds = []
+
+    def build() -> None:
+        kinds.append(type(Attend()).__name__)
+
+    construct = Attend.__init__
+    with flash_with_everything():
+        thread = threading.Thread(target=build)
+        thread.start()
+        thread.join()
+        build()
+    build()
+    assert kinds == ["Attend", "FusedAttend", "Attend"]
+    assert Attend.__init__ is construct
+
+
 def test_nothing_to_fuse() -> None:
     with pytest.raises(ValueError, match="must hold an Attend"):
         fuse(nn.Linear(2, 2))
@@ -203,8 +319,9 @@ def test_selective_attention_peaks_at_a_tenth_of_the_packages_memory() -> None:
     assert peaks[1] <= 0.1 * peaks[0], peaks
 
 
-def test_realformer_keeps_one_tensor_of_scores_per_layer() -> None:
-    model, x = fuse(decoder(residual_attn=True)), torch.randn(1, 512, 24)  # less runs on eager
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["all_heads", "grouped"])
+def test_realformer_keeps_one_tensor_of_scores_per_layer(kv_heads: int) -> None:
+    model, x = fuse(decoder(residual_attn=True, attn_kv_heads=kv_heads)), torch.randn(1, 512, 24)  # less runs on eager
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:

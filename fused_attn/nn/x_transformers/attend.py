@@ -3,79 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fused_attn import backends
-from fused_attn.auxiliary import AuxOutput, AuxRequest
+from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import Explanation, Target, Verdict
 from fused_attn.dropout import Dropout
-from fused_attn.functional import attention, explain
-from fused_attn.masks import Causal, Dense, KeyPadding, Mask
+from fused_attn.functional import explain
+from fused_attn.masks import KeyPadding, Mask
 from fused_attn.nn.x_transformers import dense
 from fused_attn.nn.x_transformers.cope import CoPE, talking
 from fused_attn.nn.x_transformers.dense import Inputs
+from fused_attn.nn.x_transformers.fused_call import FusedCall, array_of, mask_of
 from fused_attn.nn.x_transformers.heads import HeadOrder
-from fused_attn.nn.x_transformers.intermediates import ARRAYS, Intermediates, filled
+from fused_attn.nn.x_transformers.intermediates import ARRAYS, Intermediates
 from fused_attn.nn.x_transformers.parameters import constant
 from fused_attn.nn.x_transformers.refusals import at_most_one, needs, not_with_flash, refuse
 from fused_attn.normalizers import Gumbel, Hard, Normalizer, Sigmoid, TopK
 from fused_attn.score_mods import Bias, ScoreMod, SoftCap
 from fused_attn.scoring import DotProduct, NegativeL2, Scoring
 from fused_attn.selective import Selective
-
-
-@dataclass(frozen=True, eq=False)
-class _Fused:
-    """A call of ``fused_attn.attention`` with heads in the kernels' order; its arrays come from calls of their own when they are read."""
-
-    tensors: tuple[Tensor, Tensor, Tensor]
-    keywords: dict[str, Any]
-    order: HeadOrder
-    prev_attn: ScoreMod | None
-    grad: bool
-    autocast: torch.dtype | None
-
-    def run(self, **more: Any) -> Any:
-        return attention(*self.tensors, **{**self.keywords, **more})
-
-    def array(self, name: str) -> Tensor:
-        """One of the arrays of ``Intermediates`` in the package's order of heads."""
-        q, k, v = self.tensors
-        narrow = replace(self, tensors=(q, k, v.detach()[..., :1]), keywords={**self.keywords, "dropout": None})
-        if name == "qk_similarities":
-            bare = {n: narrow.keywords[n] for n in ("scoring", "backend")}
-            mods = () if self.prev_attn is None else (self.prev_attn,)
-            _, aux = attention(*narrow.tensors, **bare, score_mods=mods, return_aux=AuxRequest(scores=True))
-            assert aux.scores is not None
-            return self.order.tiled(aux.scores)
-        if name == "pre_softmax_attn":
-            return self.scores(narrow.run(return_aux=AuxRequest(scores=True))[1])
-        sinks = self.keywords["sinks"]
-        request = AuxRequest(probs=True, lse=sinks is not None)
-        empty_rows = "zero" if self.keywords["normalizer"] is not None else "uniform"
-        aux = narrow.run(return_aux=request, empty_rows=empty_rows)[1]
-        assert aux.probs is not None
-        return self._with_sink(aux.probs, None if aux.lse is None else (sinks[:, None] - aux.lse).exp())
-
-    def scores(self, aux: AuxOutput) -> Tensor:
-        """What the softmax got, from an auxiliary output that has it."""
-        assert aux.scores is not None
-        sinks = self.keywords["sinks"]
-        return self._with_sink(filled(self.order.tiled(aux.scores)), None if sinks is None else sinks[:, None], True)
-
-    def _with_sink(self, array: Tensor, column: Tensor | None, is_tiled: bool = False) -> Tensor:
-        """The array with the sinks' column [..., heads, q_len|1] in front."""
-        array = array if is_tiled else self.order.tiled(array)
-        if column is None:
-            return array
-        column = self.order.tiled(column.to(array.dtype), -2)[..., None]
-        return torch.cat((column.expand(*array.shape[:3], 1), array), -1)
 
 
 class Attend(nn.Module):
@@ -129,6 +81,8 @@ class Attend(nn.Module):
         >>> print(Attend(hard=True).explain(q, k, v).notes[0])
         hard works on whole arrays of scores: O(q_len * kv_len) memory
     """
+
+    record: ClassVar[Callable[..., Intermediates]] = Intermediates
 
     def __init__(
         self,
@@ -250,6 +204,7 @@ class Attend(nn.Module):
         if flash_pack_seq_kwargs is not None:
             raise refuse("flash_pack_seq_kwargs", "Pack sequences with fused_attn.attention(mask=Documents.from_cu_seqlens(...))")
         if self._dense_because(attn_delta):
+            call = replace(call, mask=call.keep)
             out, arrays = dense.attention(self, call, attn_delta, row_mask)
         else:
             fused = self._fused(call)
@@ -286,10 +241,13 @@ class Attend(nn.Module):
         mask, attn_bias, prev_attn, attn_delta, causal = terms
         flash = self.flash and attn_delta is None
         needs(not (flash and prev_attn is not None), "prev_attn must be None with flash", "a tensor", "Build Attend without flash")
+        mask = mask.keep_keys if isinstance(mask, KeyPadding) else mask
         if isinstance(mask, Tensor):
+            needs(mask.dtype == torch.bool, "mask must be bool, True where a pair may attend", str(mask.dtype), "Convert it with .bool()")
             needs(not flash or mask.dim() in (2, 4), "mask must be 2-D or 4-D with flash", f"{mask.dim()}-D", "Insert dimensions of size 1")
             mask = mask[:, None, None] if mask.dim() == 2 else mask[(None,) * (4 - mask.dim())]
         causal = self.causal if causal is None or flash else causal
+        v = v.expand(-1, k.shape[1], -1, -1) if v.shape[1] == 1 else v  # polar positions make keys of every head out of one
         biases = (Bias(attn_bias),) if isinstance(attn_bias, Tensor) else tuple(attn_bias or ())
         if self.add_zero_kv:
             whole = Inputs(q, k, v, mask, biases, None, False)
@@ -315,13 +273,16 @@ class Attend(nn.Module):
         options |= {name: isinstance(self.normalizer, kind) for name, kind in kinds.items()}
         return next((name for name, given in options.items() if given), "")
 
-    def _fused(self, call: Inputs) -> _Fused:
+    def _fused(self, call: Inputs) -> FusedCall:
+        if self.keeps_scores or call.prev_attn is not None:
+            # Keys and values of every head are short; scores in another order of heads would be one more array for every layer.
+            call = replace(call, k=_of_every_head(call.k, call.q.shape[1]), v=_of_every_head(call.v, call.q.shape[1]))
         order = HeadOrder(call.q.shape[1], call.k.shape[1])
         prev = None if call.prev_attn is None else Bias(order.grouped(call.prev_attn, -3))
         mods = [*([] if prev is None else [prev]), *[order.of_mod(mod) for mod in call.biases]]
         mods += [SoftCap(float(self.logit_softclamp_value))] if self.softclamp_logits else []
         mods += [Selective()] if self.selective else []
-        mask = _mask(call, order)
+        mask = mask_of(call, order)
         # Rows that lost their keys to a mask and to causality together; what a mask alone empties is zeroed afterwards.
         emptied = call.causal and (isinstance(call.mask, Tensor) or call.shape[3] < call.shape[2])
         uniform = emptied and not self.flash and self.normalizer is None and self.head_attn_sink is None
@@ -337,12 +298,10 @@ class Attend(nn.Module):
             "empty_rows": "uniform" if uniform else "zero",
             "backend": self.backend,
         }
-        device = call.q.device.type
-        autocast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
-        return _Fused((order.grouped(call.q), call.k, call.v), keywords, order, prev, torch.is_grad_enabled(), autocast)
+        return FusedCall.of((order.grouped(call.q), call.k, call.v), keywords, order, prev)
 
-    def _run(self, fused: _Fused) -> tuple[Tensor, Intermediates]:
-        arrays = Intermediates(**{name: partial(_array, fused, name) for name in ARRAYS})  # type: ignore[arg-type]
+    def _run(self, fused: FusedCall) -> tuple[Tensor, Intermediates]:
+        arrays = self.record(**{name: partial(array_of, fused, name) for name in ARRAYS})
         if not self.keeps_scores:
             return fused.order.tiled(fused.run()), arrays
         out, aux = fused.run(return_aux=AuxRequest(scores=True))
@@ -350,27 +309,9 @@ class Attend(nn.Module):
         return fused.order.tiled(out), arrays
 
 
-def _array(fused: _Fused, name: str) -> Tensor:
-    """One of the arrays as the call would have given it, wherever it is read; a function, for a compiled graph cannot give out a method."""
-    device = fused.tensors[0].device.type
-    mode = nullcontext() if fused.autocast is None else torch.autocast(device, dtype=fused.autocast)
-    with torch.set_grad_enabled(fused.grad), mode:
-        return fused.array(name)
-
-
-def _mask(call: Inputs, order: HeadOrder) -> Mask | None:
-    """Mask and causality in this package's words."""
-    keep = call.mask
-    if keep is None:
-        return Causal() if call.causal else None
-    batch, _, _, kv_len = call.shape
-    if isinstance(keep, Mask):
-        mask = keep
-    elif tuple(keep.shape) == (batch, 1, 1, kv_len):
-        mask = KeyPadding(keep[:, 0, 0])
-    else:
-        mask = Dense(order.grouped(keep))
-    return Causal() & mask if call.causal else mask
+def _of_every_head(tensor: Tensor, heads: int) -> Tensor:
+    """[batch, kv_heads, ...] repeated to [batch, heads, ...]; one for all stays, whose order of heads is every order."""
+    return tensor if tensor.shape[1] in (1, heads) else tensor.repeat(1, heads // tensor.shape[1], 1, 1)
 
 
 def _as_tensor(mod: ScoreMod, call: Inputs) -> Tensor:

@@ -225,7 +225,7 @@ class Attention(Projections, Hybrid, Finish):
         """Shrinks the weights of queries and keys of heads whose largest score exceeds ``tau`` (MuonClip)."""
         scores = pre_softmax_attn if isinstance(pre_softmax_attn, Tensor) else pre_softmax_attn.pre_softmax_attn
         needs(self.kv_heads == self.heads, "qk_clip_ needs a key head for every query head", f"kv_heads={self.kv_heads}", "Clip by hand")
-        factors = (tau / scores.amax((0, 2, 3))).clamp(max=1.0).sqrt().repeat_interleave(self.dim_head)[:, None]
+        factors = (tau / scores.amax((0, 2, 3)).clamp(min=tau)).sqrt().repeat_interleave(self.dim_head)[:, None]
         self.to_q.weight.mul_(factors)
         self.to_k.weight.mul_(factors)
 
@@ -360,7 +360,9 @@ class Attention(Projections, Hybrid, Finish):
         if self.data_dependent_alibi is not None:
             found = self.data_dependent_alibi.in_kernel(x, front)
         if self.rel_proj_pos_bias is not None:
-            found = (*found, Bias(before_keys(self.rel_proj_pos_bias(q_input, lengths[1]), kv_len, 0.0)))
+            # A call's own keys in front have positions here, as in the package; memories have none.
+            reach = lengths[1] if self.num_mem_kv else kv_len
+            found = (*found, Bias(before_keys(self.rel_proj_pos_bias(q_input, reach), kv_len, 0.0)))
         return found
 
 

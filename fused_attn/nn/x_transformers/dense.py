@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ class Inputs:
 
 def attention(attend: Attend, call: Inputs, attn_delta: Tensor | None, row_mask: Tensor | None) -> tuple[Tensor, Intermediates]:
     """Output and arrays, step by step in the package's order."""
+    call = _without_strays(call)
     sim = call.scores(attend.scoring(call.q.shape[3], False))
     sim = sim if call.prev_attn is None else sim + call.prev_attn.to(sim.dtype)
     similarities = sim
@@ -92,13 +93,21 @@ def attention(attend: Attend, call: Inputs, attn_delta: Tensor | None, row_mask:
     weights = weights if attn_delta is None else weights + attn_delta
     weights = weights if sign is None else weights * sign
     dtype = call.q.dtype
-    arrays = Intermediates(similarities.to(dtype), sim.to(dtype), weights.to(dtype))
+    arrays = attend.record(similarities.to(dtype), sim.to(dtype), weights.to(dtype))
     weights = weights if attend.head_attn_sink is None else weights[..., 1:]
     if attend.training and attend.dropout > 0:
         weights = weights * keep_factor(Dropout(attend.dropout).lower(weights.device), Grid(call.shape, weights.device), weights.dtype)
     if attend.post_softmax_talking_heads is not None:
         weights = mixed(attend.post_softmax_talking_heads, weights)
     return call.values(weights if scale_after is None else weights * scale_after), arrays
+
+
+def _without_strays(call: Inputs) -> Inputs:
+    """The call without the NaN and infinities of keys that the mask hides from every query; products of whole arrays would spread them."""
+    if call.keep is None:
+        return call
+    hidden = ~call.keep.expand(call.shape[0], -1, -1, call.shape[3]).any(1).any(1)[:, None, :, None]
+    return replace(call, k=call.k.masked_fill(hidden & ~call.k.isfinite(), 0.0), v=call.v.masked_fill(hidden & ~call.v.isfinite(), 0.0))
 
 
 def _masked(attend: Attend, sim: Tensor, call: Inputs, row_mask: Tensor | None) -> Tensor:

@@ -88,9 +88,15 @@ class Intermediates:
 class _Filled(torch.autograd.Function):
     """-inf as the lowest finite number; backward needs nothing of it, for masked scores get no gradient anyway."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
+    def forward(scores: Tensor) -> Tensor:
         return scores.masked_fill(scores == -torch.inf, torch.finfo(scores.dtype).min)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing to keep."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

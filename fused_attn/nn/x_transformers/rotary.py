@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +53,17 @@ class RotaryEmbedding(nn.Module):
     def forward(self, t: Tensor, offset: int = 0) -> Rotation:
         """Positions [length] or [batch, length] to angles [batch|1, length, dim] and their scale, 1.0 without xPos."""
         t = t[None] if t.dim() == 1 else t
-        with torch.autocast(t.device.type, enabled=False):
+        with _exact(t):
             angles = _angles(t, self.inv_freq) / self.interpolation_factor
             if self.scale is None:
                 return angles.repeat_interleave(2, -1), 1.0
             power = (t - (t.max() + 1) // 2) / self.scale_base
             return angles.repeat_interleave(2, -1), (self.scale ** power[..., None]).repeat_interleave(2, -1)
+
+
+def _exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast for what follows on a tensor's device; the meta device knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ def rotated(x: Tensor, angles: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         tensor(7.)
     """
     length, size = x.shape[-2], angles.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):
+    with _exact(x):
         angles = angles[:, None, -length:]
         scale = scale[:, None, -length:] if isinstance(scale, Tensor) else scale
         turning, rest = x[..., :size], x[..., size:]
@@ -102,13 +109,13 @@ class PolarEmbedding(nn.Module):
     def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Positions [length] to angles [1, length, dim] and phases [heads, 1, dim]."""
         t = t[None] if t.dim() == 1 else t
-        with torch.autocast(t.device.type, enabled=False):
+        with _exact(t):
             return _angles(t, self.inv_freq), self.learned_bias.clamp(-2 * math.pi, 0.0)
 
 
 def polar(x: Tensor, angles: Tensor) -> Tensor:
     """x [batch, heads, length, dim] to [batch, heads, length, 2 dim]: softplus(x) times cosines and sines."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _exact(x):
         angles = angles[:, -x.shape[-2] :]
         wide = x if x.dtype == torch.float64 else x.float()
         size = nn.functional.softplus(wide)

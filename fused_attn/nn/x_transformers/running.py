@@ -46,7 +46,10 @@ class Run:
         self.order = _order(stack, call)
         self._begin_iterators()
         self.prev: dict[str, Tensor | None] = {"a": None, "c": None}
-        self.first: dict[str, Intermediates] = {}
+        self.first: dict[str, Tensor | None] = {}
+        self.returns = call.return_hiddens or call.return_gumbel_log_probs
+        self.looks_back = any(views is not None for views in stack.layer_integrators)
+        self.joins = any(join is not None for join in stack.skip_combines)
         self.left = LayerIntermediates()
         self.skips: list[Tensor] = []
 
@@ -70,34 +73,35 @@ class Run:
         for step, place in enumerate(self.order):
             if step % block == 0 and step:
                 x = self._transformed(step // block + 1, x)
-            self.skips.append(x)
+            if self.joins:
+                self.skips.append(x)
             join = self.stack.skip_combines[place]
             x = x if join is None else join(x, self.skips)
             chance = self.stack.layer_dropouts[place]
             if self.stack.training and chance > 0 and random() < chance:
                 continue
             x = self._layer(step, x)
-            if (step + 1) % block == 0 or step == len(self.stack.layers) - 1:
+            if self.returns and ((step + 1) % block == 0 or step == len(self.stack.layers) - 1):
                 self.left.block_hiddens.append(x)
-        self.left.layer_hiddens.append(x)
+        if self.returns:
+            self.left.layer_hiddens.append(x)
         x = softclamp(x, self.stack.softclamp_output_value) if self.stack.softclamp_output else x
         x = x if self.stack.stream_emb is None else x.unflatten(0, (-1, self.stack.num_residual_streams)).sum(1)
         x = self._normed(self.stack.final_norm, x)
-        if not (self.call.return_hiddens or self.call.return_gumbel_log_probs):
-            return x
-        return x, self._finished(x)
+        return (x, self._finished(x)) if self.returns else x
 
     def _layer(self, step: int, x: Tensor) -> Tensor:
         """One layer's branch and how it joins the stream."""
         kind, stack = self.stack.layer_types[self.order[step]], self.stack
         parts: Any = stack.layers[self.order[step]]
         (pre, post_branch, post_main), layer, residual = parts
-        if kind == "a":
+        if kind == "a" and self.returns:
             self.left.hiddens.append(x)
         elif kind == "c" and stack.training and stack.cross_attn_tokens_dropout > 0 and self.context is not None:
             self.context, self.context_mask = kept_tokens(self.context, self.context_mask, stack.cross_attn_tokens_dropout)
         branch, stream, more = residual.prepare(x)
-        self.left.layer_hiddens.append(branch)
+        if self.returns or self.looks_back:
+            self.left.layer_hiddens.append(branch)
         views = stack.layer_integrators[self.order[step]]
         branch = branch if views is None else views(branch, self.left.layer_hiddens)
         branch = branch if self.inject is None else branch + self.inject
@@ -143,20 +147,21 @@ class Run:
         }
 
     def _common(self, kind: str) -> dict[str, Any]:
-        first = self.first.get(kind) if self.stack.add_value_residual else None
         return {
             "mask": self.call.mask,
             "prev_attn": self.prev[kind],
             "cache": next(self.caches, None),
-            "value_residual": None if first is None else first.values,
+            "value_residual": self.first.get(kind),
             "return_intermediates": True,
         }
 
     def _keep(self, kind: str, left: Intermediates, step: int) -> None:
         """What later layers, and the caller, take of an attention; its scores where one of its kind follows."""
-        self.first.setdefault(kind, left)
-        left.layer_type = kind
-        self.left.attn_intermediates.append(left)
+        if self.stack.add_value_residual:
+            self.first.setdefault(kind, left.values)
+        if self.returns:
+            left.layer_type = kind
+            self.left.attn_intermediates.append(left)
         residual = self.stack.residual_attn if kind == "a" else self.stack.cross_residual_attn
         if residual and any(self.stack.layer_types[place] == kind for place in self.order[step + 1 :]):
             self.prev[kind] = scores_of(self.stack.layers[self.order[step]], left)
