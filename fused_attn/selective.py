@@ -51,7 +51,7 @@ class Selective(ScoreMod):
 
 def is_selective(mods: Sequence[ScoreMod]) -> bool:
     """Whether the last modification is ``Selective``."""
-    return bool(mods) and isinstance(mods[-1], Selective)
+    return len(mods) > 0 and isinstance(mods[-1], Selective)
 
 
 def before(taken: Tensor) -> Tensor:

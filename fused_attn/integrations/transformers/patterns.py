@@ -97,7 +97,7 @@ class Symbol(Tensor):
             return args[0]
         if name == "new_ones":
             return Symbol.of(Window())
-        if kwargs:  # torch.sub(a, b, alpha=2)
+        if kwargs:  # as alpha of torch.sub
             raise NoWindowError
         if name in ("abs", "__abs__"):
             number = _number(args[0])
