@@ -46,13 +46,16 @@ class KernelDropout(NamedTuple):
         head = q_len * row
         return (b * heads * head + h * head + q * row + k // 4, heads * head, head, row), k % 4
 
-    @property
-    def place(self) -> tuple[int, ...]:
-        """Origin and extent as the eight numbers that an op's arguments hold; -1 where the call is the whole."""
-        return (*self.origin, *(self.extent or _OWN))
-
     @classmethod
     def at(cls, p: float, seed: Tensor, place: Sequence[int]) -> KernelDropout:
         """The inverse of ``place``."""
         origin, extent = (place[0], place[1], place[2], place[3]), (place[4], place[5], place[6], place[7])
         return cls(p, seed, origin, None if place[4] < 0 else extent)
+
+
+def place(dropout: KernelDropout) -> tuple[int, ...]:
+    """Origin and extent as the eight numbers that an op's arguments hold; -1 where the call is the whole.
+
+    A function, for Dynamo of torch 2.10 knows no properties of named tuples.
+    """
+    return (*dropout.origin, *(dropout.extent or _OWN))

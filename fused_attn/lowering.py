@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import mask_rules
-from fused_attn.kernel_dropout import KernelDropout
+from fused_attn.kernel_dropout import KernelDropout, place
 from fused_attn.kernel_score import KernelScore, parse
 from fused_attn.mask_rules import Pairs, Rule
 
@@ -279,7 +279,7 @@ class Terms:
         numbers = [pair for _, m in self._written for pair in zip(m.scalars, m.kinds, strict=True)]
         ints: list[Any] = [-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right, 0 if is_tensor else offset]
         if self.dropout is not None:
-            ints += self.dropout.place
+            ints += place(self.dropout)
         ints += [x for x, kind in numbers if kind == "i"]
         floats = [self.scale, self.dropout.p if self.dropout else 0.0, *(x for x, kind in numbers if kind == "f")]
         return (

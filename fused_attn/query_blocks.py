@@ -59,7 +59,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
         if wants and len(queries) > 1:
             *results, carry = checkpoint(_Unmodified(block, inputs), *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            *results, carry = block(*inputs)
+            *results, carry = block.run(*inputs)
         parts.append(results)
     return _joined(parts, call.q)
 
@@ -80,7 +80,7 @@ class _Unmodified:
             raise RuntimeError(
                 "the tensors of a Selective call must be the same in forward and backward; got one that was modified in place in between. Pass a clone."
             )
-        return self.block(*inputs)
+        return self.block.run(*inputs)
 
 
 def _split(tensor: Tensor | None, q_len: int, count: int) -> tuple[Tensor | None, ...]:
@@ -114,7 +114,7 @@ class _Block:
     backend: str
     requires_grad: bool
 
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+    def run(self, *inputs: Any) -> tuple[Any, ...]:
         """Output, auxiliary outputs and the sums that the next block begins with."""
         q, k, v, carry, *parameters = inputs
         terms = with_parameters(self._terms, parameters)
