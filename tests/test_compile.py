@@ -329,6 +329,7 @@ def test_eager_backend_compiles():
         assert (got - expected).abs().max() <= 32 * torch.finfo(torch.float64).eps  # decompositions may order sums of 9 terms otherwise
 
 
+@pytest.mark.peers
 def test_compiles_with_inductor():
     weight, x = torch.randn(8, 24).requires_grad_(), torch.randn(1, 1, 6, 8)
 
