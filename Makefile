@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.tx
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers quick lint matrix table bench build clean distclean
+.PHONY: help demo test test-peers quick lint matrix table picture bench build clean distclean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
@@ -45,6 +45,9 @@ matrix: $(DONE)/package $(DONE)/test  ## compile and test with every supported T
 
 table: $(DONE)/package  ## write docs/backends.md's table of what runs where
 	$(PY) -m tests.capabilities
+
+picture: $(DONE)/package $(DONE)/demo $(DONE)/model  ## draw the README's picture anew
+	$(PY) -m benchmarks.picture $(ARGS)
 
 bench: $(DONE)/package $(DONE)/bench  ## measure, keep the results, write benchmarks.html
 	$(PY) -m benchmarks run $(ARGS)
