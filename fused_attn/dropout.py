@@ -181,26 +181,26 @@ def keep_factor(dropout: KernelDropout, grid: Grid, dtype: torch.dtype) -> Tenso
 _BLOCK = 1 << 18
 
 
-def dropped(probs: Tensor, dropout: KernelDropout, grid: Grid) -> Tensor:
+def dropped(probs: Tensor, dropout: Dropout) -> Tensor:
     """Probabilities of a whole grid after dropout, by blocks of queries, for the counters take eight times their room.
 
     Args:
         probs: [batch, heads, q_len, kv_len]; written to unless they require grad, or values cannot be looked at.
-        dropout: what is removed.
-        grid: of the probabilities.
+        dropout: what ``attention`` removed.
 
     Example:
-        >>> grid, probs = Grid((1, 1, 2, 3), torch.device("cpu")), torch.ones(1, 1, 2, 3)
-        >>> dropped(probs, Dropout(1.0, seed=1).lower(grid.device), grid).any().item()
-        False
+        >>> set(dropped(torch.ones(1, 1, 4, 4), Dropout(0.5, seed=1)).flatten().tolist()) == {0.0, 2.0}
+        True
     """
+    lowered = dropout.lower(probs.device)
+    grid = Grid((probs.shape[0], probs.shape[1], probs.shape[2], probs.shape[3]), probs.device)
     if captured(probs):
-        return probs * keep_factor(dropout, grid, probs.dtype)
+        return probs * keep_factor(lowered, grid, probs.dtype)
     factor = torch.empty_like(probs) if probs.requires_grad else None
     batches, heads, (_, end), keys = grid.ranges
     rows = max(1, _BLOCK // max(1, probs[:, :, :1].numel()))
     for row in range(0, end, rows):
-        part = keep_factor(dropout, grid.at(batches, heads, (row, min(row + rows, end)), keys), probs.dtype)
+        part = keep_factor(lowered, grid.at(batches, heads, (row, min(row + rows, end)), keys), probs.dtype)
         if factor is None:
             probs[:, :, row : row + rows] *= part
         else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_attn.autograd import versions as versions_of
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import require_name
 from fused_attn.checks import captured
@@ -15,10 +16,6 @@ from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
 from fused_attn.nn.d2l_functions import lengths_mask
 from fused_attn.torch_sdpa import ArgumentError, ArgumentTypeError
-
-
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -57,12 +54,12 @@ class Call:
             q, k = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k))
         q, k = _kept(q), _kept(k)
         valid_lens = None if valid_lens is None else _kept(valid_lens)
-        versions = () if captured(q) else _versions(q, k, valid_lens)
+        versions = () if captured(q) else versions_of((q, k, valid_lens))
         return cls(q, k, valid_lens, options, torch.is_grad_enabled(), is_wide, versions)
 
     def weights(self) -> Tensor:
         """[batch * heads, queries, keys], before dropout, differentiable where the call was, whatever the modes are now."""
-        if self.versions and _versions(self.q, self.k, self.valid_lens) != self.versions:
+        if self.versions and versions_of((self.q, self.k, self.valid_lens)) != self.versions:
             raise RuntimeError(
                 "queries, keys and valid_lens must be what they were in the call for attention_weights to be computed; got some that were modified "
                 "in place since. Read attention_weights before, or pass clones."

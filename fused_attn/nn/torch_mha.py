@@ -12,7 +12,6 @@ from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import require_name
 from fused_attn.dropout import Dropout, dropped
 from fused_attn.functional import attention
-from fused_attn.lowering import Grid
 from fused_attn.nn import torch_mha_masks
 
 
@@ -137,7 +136,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out, aux = attention(q, k, v, return_aux=AuxRequest(probs=True), **options)
         probs = aux.probs
         if probs is not None and dropout is not None:
-            probs = dropped(probs, dropout.lower(q.device), Grid((*q.shape[:3], k.shape[2]), q.device))
+            probs = dropped(probs, dropout)
         return out, probs
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.checks import described
+from fused_attn.dropout import dropped
 from fused_attn.masks import Causal, Dense, Mask
 from fused_attn.nn.keras.layer import Layer, Shape
 from fused_attn.nn.keras.lookup import Config
 from fused_attn.nn.keras.rows import EmptyRows, attend, check_empty_rows
-from fused_attn.nn.keras.seeds import SeedGenerator, as_number, check_rate, dropped
+from fused_attn.nn.keras.seeds import SeedGenerator, as_number, check_rate
 from fused_attn.scoring import Additive, DotProduct, Scoring
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from fused_attn.checks import described
 from fused_attn.dropout import Dropout
-from fused_attn.dropout import dropped as dropped_in_blocks
-from fused_attn.lowering import Grid
 
 # The golden ratio of 64 bits, as an int64: seeds of neighbouring calls share no pattern.
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64
@@ -66,17 +64,6 @@ class SeedGenerator(nn.Module):
     def forward(self, rate: float, device: torch.device) -> Dropout:
         """The dropout of one call."""
         return Dropout(rate, seed=self.next(device))
-
-
-def dropped(probs: Tensor, dropout: Dropout) -> Tensor:
-    """Probabilities [batch, heads, q_len, kv_len] as they meet the values: what ``attention`` drops is 0, the rest is scaled; without gradient they are written to.
-
-    Example:
-        >>> set(dropped(torch.ones(1, 1, 4, 4), Dropout(0.5, seed=1)).flatten().tolist()) == {0.0, 2.0}
-        True
-    """
-    batch, heads, q_len, kv_len = probs.shape
-    return dropped_in_blocks(probs, dropout.lower(probs.device), Grid((batch, heads, q_len, kv_len), probs.device))
 
 
 def as_number(dropout: Any) -> int | float:
