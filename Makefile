@@ -4,8 +4,8 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 ARGS ?=
 ALLOW_CUDA ?=
-# What make sanitize runs.
-CPU_TESTS ?= tests/test_cpu_library.py
+# What make sanitize runs: all that calls the CPU library's kernels.
+CPU_TESTS ?= $(filter-out tests/test_cpu_library.py,$(wildcard tests/test_cpu_*.py))
 
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.done

@@ -117,16 +117,22 @@ def units(folder: Path, built: tuple[str, ...]) -> list[Unit]:
 
 
 def _said(compiled: subprocess.CompletedProcess[str]) -> str:
-    """The first error in a compiler's output, as one line."""
+    """The first error in the output of a compiler or its linker, as one line."""
     lines = [line.strip() for line in (compiled.stderr + compiled.stdout).splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\berror\b|undefined reference", line)), (lines or ["nothing"])[0])
+    return next(
+        (line for line in lines if re.search(r"\berror: |undefined reference|multiple definition", line)), (lines or ["nothing"])[0]
+    )
 
 
 class _Build:
     """Objects of one set of flags in one folder, each beside the key of what it was compiled from."""
 
-    def __init__(self, compiler: Compiler, folder: Path, objects: Path, flags: tuple[str, ...]) -> None:
-        self.compiler, self.folder, self.objects, self.flags = compiler, folder, objects, flags
+    def __init__(self, compiler: Compiler, folder: Path, objects: Path, sanitize: bool) -> None:
+        self.compiler, self.folder, self.objects = compiler, folder, objects
+        self.flags = (*FLAGS, *SANITIZE) if sanitize else FLAGS
+        # A function that nobody defines is an error of the linker, not of the process; a sanitizer's are found in the process.
+        linux, complete = platform.system() == "Linux", () if sanitize else ("-Wl,-z,defs",)
+        self.link_flags = ("-shared", "-ldl", *complete) if linux else ("-shared",)
 
     def key(self, unit: Unit) -> str:
         command = shlex.join((*self.compiler.command, self.compiler.version, *self.flags, *unit.flags))
@@ -136,8 +142,8 @@ class _Build:
         made, stamp = self.objects / unit.name, self.objects / f"{unit.name}.key"
         return not (made.is_file() and stamp.is_file() and stamp.read_text() == self.key(unit))
 
-    def run(self, what: str, target: Path, *arguments: str) -> None:
-        """Makes a file under another name first, so that nobody finds half of it."""
+    def run(self, what: str, target: Path, *arguments: str) -> str:
+        """Makes a file, under another name first, so that nobody finds half of it; gives the compiler's warnings."""
         unfinished = target.with_name(f"{target.name}.{os.getpid()}")
         done = self.compiler.run(*self.flags, *arguments, "-o", str(unfinished))
         if done.returncode != 0:
@@ -146,16 +152,18 @@ class _Build:
                 f"{self.compiler.command[0]} must {what}; it said: {_said(done)}. Repair what it names, or name another in CXX."
             )
         unfinished.replace(target)
+        return done.stderr.strip()
 
-    def compile(self, unit: Unit) -> None:
-        include = f"-I{self.folder.parent}"
-        self.run(f"compile {unit.source.name}", self.objects / unit.name, *unit.flags, include, "-c", str(unit.source))
-        (self.objects / f"{unit.name}.key").write_text(self.key(unit))
+    def compile(self, unit: Unit) -> str:
+        key, include = self.key(unit), f"-I{self.folder.parent}"
+        warnings = self.run(f"compile {unit.source.name}", self.objects / unit.name, *unit.flags, include, "-c", str(unit.source))
+        (self.objects / f"{unit.name}.key").write_text(key)
+        return warnings
 
     def link(self, made: list[Unit]) -> Path:
         library = self.objects / LIBRARY
-        loader = ("-ldl",) if platform.system() == "Linux" else ()
-        self.run(f"link {LIBRARY}", library, "-shared", *(str(self.objects / unit.name) for unit in made), *loader)
+        objects = (str(self.objects / unit.name) for unit in made)
+        self.run(f"link {LIBRARY}", library, *objects, *self.link_flags)
         return library
 
 
@@ -165,7 +173,7 @@ def build(destination: Path | None = None, sanitize: bool = False, report: Calla
     Args:
         destination: the library's path; in the build folder by default.
         sanitize: with address and undefined-behaviour sanitizers.
-        report: gets a line for every object that was compiled.
+        report: gets a line for every object that was compiled, with the compiler's warnings below it.
 
     Raises:
         BuildError: something is missing or the compiler failed.
@@ -181,7 +189,7 @@ def build(destination: Path | None = None, sanitize: bool = False, report: Calla
             kept = ROOT / "build" / ("cpu-sanitized" if sanitize else "cpu")
             objects = Path(stack.enter_context(tempfile.TemporaryDirectory()) if folder == PACKAGED else kept)
             objects.mkdir(parents=True, exist_ok=True)
-            library = _make(_Build(compiler, folder, objects, (*FLAGS, *SANITIZE) if sanitize else FLAGS), report)
+            library = _make(_Build(compiler, folder, objects, sanitize), report)
             if destination is None and folder == PACKAGED:
                 destination = PACKAGED.parents[1] / LIBRARY
             return library if destination is None else put(library, destination)
@@ -198,8 +206,8 @@ def _make(build: _Build, report: Callable[[str], None]) -> Path:
         waiting = [pool.submit(build.compile, unit) for unit in stale]
         try:
             for number, (unit, one) in enumerate(zip(stale, waiting, strict=True), 1):
-                one.result()
-                report(f"[{number}/{len(stale)}] {unit.name}")
+                warnings = one.result()
+                report(f"[{number}/{len(stale)}] {unit.name}" + (f"\n{warnings}" if warnings else ""))
         finally:
             pool.shutdown(cancel_futures=True)
     key = digest("", build.objects, (build.objects / f"{unit.name}.key" for unit in made))

@@ -306,6 +306,7 @@ def test_the_cpu_library_stands_by_itself(path):
     assert path.suffix in (".cpp", ".h"), "the builder takes .cpp and .h"
     for included in re.findall(r'#include "([^"]+)"', text):
         assert included.startswith("cpu/") and included.endswith(".h"), f"{path.name} includes {included}"
+        assert included != "cpu/choice.h" or path.name == "library.cpp", "kernels do not choose"
     assert not re.search(r"#include <(torch|ATen|c10|omp)|#pragma omp", text)
     if path.suffix == ".cpp" and path.name != "library.cpp":
         assert "namespace fused_attn::cpu::FUSED_ATTN_ISA" in text

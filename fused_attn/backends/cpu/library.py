@@ -77,7 +77,7 @@ def _find(path: Path) -> _State:
         return _State(None, f"the CPU library {path} does not load: {error}; build it anew (python -m fused_attn build --cpu)")
     folder = build_cpu.sources()
     if folder is not None and library.fused_attn_cpu_sources().decode() != build_cpu.sources_digest(folder):
-        return _State(None, f"the CPU library {path} is not of the sources in {folder} (python -m fused_attn build --cpu)")
+        return _State(None, f"the CPU library {path} is older than its sources in {folder} (python -m fused_attn build --cpu)")
     return _State(library, "", isas=tuple(library.fused_attn_cpu_isas().decode().split(",")))
 
 
