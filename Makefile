@@ -63,7 +63,7 @@ build: $(DONE)/package $(DONE)/test  ## compile the native CUDA library
 	$(PY) -m fused_attn build $(ARGS)
 
 clean:  ## remove build products and caches, keep the virtual environment
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist $(CPU) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv as well
