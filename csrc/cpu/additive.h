@@ -1,7 +1,7 @@
 // Additive scores sum_d w_d tanh(q_d + k_d) (Bahdanau et al., arXiv 1409.0473) of one tile, and their gradients.
 #pragma once
 
-#include "operands.h"
+#include "cpu/operands.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -29,7 +29,8 @@ inline void additive_scores(int64_t rows, int64_t depth, const float* q, int64_t
   }
 }
 
-// Adds to dq [rows], dk [keys] (rows `dk_row` apart) and dweight [depth] what ds [rows x keys] sends back; pairs with ds = 0 send nothing. `room`: [depth * kPanel].
+// Adds to dq [rows], dk [keys] (rows `dk_row` apart) and dweight [depth] what ds [rows x keys] sends back; pairs with ds = 0 send nothing.
+// `room`: [depth * kPanel].
 inline void additive_gradients(int64_t rows, int64_t depth, const float* q, int64_t q_row, const float* panels, int64_t keys, int64_t valid,
                                const float* weight, const float* ds, int64_t ds_row, float* dq, int64_t dq_row, float* dk, int64_t dk_row,
                                float* dweight, float* room) {

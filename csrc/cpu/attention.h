@@ -1,7 +1,7 @@
 // The passes of attention and of masked softmax, one set of them per instruction set.
 #pragma once
 
-#include "params.h"
+#include "cpu/params.h"
 
 namespace fused_attn::cpu::FUSED_ATTN_ISA {
 

@@ -1,16 +1,17 @@
-// Backward: every item is a range of query rows of one head against all keys they reach. dq belongs to the item alone; what items share (dk, dv, sums over
-// queries) is made in parts that are added up in a fixed order, so that nothing depends on the threads.
-#include "attention.h"
-#include "gradient_tile.h"
-#include "ordered.h"
-#include "threads.h"
+// Backward: every item is a range of query rows of one head against all keys they reach. dq belongs to the item alone; what items share
+// (dk, dv, sums over queries) is made in parts that are added up in a fixed order, so that nothing depends on the threads.
+#include "cpu/attention.h"
+#include "cpu/gradient_tile.h"
+#include "cpu/ordered.h"
+#include "cpu/threads.h"
 
 namespace fused_attn::cpu {
 namespace {
 
 constexpr int64_t kPartRows = 512;  // query rows of an item, where a head has more
 constexpr int64_t kMostParts = 32;  // items of a sequence beyond which heads are not cut further
-// Keys that all rows of an item pass by before the next ones come: their k, v, dk and dv (head size 64: 1 MB) stay in the second-level cache. 512 and 2048 cost 2 and 5 %.
+// Keys that all rows of an item pass by before the next ones come: their k, v, dk and dv (head size 64: 1 MB) stay in the second-level
+// cache. 512 and 2048 cost 2 and 5 %.
 constexpr int64_t kChunkTiles = 8;
 constexpr int64_t kWorthThread = 4096;  // scores below which a further thread costs more than it saves
 
@@ -165,12 +166,10 @@ class Worker {
                kind == kMixed && keys_.is_broken(t), kTile, 1);
   }
 
-  void multiply(int64_t rows, int64_t depth, int64_t width, Factor a, const float* b, int64_t b_row, float* c, int64_t c_row, bool carefully,
-                int64_t allowed_row, int64_t allowed_step) {
-    if (carefully)
-      add_allowed(rows, depth, width, a, b, b_row, c, c_row, tile_.allowed, allowed_row, allowed_step);
-    else
-      add_product(rows, depth, width, a, b, b_row, c, c_row, false);
+  void multiply(int64_t rows, int64_t depth, int64_t width, Factor a, const float* b, int64_t b_row, float* c, int64_t c_row,
+                bool carefully, int64_t allowed_row, int64_t allowed_step) {
+    if (carefully) add_allowed(rows, depth, width, a, b, b_row, c, c_row, tile_.allowed, allowed_row, allowed_step);
+    else add_product(rows, depth, width, a, b, b_row, c, c_row, false);
   }
 
   int64_t keys_of(int64_t t) const { return tile_.keys_of(t); }
@@ -181,15 +180,16 @@ class Worker {
   void add_vectors(int64_t t) {
     float* const dk = call_.dk.data ? keys_at(t) : spare_keys_;
     additive_gradients(rows_, sizes_.head_dim, tile_.q, tile_.q_row, tile_.key_panels(t), padded(keys_of(t)), keys_of(t),
-                       tile_.scorer().weight(), tile_.ds, kTileRow, queries(), tile_.q_row, dk, call_.dk.data ? plan_.width : padded(sizes_.head_dim),
-                       to_weight_, room_);
+                       tile_.scorer().weight(), tile_.ds, kTileRow, queries(), tile_.q_row, dk,
+                       call_.dk.data ? plan_.width : padded(sizes_.head_dim), to_weight_, room_);
   }
 
   void clear_pairs(int64_t t) {
     float zeros[kTile] = {};
     for (int64_t m = 0; m < call_.mod_count; ++m) {
       const Matrix& grad = call_.mods[m].grad;
-      for (int64_t i = 0; is_own(call_.mods[m]) && i < rows_; ++i) store_row(at(grad, b_, h_, q0_ + i, t * kTile), grad.dtype, grad.col, keys_of(t), zeros);
+      for (int64_t i = 0; is_own(call_.mods[m]) && i < rows_; ++i)
+        store_row(at(grad, b_, h_, q0_ + i, t * kTile), grad.dtype, grad.col, keys_of(t), zeros);
     }
   }
 

@@ -1,8 +1,9 @@
-// The gradient of a bias that heads or batches share: every item is some rows of the bias, to which all who share it add in their order. A pass of its own,
-// because items of attention_bwd belong to one head each; it makes scores and their gradients again, two of the five products.
-#include "attention.h"
-#include "gradient_tile.h"
-#include "threads.h"
+// The gradient of a bias that heads or batches share: every item is some rows of the bias, to which all who share it add in their order. A
+// pass of its own, because items of attention_bwd belong to one head each; it makes scores and their gradients again, two of the five
+// products.
+#include "cpu/attention.h"
+#include "cpu/gradient_tile.h"
+#include "cpu/threads.h"
 
 namespace fused_attn::cpu {
 namespace {

@@ -1,9 +1,9 @@
-// Forward: blocks of query rows against all keys they reach. Scores of a block stay in the second-level cache as whole rows, so that every row has one
-// maximum and one sum; probabilities and statistics are written on the way, from the same numbers as the output.
-#include "attention.h"
-#include "ordered.h"
-#include "scores.h"
-#include "threads.h"
+// Forward: blocks of query rows against all keys they reach. Scores of a block stay in the second-level cache as whole rows, so that every
+// row has one maximum and one sum; probabilities and statistics are written on the way, from the same numbers as the output.
+#include "cpu/attention.h"
+#include "cpu/ordered.h"
+#include "cpu/scores.h"
+#include "cpu/threads.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -36,7 +36,8 @@ struct Plan {
 // One thread's work.
 class Worker {
  public:
-  Worker(const Plan& plan, OrderedSums& sums, char* memory) : plan_(plan), call_(plan.call), sizes_(plan.call.sizes), sums_(sums), arena_(memory) {
+  Worker(const Plan& plan, OrderedSums& sums, char* memory)
+      : plan_(plan), call_(plan.call), sizes_(plan.call.sizes), sums_(sums), arena_(memory) {
     const int64_t tiles = tiles_of(sizes_.kv_len);
     width_ = padded(sizes_.value_dim);
     q_row_ = padded(sizes_.head_dim);
@@ -256,9 +257,7 @@ class Worker {
   }
 
   // x * factor, but zeros stay where the factor is NaN.
-  static vf zero_times(vf x, float factor) {
-    return factor == factor ? x * factor : select(x == 0.f, vf{}, all(kNaN));
-  }
+  static vf zero_times(vf x, float factor) { return factor == factor ? x * factor : select(x == 0.f, vf{}, all(kNaN)); }
 
   void drop() {
     for (int64_t i = 0; i < rows_; ++i)

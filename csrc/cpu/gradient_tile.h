@@ -1,7 +1,7 @@
 // Probabilities of one tile and the gradients of its scores, shared by the passes of the backward.
 #pragma once
 
-#include "scores.h"
+#include "cpu/scores.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -214,7 +214,8 @@ class GradientTile {
     const int64_t n = keys_of(t), at_row = q0_ - r0_ + i0;
     float* const to = p + i0 * kTileRow;
     if (has_saved_) {
-      for (int64_t i = 0; i < rows; ++i) load_row(at(call_->saved, b_, h_, q0_ + i0 + i, t * kTile), kFloat, call_->saved.col, n, to + i * kTileRow);
+      for (int64_t i = 0; i < rows; ++i)
+        load_row(at(call_->saved, b_, h_, q0_ + i0 + i, t * kTile), kFloat, call_->saved.col, n, to + i * kTileRow);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = n; j < padded(n); ++j) to[i * kTileRow + j] = 0.f;
       return;
@@ -229,10 +230,8 @@ class GradientTile {
     scorer_.score({q0_ + i0, rows, q + i0 * q_row, q_row, keys_.tile(t), t * kTile, n}, to, kTileRow, nullptr, slopes);
     for (int64_t i = 0; i < rows; ++i) {
       const uint8_t* const keep = kind == kMixed ? allowed + (i0 + i) * kTile : nullptr;
-      if (call_->is_sigmoid)
-        weigh(to + i * kTileRow, n, keep);
-      else
-        exponentiate(to + i * kTileRow, n, keep, base_[at_row + i], inverse_[at_row + i]);
+      if (call_->is_sigmoid) weigh(to + i * kTileRow, n, keep);
+      else exponentiate(to + i * kTileRow, n, keep, base_[at_row + i], inverse_[at_row + i]);
     }
   }
 

@@ -1,9 +1,9 @@
 // Keys and values of one head as the products want them, made tile by tile when they are first needed.
 #pragma once
 
-#include "convert.h"
-#include "mask.h"
-#include "product.h"
+#include "cpu/convert.h"
+#include "cpu/mask.h"
+#include "cpu/product.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -35,7 +35,8 @@ struct Head {
   int64_t rows(int64_t tile) const { return smaller_of(kTile, length - tile * kTile); }
 };
 
-// Rows packed for `multiply_panels`: panel p of a tile holds element d of rows p * kPanel ... side by side, [panels][width][kPanel]; zeros after the last row.
+// Rows packed for `multiply_panels`: panel p of a tile holds element d of rows p * kPanel ... side by side, [panels][width][kPanel]; zeros
+// after the last row.
 class Panels {
  public:
   void reserve(Arena& arena, int64_t length, int64_t width) {

@@ -5,7 +5,7 @@
 
 #include <cstdlib>
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace fused_attn::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // Scores of one tile: product, scale, modifications, mask.
 #pragma once
 
-#include "additive.h"
-#include "dropout.h"
+#include "cpu/additive.h"
+#include "cpu/dropout.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -54,8 +54,8 @@ struct StoreScaled {
 
 // Where a tile's scores go and what they are made of.
 struct TileOf {
-  int64_t q0, rows;     // query rows
-  const float* q;       // their float32 copies, `q_row` apart
+  int64_t q0, rows;  // query rows
+  const float* q;    // their float32 copies, `q_row` apart
   int64_t q_row;
   const float* panels;  // the tile's keys
   int64_t j0, n;        // its first key and how many there are
@@ -83,8 +83,7 @@ class Scorer {
       StoreScaled emit{s, s_row, all(static_cast<float>(call_->scale)), top, ahead, from};
       multiply_panels(tile.rows, depth, tile.q, tile.q_row, tile.panels, keys, emit);
     }
-    for (int64_t m = 0; m < call_->mod_count; ++m)
-      modify(call_->mods[m], tile, s, s_row, slopes.wanted ? slopes.tiles[m] : nullptr);
+    for (int64_t m = 0; m < call_->mod_count; ++m) modify(call_->mods[m], tile, s, s_row, slopes.wanted ? slopes.tiles[m] : nullptr);
   }
 
  private:
