@@ -75,7 +75,7 @@ def mask_fields(mask: KernelMask, q_offset: int | Tensor, keeps: tuple[Tensor, .
         keeps: see ``keeps_of``; at most ``MAX_KEEPS``.
         alive: takes the tensors that the fields point to.
     """
-    if not keeps and not mask.has_intervals:
+    if not keeps and not mask.has_intervals and isinstance(q_offset, int) and q_offset == 0:
         return NO_MASK
     offset, offsets = 0, 0
     if isinstance(q_offset, Tensor):
