@@ -1,7 +1,7 @@
 """Compiles ``csrc/cpu`` into one shared library with g++ or clang++ alone, in seconds.
 
-``library.cpp`` is compiled once, for any CPU of the architecture; every other source ("kernel unit") once per instruction set, into a
-namespace of its own. The library depends on no Torch headers, so that it can be built before torch is there.
+A source that names ``FUSED_ATTN_ISA`` is compiled once per instruction set, into a namespace of its own; any other, ``library.cpp`` first of all, once,
+for any CPU of the architecture. The library depends on no Torch headers, so that it can be built before torch is there.
 
 Nothing here imports the package, so that ``setup.py`` can load the file by its path.
 """
@@ -109,11 +109,12 @@ def isas(compiler: Compiler) -> tuple[str, ...]:
 
 
 def units(folder: Path, built: tuple[str, ...]) -> list[Unit]:
-    """Every object file in the order in which they are linked, the face first."""
-    holds = tuple(f"-DFUSED_ATTN_HAS_{isa.upper()}" for isa in built)
-    face = Unit("library.o", folder / FACE, (f'-DFUSED_ATTN_SOURCES="{sources_digest(folder)}"', *holds))
-    kernels = sorted(p for p in folder.glob("*.cpp") if p.name != FACE)
-    return [face, *(Unit(f"{p.stem}_{isa}.o", p, (f"-DFUSED_ATTN_ISA={isa}", *ISAS[isa])) for isa in built for p in kernels)]
+    """Every object file in the order in which they are linked: first what is compiled once, then the kernels, which name FUSED_ATTN_ISA."""
+    paths = sorted(folder.glob("*.cpp"))
+    kernels = [p for p in paths if "FUSED_ATTN_ISA" in p.read_text(encoding="utf-8")]
+    face = (f'-DFUSED_ATTN_SOURCES="{sources_digest(folder)}"', *(f"-DFUSED_ATTN_HAS_{isa.upper()}" for isa in built))
+    once = [Unit(f"{p.stem}.o", p, face if p.name == FACE else ()) for p in paths if p not in kernels]
+    return [*once, *(Unit(f"{p.stem}_{isa}.o", p, (f"-DFUSED_ATTN_ISA={isa}", *ISAS[isa])) for isa in built for p in kernels)]
 
 
 def _said(compiled: subprocess.CompletedProcess[str]) -> str:
@@ -155,8 +156,8 @@ class _Build:
         return done.stderr.strip()
 
     def compile(self, unit: Unit) -> str:
-        key, include = self.key(unit), f"-I{self.folder.parent}"
-        warnings = self.run(f"compile {unit.source.name}", self.objects / unit.name, *unit.flags, include, "-c", str(unit.source))
+        key = self.key(unit)
+        warnings = self.run(f"compile {unit.source.name}", self.objects / unit.name, *unit.flags, "-c", str(unit.source))
         (self.objects / f"{unit.name}.key").write_text(key)
         return warnings
 

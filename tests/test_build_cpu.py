@@ -176,7 +176,7 @@ def test_what_the_library_shows_and_asks_for() -> None:
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils' objdump is not installed")
 def test_what_every_cpu_runs_has_no_wide_registers() -> None:
     made = real()
-    for path in (made.with_name("library.o"), *made.parent.glob("*_portable.o")):
+    for path in (p for p in made.parent.glob("*.o") if not p.stem.endswith(("_avx2", "_avx512"))):
         text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True).stdout
         assert "ret" in text and re.findall(r"%[yz]mm\d|\tv\w+ ", text) == [], path.name
 
