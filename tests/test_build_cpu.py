@@ -165,7 +165,8 @@ def test_a_shared_function_would_be_found(small_cpu: Path) -> None:
 @needs_compiler
 @needs_nm
 def test_what_the_library_shows_and_asks_for() -> None:
-    shown = [name for kind, name in symbols(real(), "-D", "--defined-only") if kind in "TDBRVW"]
+    # clang++ shows what it compiled of the standard library, under the standard library's own visibility.
+    shown = [name for _, name in symbols(real(), "-D", "--defined-only") if not re.match(r"_ZN?K?St", name)]
     assert {"fused_attn_cpu_isas", "fused_attn_cpu_use"} <= set(shown) and all(name.startswith("fused_attn_cpu_") for name in shown)
     asked = [name for _, name in symbols(real(), "-D", "--undefined-only")]
     assert [name for name in asked if re.search(r"torch|GOMP|omp_|_ZNK?(?:2at|3c10)", name)] == []
