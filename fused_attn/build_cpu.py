@@ -1,7 +1,7 @@
 """Compiles ``csrc/cpu`` into one shared library with g++ or clang++ alone, in seconds.
 
-A source that names ``FUSED_ATTN_ISA`` is compiled once per instruction set, into a namespace of its own; any other, ``library.cpp`` first of all, once,
-for any CPU of the architecture. The library depends on no Torch headers, so that it can be built before torch is there.
+``library.cpp`` and ``threads.cpp`` are compiled once, for any CPU of the architecture; every other source ("kernel unit") once per instruction set, into a
+namespace of its own. The library depends on no Torch headers, so that it can be built before torch is there.
 
 Nothing here imports the package, so that ``setup.py`` can load the file by its path.
 """
@@ -28,17 +28,18 @@ FAILURE = "_cpu_failure.txt"  # what an installation that could not build leaves
 PACKAGED = Path(__file__).parent / "_csrc" / "cpu"  # where an installation keeps the sources
 GIB_PER_JOB = 1.0
 FACE = "library.cpp"
+ONCE = (FACE, "threads.cpp")
+# Kernels throw nothing. g++ 12 takes the intrinsics' undefined vectors for mistakes; clang knows no such warning.
+KERNEL_FLAGS = ("-fno-exceptions", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
-    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-pthread",
+    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wall", "-pthread",
 )  # fmt: skip
 # Features by name: -march=x86-64-v3 and -v4 mean the same, but g++ 9 and 10 and clang 10 and 11 do not know them. library.cpp asks the CPU for
 # exactly these. Portable comes first, because of a function that several objects define the linker keeps the first.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-# g++ 12 says it of its own intrinsics; the other builds of a source look for it. clang++ does not know one of them.
-_FALSE_ALARMS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
-ISAS: dict[str, tuple[str, ...]] = {"portable": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, *_FALSE_ALARMS)}
+ISAS: dict[str, tuple[str, ...]] = {"portable": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512)}
 # What `make sanitize` builds: the first report ends the process.
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 
@@ -111,12 +112,13 @@ def isas(compiler: Compiler) -> tuple[str, ...]:
 
 
 def units(folder: Path, built: tuple[str, ...]) -> list[Unit]:
-    """Every object file in the order in which they are linked: first what is compiled once, then the kernels, which name FUSED_ATTN_ISA."""
-    paths = sorted(folder.glob("*.cpp"))
-    kernels = [p for p in paths if "FUSED_ATTN_ISA" in p.read_text(encoding="utf-8")]
-    face = (f'-DFUSED_ATTN_SOURCES="{sources_digest(folder)}"', *(f"-DFUSED_ATTN_HAS_{isa.upper()}" for isa in built))
-    once = [Unit(f"{p.stem}.o", p, face if p.name == FACE else ()) for p in paths if p not in kernels]
-    return [*once, *(Unit(f"{p.stem}_{isa}.o", p, (f"-DFUSED_ATTN_ISA={isa}", *ISAS[isa])) for isa in built for p in kernels)]
+    """Every object file in the order in which they are linked, the face first."""
+    holds = tuple(f"-DFUSED_ATTN_HAS_{isa.upper()}" for isa in built)
+    face = Unit("library.o", folder / FACE, (f'-DFUSED_ATTN_SOURCES="{sources_digest(folder)}"', *holds))
+    once = [Unit(f"{Path(name).stem}.o", folder / name, ()) for name in ONCE if name != FACE and (folder / name).is_file()]
+    kernels = sorted(p for p in folder.glob("*.cpp") if p.name not in ONCE)
+    flags = {isa: (f"-DFUSED_ATTN_ISA={isa}", *KERNEL_FLAGS, *ISAS[isa]) for isa in built}
+    return [face, *once, *(Unit(f"{p.stem}_{isa}.o", p, flags[isa]) for isa in built for p in kernels)]
 
 
 def _said(compiled: subprocess.CompletedProcess[str]) -> str:
@@ -158,8 +160,8 @@ class _Build:
         return done.stderr.strip()
 
     def compile(self, unit: Unit) -> str:
-        key = self.key(unit)
-        warnings = self.run(f"compile {unit.source.name}", self.objects / unit.name, *unit.flags, "-c", str(unit.source))
+        key, include = self.key(unit), f"-I{self.folder.parent}"
+        warnings = self.run(f"compile {unit.source.name}", self.objects / unit.name, *unit.flags, include, "-c", str(unit.source))
         (self.objects / f"{unit.name}.key").write_text(key)
         return warnings
 
@@ -204,6 +206,9 @@ def _make(build: _Build, report: Callable[[str], None]) -> Path:
     """The library in the folder of objects."""
     made = units(build.folder, isas(build.compiler))
     stale = [unit for unit in made if build.stale(unit)]
+    for path in build.objects.glob("*.o"):
+        if path.name not in {unit.name for unit in made}:
+            path.unlink(missing_ok=True)  # of a source or an instruction set that is gone
     stamp, library = build.objects / f"{LIBRARY}.key", build.objects / LIBRARY
     with ThreadPoolExecutor(jobs(GIB_PER_JOB)) as pool:
         waiting = [pool.submit(build.compile, unit) for unit in stale]

@@ -20,7 +20,7 @@ ALL = (*reversed(build_cpu.ISAS), library.OFF)
 
 
 UNIT = """// A unit of the tests.
-#include "factor.h"
+#include "cpu/factor.h"
 namespace fused_attn::cpu::FUSED_ATTN_ISA {
 double total(const double* x, long n) {
   double sum = 0;
@@ -84,7 +84,7 @@ def small_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "checkout" / "csrc" / "cpu"
     folder.mkdir(parents=True)
     shutil.copy(build_cpu.ROOT / "csrc" / "cpu" / "choice.h", folder)
-    (folder / build_cpu.FACE).write_text('// The choice alone.\n#include "choice.h"\n')
+    (folder / build_cpu.FACE).write_text('// The choice alone.\n#include "cpu/choice.h"\n')
     (folder / "unit.cpp").write_text(UNIT)
     (folder / "factor.h").write_text("// What the unit multiplies with.\nconstexpr double kFactor = 2;\n")
     monkeypatch.setattr(build_cpu, "ROOT", tmp_path / "checkout")
