@@ -206,6 +206,9 @@ def _make(build: _Build, report: Callable[[str], None]) -> Path:
     """The library in the folder of objects."""
     made = units(build.folder, isas(build.compiler))
     stale = [unit for unit in made if build.stale(unit)]
+    for path in build.objects.glob("*.o"):
+        if path.name not in {unit.name for unit in made}:
+            path.unlink(missing_ok=True)  # of a source or an instruction set that is gone
     stamp, library = build.objects / f"{LIBRARY}.key", build.objects / LIBRARY
     with ThreadPoolExecutor(jobs(GIB_PER_JOB)) as pool:
         waiting = [pool.submit(build.compile, unit) for unit in stale]
