@@ -18,7 +18,7 @@ from fused_attn.backends.base import (
     device_type,
     transform_refusal,
 )
-from fused_attn.backends.cpu import attention, softmax
+from fused_attn.backends.cpu import attention, library, softmax
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -65,6 +65,12 @@ class CpuBackend:
         else:
             return None
         return _TOO_SMALL if prod(problem.shape) <= limit else None
+
+    def notes(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+        """Why there is no compiled library to run the problem."""
+        target = problem.target
+        failure = library.failure() if target is None else "" if target.library else library.NOT_BUILT
+        return [f"{failure}; plain torch operations run instead"] if failure else []
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
         return attention.attention_fwd(call)
