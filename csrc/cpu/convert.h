@@ -1,8 +1,8 @@
 // Rows of any dtype and stride as float32, and back.
 #pragma once
 
-#include "params.h"
-#include "simd.h"
+#include "cpu/params.h"
+#include "cpu/simd.h"
 
 namespace fused_attn::cpu {
 namespace {

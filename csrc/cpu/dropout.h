@@ -1,8 +1,8 @@
 // Philox4x32-7 (Salmon et al., SC 2011), keyed by the 64-bit index of (batch, head, query, group of four keys): fused_attn/dropout.py.
 #pragma once
 
-#include "params.h"
-#include "simd.h"
+#include "cpu/params.h"
+#include "cpu/simd.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -59,8 +59,8 @@ FUSED_ATTN_INLINE void write_factors(const vu (&words)[4], uint32_t limit, vf fa
                 d = _mm512_unpackhi_epi32(w2, w3);
   const __m512i r0 = _mm512_unpacklo_epi64(a, c), r1 = _mm512_unpackhi_epi64(a, c), r2 = _mm512_unpacklo_epi64(b, d),
                 r3 = _mm512_unpackhi_epi64(b, d);
-  const __m512i t0 = _mm512_shuffle_i32x4(r0, r1, 0x44), t1 = _mm512_shuffle_i32x4(r2, r3, 0x44),
-                t2 = _mm512_shuffle_i32x4(r0, r1, 0xee), t3 = _mm512_shuffle_i32x4(r2, r3, 0xee);
+  const __m512i t0 = _mm512_shuffle_i32x4(r0, r1, 0x44), t1 = _mm512_shuffle_i32x4(r2, r3, 0x44), t2 = _mm512_shuffle_i32x4(r0, r1, 0xee),
+                t3 = _mm512_shuffle_i32x4(r2, r3, 0xee);
   const vu in_order[4] = {(vu)_mm512_shuffle_i32x4(t0, t1, 0x88), (vu)_mm512_shuffle_i32x4(t0, t1, 0xdd),
                           (vu)_mm512_shuffle_i32x4(t2, t3, 0x88), (vu)_mm512_shuffle_i32x4(t2, t3, 0xdd)};
   for (int t = 0; t < 4; ++t) store(to + t * W, select((vi)(in_order[t] >= limit), factor, vf{}));

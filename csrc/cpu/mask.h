@@ -1,14 +1,14 @@
 // Which pairs of a tile may attend: intervals of keys per row, thinned by dense masks.
 #pragma once
 
-#include "params.h"
-#include "simd.h"
+#include "cpu/params.h"
+#include "cpu/simd.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-constexpr int64_t kTile = 128;      // keys of a tile; tiles begin at its multiples
-constexpr int64_t kMostRows = 96;   // query rows of a block
+constexpr int64_t kTile = 128;     // keys of a tile; tiles begin at its multiples
+constexpr int64_t kMostRows = 96;  // query rows of a block
 
 enum Kind : uint8_t { kNone, kMixed, kFull };
 

@@ -32,8 +32,8 @@ struct Mask {
   Matrix keeps[kMaxKeeps];  // bytes, 1: may attend
 };
 
-// Word (k + shift) % 4 of Philox4x32-7 at counter first + b * batch + h * head + q * row + (k + shift) / 4 decides about key k; words below the
-// limit are removed (KernelDropout.counters).
+// Word (k + shift) % 4 of Philox4x32-7 at counter first + b * batch + h * head + q * row + (k + shift) / 4 decides about key k; words below
+// the limit are removed (KernelDropout.counters).
 struct Dropout {
   const int64_t* seed;  // nullptr: no dropout
   int64_t limit;        // up to 2^32
@@ -61,9 +61,9 @@ struct Attention {
   double scale;
   int64_t mod_count;
   Mod mods[kMaxMods];
-  Matrix weight;        // of additive scoring, float32 [1, heads|1, 1, head_dim]
-  float* weight_grad;   // [batch, heads, head_dim]
-  int64_t is_sigmoid;   // the normaliser, with its bias
+  Matrix weight;       // of additive scoring, float32 [1, heads|1, 1, head_dim]
+  float* weight_grad;  // [batch, heads, head_dim]
+  int64_t is_sigmoid;  // the normaliser, with its bias
   double sigmoid_bias;
   Matrix sinks;  // [1, heads, 1, 1]
   Dropout dropout;
@@ -76,8 +76,8 @@ struct Attention {
   // Arriving at the backward; saved: probabilities as they were given out.
   Matrix dout, dlse, dprobs, dscores, saved;
   Matrix dq, dk, dv;
-  float* delta;          // [batch, heads, q_len]: what softmax takes off every element's gradient
-  int64_t place;         // attention_bwd_bias: the modification whose shared gradient is made
+  float* delta;   // [batch, heads, q_len]: what softmax takes off every element's gradient
+  int64_t place;  // attention_bwd_bias: the modification whose shared gradient is made
 };
 
 // One masked softmax over the last dimension of [batch, heads, q_len, kv_len] (sizes.kv_heads, head_dim and value_dim mean nothing).

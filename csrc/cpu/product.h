@@ -1,7 +1,7 @@
 // Matrix products of one tile, on vectors: against keys or values packed into panels, and against rows as they lie.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -66,13 +66,12 @@ inline void add_columns(int64_t rows, int64_t depth, Factor a, const float* b, i
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
     add_tile<kRows, N>(depth, {a.data + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row, first);
-  for (; i + 2 <= rows; i += 2)
-    add_tile<2, N>(depth, {a.data + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row, first);
+  for (; i + 2 <= rows; i += 2) add_tile<2, N>(depth, {a.data + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row, first);
   if (i < rows) add_tile<1, N>(depth, {a.data + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row, first);
 }
 
-// c[rows x width] (+)= a[rows x depth] b[depth x width]; width is a multiple of W. The product is summed from zero and added then: one long sum over
-// all keys had 1.8 to 2.6 times the error of plain torch.
+// c[rows x width] (+)= a[rows x depth] b[depth x width]; width is a multiple of W. The product is summed from zero and added then: one long
+// sum over all keys had 1.8 to 2.6 times the error of plain torch.
 inline void add_product(int64_t rows, int64_t depth, int64_t width, Factor a, const float* b, int64_t b_row, float* c, int64_t c_row,
                         bool first) {
   int64_t d = 0;
@@ -84,8 +83,8 @@ inline void add_product(int64_t rows, int64_t depth, int64_t width, Factor a, co
   if (d < width) add_columns<1>(rows, depth, a, b + d, b_row, c + d, c_row, first);
 }
 
-// c (+)= a b over the pairs that `allowed` [rows x depth bytes] names, element by element: for factors with NaN or infinities, of which nothing may
-// reach another pair. `transposed`: allowed is [depth x rows].
+// c (+)= a b over the pairs that `allowed` [rows x depth bytes] names, element by element: for factors with NaN or infinities, of which
+// nothing may reach another pair. `transposed`: allowed is [depth x rows].
 inline void add_allowed(int64_t rows, int64_t depth, int64_t width, Factor a, const float* b, int64_t b_row, float* c, int64_t c_row,
                         const uint8_t* allowed, int64_t allowed_row, int64_t allowed_step) {
   for (int64_t i = 0; i < rows; ++i)

@@ -138,8 +138,8 @@ FUSED_ATTN_INLINE float largest_of(vf x) {
 #endif
 }
 
-// e^x for x <= 0 (and up to 88): below 1 ulp, NaN stays NaN. Argument reduction in two steps (Cody and Waite) and a polynomial of degree 6 with
-// Cephes' coefficients. Gradual underflow with AVX-512; zeros below 2^-126 elsewhere.
+// e^x for x <= 0 (and up to 88): below 1 ulp, NaN stays NaN. Argument reduction in two steps (Cody and Waite) and a polynomial of degree 6
+// with Cephes' coefficients. Gradual underflow with AVX-512; zeros below 2^-126 elsewhere.
 FUSED_ATTN_INLINE vf exp_of(vf x) {
 #if defined(__AVX512F__)
   x = larger(all(-104.f), x);

@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "cpu/threads.h"
 
 #include <cstdlib>
 
@@ -30,8 +30,8 @@ thread_local Scratch own;
 
 using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// What g++ calls for `#pragma omp parallel`; libgomp has it, and LLVM's libomp for g++'s sake. torch has loaded one of them for everyone to see: with a
-// pool of our own beside it, the threads of the one would spin while those of the other have work.
+// What g++ calls for `#pragma omp parallel`; libgomp has it, and LLVM's libomp for g++'s sake. torch has loaded one of them for everyone to
+// see: with a pool of our own beside it, the threads of the one would spin while those of the other have work.
 Region find_region() {
 #if defined(__unix__) || defined(__APPLE__)
   return reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

@@ -9,15 +9,16 @@ namespace fused_attn::cpu {
 // Calls work(context, worker) for worker = 0 .. threads - 1, at the same time as far as there are cores; back when all are done.
 void parallel(int64_t threads, void (*work)(void* context, int64_t worker), void* context);
 
-// At least `bytes` of this thread's own memory, aligned to 64, the same on every call that asks for no more; nullptr where there is none left.
+// At least `bytes` of this thread's own memory, aligned to 64, the same on every call that asks for no more; nullptr where there is none
+// left.
 void* scratch(size_t bytes);
 // Gives back what is more than a thread should keep between calls.
 void trim_scratch();
 
 namespace {
 
-// Tasks 0 .. count - 1, each taken once: every worker goes through its own contiguous share, then helps with the others', so that neighbours (which
-// share packed keys) stay on one thread while a thread that the machine holds up cannot hold up the rest.
+// Tasks 0 .. count - 1, each taken once: every worker goes through its own contiguous share, then helps with the others', so that
+// neighbours (which share packed keys) stay on one thread while a thread that the machine holds up cannot hold up the rest.
 class Tasks {
  public:
   Tasks(int64_t count, int64_t workers) : count_(count), workers_(workers < kMost ? workers : kMost) {
