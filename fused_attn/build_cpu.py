@@ -1,6 +1,6 @@
 """Compiles ``csrc/cpu`` into one shared library with g++ or clang++ alone, in seconds.
 
-``library.cpp`` is compiled once, for any CPU of the architecture; every other source ("kernel unit") once per instruction set, into a
+``library.cpp`` and ``threads.cpp`` are compiled once, for any CPU of the architecture; every other source ("kernel unit") once per instruction set, into a
 namespace of its own. The library depends on no Torch headers, so that it can be built before torch is there.
 
 Nothing here imports the package, so that ``setup.py`` can load the file by its path.
@@ -28,6 +28,9 @@ FAILURE = "_cpu_failure.txt"  # what an installation that could not build leaves
 PACKAGED = Path(__file__).parent / "_csrc" / "cpu"  # where an installation keeps the sources
 GIB_PER_JOB = 1.0
 FACE = "library.cpp"
+ONCE = (FACE, "threads.cpp")
+# Kernels throw nothing. g++ 12 takes the intrinsics' undefined vectors for mistakes; clang knows no such warning.
+KERNEL_FLAGS = ("-fno-exceptions", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wall", "-pthread",
@@ -112,8 +115,10 @@ def units(folder: Path, built: tuple[str, ...]) -> list[Unit]:
     """Every object file in the order in which they are linked, the face first."""
     holds = tuple(f"-DFUSED_ATTN_HAS_{isa.upper()}" for isa in built)
     face = Unit("library.o", folder / FACE, (f'-DFUSED_ATTN_SOURCES="{sources_digest(folder)}"', *holds))
-    kernels = sorted(p for p in folder.glob("*.cpp") if p.name != FACE)
-    return [face, *(Unit(f"{p.stem}_{isa}.o", p, (f"-DFUSED_ATTN_ISA={isa}", *ISAS[isa])) for isa in built for p in kernels)]
+    once = [Unit(f"{Path(name).stem}.o", folder / name, ()) for name in ONCE if name != FACE and (folder / name).is_file()]
+    kernels = sorted(p for p in folder.glob("*.cpp") if p.name not in ONCE)
+    flags = {isa: (f"-DFUSED_ATTN_ISA={isa}", *KERNEL_FLAGS, *ISAS[isa]) for isa in built}
+    return [face, *once, *(Unit(f"{p.stem}_{isa}.o", p, flags[isa]) for isa in built for p in kernels)]
 
 
 def _said(compiled: subprocess.CompletedProcess[str]) -> str:

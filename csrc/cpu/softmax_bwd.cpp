@@ -1,19 +1,20 @@
 // Masked softmax, backward: from what arrives at probabilities (or their logarithms) to gradients of the scores and of the bias.
 #include <cstdlib>
 
-#include "softmax_rows.h"
-#include "softmax_thin.h"
+#include "cpu/softmax_rows.h"
+#include "cpu/softmax_thin.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Units of rows whose shared bias gradient is summed up one after another: enough for many threads to share the work, and few enough that their
-// sums take no more room than the scores.
+// Units of rows whose shared bias gradient is summed up one after another: enough for many threads to share the work, and few enough that
+// their sums take no more room than the scores.
 constexpr int64_t kUnits = 16;
 constexpr int64_t kUnitRows = 4;
 
-// How the gradient of the bias is made. Rows with the same outer index share their part of it: `columns` numbers, summed up in double over units of
-// rows in order. With one unit per outer index it writes the gradient itself; else `partials` [outer][units][columns] are added up in order.
+// How the gradient of the bias is made. Rows with the same outer index share their part of it: `columns` numbers, summed up in double over
+// units of rows in order. With one unit per outer index it writes the gradient itself; else `partials` [outer][units][columns] are added up
+// in order.
 struct Shared {
   bool exists;
   int64_t units, columns;
@@ -24,8 +25,8 @@ struct Backward {
   const Softmax& s;
   Order order;
   Tasks tasks;
-  int64_t step;  // units of a task
-  int64_t count; // of all units
+  int64_t step;   // units of a task
+  int64_t count;  // of all units
   Shared shared;
   int lanes;
   bool dense;
@@ -125,7 +126,8 @@ void row_gradient(const Backward& f, const Place& p, const Rooms& rooms) {
   const int64_t n = keys.end - keys.start;
   float first;
   load_row(row_at(s.result, p), s.result.dtype, 1, 1, &first);
-  if (n == 0 || (may_be_empty(f, &first) && has_no_scores(s, p, keys, rooms))) return fill_row(reinterpret_cast<char*>(ds), kFloat, 1, kv_len, 0.f);
+  if (n == 0 || (may_be_empty(f, &first) && has_no_scores(s, p, keys, rooms)))
+    return fill_row(reinterpret_cast<char*>(ds), kFloat, 1, kv_len, 0.f);
   const float* result = columns_of(s.result, p, keys.start, n, rooms.values);
   const float* g = columns_of(s.dout, p, keys.start, n, rooms.others);
   if (s.dropout.seed) {
@@ -172,31 +174,43 @@ void backward_rows(const Backward& f, int64_t first, int64_t last, double* sums,
 }
 
 template <int S>
-void differentiate_block(const Backward& f, const float* result, const float* g, const float* scores, const uint8_t* ok, float* ds, int64_t n,
-                         float factor) {
-  f.s.is_log ? differentiate<S, true>(result, g, scores, ok, ds, n, factor) : differentiate<S, false>(result, g, scores, ok, ds, n, factor);
+void differentiate_lanes(bool is_log, const Arriving& a, float* ds, int64_t n, float factor) {
+  is_log ? differentiate<S, true>(a, ds, n, factor) : differentiate<S, false>(a, ds, n, factor);
+}
+
+void differentiate_block(const Backward& f, const Arriving& a, float* ds, int64_t n, float factor) {
+  switch (f.lanes) {
+    case 1: return differentiate_lanes<1>(f.s.is_log, a, ds, n, factor);
+    case 2: return differentiate_lanes<2>(f.s.is_log, a, ds, n, factor);
+    case 4: return differentiate_lanes<4>(f.s.is_log, a, ds, n, factor);
+#if defined(__AVX2__)
+    case 8: return differentiate_lanes<8>(f.s.is_log, a, ds, n, factor);
+#endif
+#if defined(__AVX512F__)
+    case 16: return differentiate_lanes<16>(f.s.is_log, a, ds, n, factor);
+#endif
+    default: return;
+  }
 }
 
 // Rows that lie in memory as vectors take them.
-template <int S>
 void backward_in_place(const Backward& f, const Place& first, int64_t rows) {
   const Softmax& s = f.s;
-  const int64_t n = rows * S, whole = n / W * W;
+  const int64_t n = rows * f.lanes, whole = n / W * W;
   const float scale = static_cast<float>(s.scale);
   const float* result = reinterpret_cast<const float*>(row_at(s.result, first));
   const float* g = reinterpret_cast<const float*>(row_at(s.dout, first));
   float* to = reinterpret_cast<float*>(row_at(s.dx, first));
   const uint8_t* ok = keep_of(s.mask, first);
-  differentiate_block<S>(f, result, g, nullptr, ok, to, whole, scale);
+  differentiate_block(f, {result, g, nullptr, ok}, to, whole, scale);
   if (whole == n) return;
   float r[W] = {}, arriving[W] = {}, values[W];
   uint8_t bytes[W] = {};
   for (int64_t j = whole, i = 0; j < n; ++j, ++i) r[i] = result[j], arriving[i] = g[j], bytes[i] = !ok || ok[j];
-  differentiate_block<S>(f, r, arriving, nullptr, bytes, values, W, scale);
+  differentiate_block(f, {r, arriving, nullptr, bytes}, values, W, scale);
   memcpy(to + whole, values, static_cast<size_t>(n - whole) * 4);
 }
 
-template <int S>
 void backward_block(const Backward& f, const Block& block, double* sums, BlockRooms& rooms) {
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
@@ -208,15 +222,13 @@ void backward_block(const Backward& f, const Block& block, double* sums, BlockRo
     block_factors(s.dropout, f.order, block, kv_len, rooms.d);
     for (int64_t j = 0; j < block.size(); ++j) rooms.c[j] *= rooms.d[j];
   }
-  differentiate_block<S>(f, rooms.b, rooms.c, s.is_uniform ? rooms.a : nullptr, ok, rooms.d, block.end(), 1.f);
+  differentiate_block(f, {rooms.b, rooms.c, s.is_uniform ? rooms.a : nullptr, ok}, rooms.d, block.end(), 1.f);
   if (sums) {
     double row_sum = 0.0;
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t j = 0; j < kv_len; ++j)
-        if (f.shared.columns == 1)
-          row_sum += static_cast<double>(rooms.d[i * S + j]);
-        else
-          sums[j] += static_cast<double>(rooms.d[i * S + j]);
+        if (f.shared.columns == 1) row_sum += static_cast<double>(rooms.d[i * f.lanes + j]);
+        else sums[j] += static_cast<double>(rooms.d[i * f.lanes + j]);
     if (f.shared.columns == 1) sums[0] += row_sum;
   } else if (s.dbias.data) {
     scatter(rooms.d, f.order, block, kv_len, s.dbias, f.dense && is_dense(s.dbias, s.sizes));
@@ -227,31 +239,15 @@ void backward_block(const Backward& f, const Block& block, double* sums, BlockRo
   scatter(rooms.d, f.order, block, kv_len, s.dx, f.dense && is_dense(s.dx, s.sizes));
 }
 
-template <int S>
-void backward_blocks(const Backward& f, int64_t first, int64_t last, double* sums) {
+void backward_thin(const Backward& f, int64_t first, int64_t last, double* sums) {
   const Softmax& s = f.s;
-  const bool in_place = S == s.sizes.kv_len && f.dense && s.dx.data && !s.dbias.data && !s.dropout.seed && !s.is_uniform &&
+  const bool in_place = f.lanes == s.sizes.kv_len && f.dense && s.dx.data && !s.dbias.data && !s.dropout.seed && !s.is_uniform &&
                         s.result.dtype == kFloat && s.dout.dtype == kFloat && is_dense(s.result, s.sizes) && is_dense(s.dout, s.sizes) &&
                         is_dense(s.dx, s.sizes) && is_dense_keep(s.mask, s.sizes);
-  if (in_place) return backward_in_place<S>(f, f.order.at(first), last - first);
+  if (in_place) return backward_in_place(f, f.order.at(first), last - first);
   BlockRooms rooms;
-  const int64_t step = kBlockLanes / S;
-  for (int64_t r = first; r < last; r += step) backward_block<S>(f, {f.order.at(r), smaller_of(step, last - r), S}, sums, rooms);
-}
-
-void backward_thin(const Backward& f, int64_t first, int64_t last, double* sums) {
-  switch (f.lanes) {
-    case 1: return backward_blocks<1>(f, first, last, sums);
-    case 2: return backward_blocks<2>(f, first, last, sums);
-    case 4: return backward_blocks<4>(f, first, last, sums);
-#if defined(__AVX2__)
-    case 8: return backward_blocks<8>(f, first, last, sums);
-#endif
-#if defined(__AVX512F__)
-    case 16: return backward_blocks<16>(f, first, last, sums);
-#endif
-    default: return;
-  }
+  const int64_t step = kBlockLanes / f.lanes;
+  for (int64_t r = first; r < last; r += step) backward_block(f, {f.order.at(r), smaller_of(step, last - r), f.lanes}, sums, rooms);
 }
 
 // The rows of one unit; where they share a part of the bias gradient, that part.
@@ -311,10 +307,8 @@ int softmax_bwd(const Softmax& s) {
   const int64_t inner = order.inner(), groups = order.count() / inner;
   const int64_t rows = larger_of(1, kTaskElements / kv_len);
   int64_t units = 1;
-  if (!shared)
-    units = (inner + rows - 1) / rows;
-  else if (groups < kUnits)
-    units = larger_of(1, smaller_of(inner / kUnitRows, kUnits / groups));
+  if (!shared) units = (inner + rows - 1) / rows;
+  else if (groups < kUnits) units = larger_of(1, smaller_of(inner / kUnitRows, kUnits / groups));
   const int64_t count = groups * units, step = shared ? larger_of(1, rows * units / inner) : 1, tasks = (count + step - 1) / step;
   const int64_t columns = s.dbias.col == 0 ? 1 : kv_len, threads = threads_for(s.threads, tasks);
   double* partials = nullptr;

@@ -1,6 +1,6 @@
 // Masked softmax, forward: softmax(scale * x + bias) over the keys that each row may attend to, or its logarithm, and dropout of it.
-#include "softmax_rows.h"
-#include "softmax_thin.h"
+#include "cpu/softmax_rows.h"
+#include "cpu/softmax_thin.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -78,34 +78,47 @@ void forward_row(const Forward& f, const Place& p, const Rooms& rooms) {
 }
 
 template <int S>
-void normalise_block(const Forward& f, const float* x, const uint8_t* ok, float* to, int64_t n) {
+void normalise_lanes(const Forward& f, const float* x, const uint8_t* ok, float* to, int64_t n) {
   f.s.is_log ? normalise<S, true>(x, ok, to, n, f.of_empty) : normalise<S, false>(x, ok, to, n, f.of_empty);
 }
 
-// A block that lies in memory as vectors take it, scores and result.
-template <int S>
+void normalise_block(const Forward& f, const float* x, const uint8_t* ok, float* to, int64_t n) {
+  switch (f.lanes) {
+    case 1: return normalise_lanes<1>(f, x, ok, to, n);
+    case 2: return normalise_lanes<2>(f, x, ok, to, n);
+    case 4: return normalise_lanes<4>(f, x, ok, to, n);
+#if defined(__AVX2__)
+    case 8: return normalise_lanes<8>(f, x, ok, to, n);
+#endif
+#if defined(__AVX512F__)
+    case 16: return normalise_lanes<16>(f, x, ok, to, n);
+#endif
+    default: return;
+  }
+}
+
+// Rows that lie in memory as vectors take them, scores and result.
 void forward_in_place(const Forward& f, const Place& first, int64_t rows) {
   const Softmax& s = f.s;
-  const int64_t n = rows * S, whole = n / W * W;
+  const int64_t n = rows * f.lanes, whole = n / W * W;
   const float* x = reinterpret_cast<const float*>(row_at(s.x, first));
   float* to = reinterpret_cast<float*>(row_at(s.out, first));
   const uint8_t* ok = keep_of(s.mask, first);
-  normalise_block<S>(f, x, ok, to, whole);
+  normalise_block(f, x, ok, to, whole);
   if (whole == n) return;
   float last[W] = {}, values[W];
   uint8_t bytes[W] = {};
   for (int64_t j = whole; j < n; ++j) last[j - whole] = x[j], bytes[j - whole] = !ok || ok[j];
-  normalise_block<S>(f, last, bytes, values, W);
+  normalise_block(f, last, bytes, values, W);
   memcpy(to + whole, values, static_cast<size_t>(n - whole) * 4);
 }
 
-template <int S>
 void forward_block(const Forward& f, const Block& block, bool dense, BlockRooms& rooms) {
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
   block_scores(s, f.order, block, dense, rooms);
   const uint8_t* ok = block_bytes(s.mask, f.order, block, kv_len, rooms.bytes);
-  normalise_block<S>(f, rooms.a, ok, rooms.c, block.end());
+  normalise_block(f, rooms.a, ok, rooms.c, block.end());
   if (s.dropout.seed) {
     scatter(rooms.c, f.order, block, kv_len, s.probs, is_dense(s.probs, s.sizes));
     block_factors(s.dropout, f.order, block, kv_len, rooms.b);
@@ -114,31 +127,15 @@ void forward_block(const Forward& f, const Block& block, bool dense, BlockRooms&
   scatter(rooms.c, f.order, block, kv_len, s.out, is_dense(s.out, s.sizes));
 }
 
-template <int S>
-void forward_blocks(const Forward& f, int64_t first, int64_t last) {
+void forward_thin(const Forward& f, int64_t first, int64_t last) {
   const Softmax& s = f.s;
   const bool dense = is_dense(s.x, s.sizes);
-  const bool in_place = S == s.sizes.kv_len && dense && s.x.dtype == kFloat && s.scale == 1.0 && !s.bias.data && !s.dropout.seed &&
+  const bool in_place = f.lanes == s.sizes.kv_len && dense && s.x.dtype == kFloat && s.scale == 1.0 && !s.bias.data && !s.dropout.seed &&
                         is_dense(s.out, s.sizes) && is_dense_keep(s.mask, s.sizes);
-  if (in_place) return forward_in_place<S>(f, f.order.at(first), last - first);
+  if (in_place) return forward_in_place(f, f.order.at(first), last - first);
   BlockRooms rooms;
-  const int64_t step = kBlockLanes / S;
-  for (int64_t r = first; r < last; r += step) forward_block<S>(f, {f.order.at(r), smaller_of(step, last - r), S}, dense, rooms);
-}
-
-void forward_thin(const Forward& f, int64_t first, int64_t last) {
-  switch (f.lanes) {
-    case 1: return forward_blocks<1>(f, first, last);
-    case 2: return forward_blocks<2>(f, first, last);
-    case 4: return forward_blocks<4>(f, first, last);
-#if defined(__AVX2__)
-    case 8: return forward_blocks<8>(f, first, last);
-#endif
-#if defined(__AVX512F__)
-    case 16: return forward_blocks<16>(f, first, last);
-#endif
-    default: return;
-  }
+  const int64_t step = kBlockLanes / f.lanes;
+  for (int64_t r = first; r < last; r += step) forward_block(f, {f.order.at(r), smaller_of(step, last - r), f.lanes}, dense, rooms);
 }
 
 void forward_tasks(void* context, int64_t worker) {

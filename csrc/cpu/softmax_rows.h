@@ -3,17 +3,18 @@
 
 #include <cmath>
 
-#include "convert.h"
-#include "dropout.h"
-#include "mask.h"
-#include "params.h"
-#include "simd.h"
-#include "threads.h"
+#include "cpu/convert.h"
+#include "cpu/dropout.h"
+#include "cpu/mask.h"
+#include "cpu/params.h"
+#include "cpu/simd.h"
+#include "cpu/threads.h"
 
 namespace fused_attn::cpu {
 namespace {
 
-// Elements of a task: below it a second thread costs more than it brings (a parallel region takes some microseconds, 2^14 elements about ten).
+// Elements of a task: below it a second thread costs more than it brings (a parallel region takes some microseconds, 2^14 elements about
+// ten).
 constexpr int64_t kTaskElements = 1 << 14;
 // Elements summed up in float32 before they join a double: rows may have millions.
 constexpr int64_t kSumElements = 4096;
@@ -154,7 +155,8 @@ float write_scores(const float* x, float scale, const float* bias, const uint8_t
   return largest_of(larger(top0, top1));
 }
 
-// exp(scores - top) of whole vectors, kept in place if asked for; returns their sum, NaN where a score is NaN or +inf and 0 where all are -inf.
+// exp(scores - top) of whole vectors, kept in place if asked for; returns their sum, NaN where a score is NaN or +inf and 0 where all are
+// -inf.
 template <bool kKept>
 double exponentials(float* scores, int64_t n, float top) {
   double total = 0.0;

@@ -2,7 +2,7 @@
 // exchanges of lanes. Blocks that do not lie like that in memory are copied into rooms that do.
 #pragma once
 
-#include "softmax_rows.h"
+#include "cpu/softmax_rows.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -55,16 +55,23 @@ __attribute__((noinline)) void normalise(const float* scores, const uint8_t* ok,
   }
 }
 
-// Gradients of n lanes of scores, times a factor. `scores` are there where a row without keys is uniform and looks like any other.
+// What a gradient is made of: the result, what arrives there, scores where a row without keys is uniform and looks like any other, and
+// bytes or nullptr where all may attend.
+struct Arriving {
+  const float *result, *dout, *scores;
+  const uint8_t* ok;
+};
+
+// Gradients of n lanes of scores, times a factor.
 template <int S, bool kLog>
-__attribute__((noinline)) void differentiate(const float* result, const float* dout, const float* scores, const uint8_t* ok, float* to, int64_t n, float factor) {
+__attribute__((noinline)) void differentiate(const Arriving& a, float* to, int64_t n, float factor) {
   for (int64_t j = 0; j < n; j += W) {
-    const vi yes = is_set_or_all(ok, j);
-    const vf r = load(result + j), g = select(yes, load(dout + j), vf{});
+    const vi yes = is_set_or_all(a.ok, j);
+    const vf r = load(a.result + j), g = select(yes, load(a.dout + j), vf{});
     const vf p = kLog ? exp_of(r) : r;
     const vf inner = across<S>(kLog ? g : select(yes, g * p, vf{}), Sum{});
     const vf ds = kLog ? g - p * inner : p * (g - inner);
-    const vf weight = scores ? select(yes, select(load(scores + j) == -kInf, vf{}, all(1.f)), vf{}) : select(yes, p, vf{});
+    const vf weight = a.scores ? select(yes, select(load(a.scores + j) == -kInf, vf{}, all(1.f)), vf{}) : select(yes, p, vf{});
     const vi lives = across<S>(weight, Sum{}) != 0.f;
     store(to + j, select(yes & lives, ds * factor, vf{}));
   }

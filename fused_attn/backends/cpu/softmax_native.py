@@ -36,9 +36,9 @@ def softmax_fwd(call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
     out = torch.empty_like(call.scores)
     probs = call.scores.new_empty(call.shape) if call.terms.dropout else None
     for rows, part in _parts(call):
-        x, alive = addressable(part.scores), [out]
+        x = addressable(part.scores)
         results = matrix(x) + matrix(_rows(out, rows)) + (NO_MATRIX if probs is None else matrix(_rows(probs, rows)))
-        _run("fwd", part, results + NO_MATRIX * 4, alive)
+        _run("fwd", part, results + NO_MATRIX * 4, [x])
     return out, probs
 
 
