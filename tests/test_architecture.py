@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fused_attn as fa
+from fused_attn import build_cpu
 
 pytestmark = pytest.mark.quick
 

@@ -1,3 +1,4 @@
+// Threads and their memory, for all instruction sets alike.
 #include "cpu/threads.h"
 
 #include <cstdlib>
