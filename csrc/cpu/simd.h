@@ -82,6 +82,22 @@ FUSED_ATTN_INLINE vf whole(vf x) {
 #endif
 }
 
+// Every lane the one whose index differs in bit K.
+template <int K>
+FUSED_ATTN_INLINE vf swapped(vf x) {
+#if defined(__AVX512F__)
+  if constexpr (K < 4) return (vf)_mm512_permute_ps((__m512)x, K == 1 ? 0xB1 : 0x4E);
+  return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, K == 4 ? 0xB1 : 0x4E);
+#elif defined(__AVX2__)
+  if constexpr (K < 4) return (vf)_mm256_permute_ps((__m256)x, K == 1 ? 0xB1 : 0x4E);
+  return (vf)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
+#else
+  vf y;
+  for (int i = 0; i < W; ++i) y[i] = x[i ^ K];
+  return y;
+#endif
+}
+
 // Without a temporal hint: the lines go to memory past the caches. p is aligned to the vector.
 FUSED_ATTN_INLINE void stream(float* p, vf x) {
 #if defined(__AVX512F__)

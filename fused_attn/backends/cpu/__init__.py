@@ -18,7 +18,7 @@ from fused_attn.backends.base import (
     device_type,
     transform_refusal,
 )
-from fused_attn.backends.cpu import attention, attention_native, library, softmax
+from fused_attn.backends.cpu import attention, attention_native, library, softmax, softmax_native
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -92,7 +92,7 @@ class CpuBackend:
         return attention_native.stats_shape(call) if attention_native.takes(call) else (0,)
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
-        return softmax.softmax_fwd(call)
+        return (softmax_native if softmax_native.takes(call) else softmax).softmax_fwd(call)
 
     def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
-        return softmax.softmax_bwd(call, result, dout, needs)
+        return (softmax_native if softmax_native.takes(call) else softmax).softmax_bwd(call, result, dout, needs)
