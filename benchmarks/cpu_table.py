@@ -168,9 +168,7 @@ def missed(found: Mapping[str, Any]) -> int:
 def rendered(found: Mapping[str, Any]) -> str:
     """All tables, as Markdown."""
     lines, environment = found["lines"], found["environment"]
-    about = (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; CPU library: {environment['library']}."
-    )
+    about = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; CPU library: {environment['library']}; load before the run {environment['load']}."
     mean = masks_and_biases(lines)
     parts = [
         about,

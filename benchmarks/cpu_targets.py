@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +30,10 @@ PAGE = ROOT / "docs" / "performance.md"
 # Cases that are measured beside busy processes too: one of each way to split the work.
 BUSY_KINDS = ("plain", "dense mask", "bias", "probabilities", "masked softmax")
 BUSY_LENGTH = 1024
-# Least rounds of a case, however long they take.
+# Least rounds and seconds of a case, and seconds for the host's cost.
 ROUNDS = 3
+LEAST_SECONDS = 0.3
+HOST_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def library() -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements, as they are stored."""
+    load = f"{os.getloadavg()[0]:.2f}"
     torch.set_num_threads(args.threads)
     lines: list[Line] = []
 
@@ -160,12 +164,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for jobs in attention_jobs(args.head_size, args.length):
         while jobs:
             job = jobs.pop(0)
-            add(job, min(max(0.3, per_work * job.work), 8.0))
+            add(job, min(max(LEAST_SECONDS, per_work * job.work), 8.0))
         gc.collect()
     for rows in SOFTMAX:
-        add(rows.job(), 2.0)
-    environment = describe(CPU) | {"library": library()}
-    costs = [asdict(cost) for cost in host_costs(6.0)]
+        add(rows.job(), 5 * LEAST_SECONDS)
+    environment = describe(CPU) | {"library": library(), "load": load}
+    costs = [asdict(cost) for cost in host_costs(HOST_SECONDS)]
     return {"environment": environment, "busy": args.busy, "lines": [asdict(line) for line in lines], "host": costs}
 
 
