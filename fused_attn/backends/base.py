@@ -133,6 +133,8 @@ def gradients_without_scores(call: LoweredAttention, incoming: Incoming, needs: 
 def authored_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     """The reasons shared by every kernel backend: code of the user's that has no normal form."""
     scoring = problem.modifiers.scoring
+    if scoring is None and not problem.modifiers.score_mods:
+        return []
     found = [unlowerable(mod, SCORE_MODS) for mod in problem.modifiers.score_mods if not mod.by_parts]
     found += [] if scoring is None or scoring.lowers else [unlowerable(scoring, SCORINGS)]
     return [reason for reason in found if reason]
