@@ -45,13 +45,13 @@ def takes(call: LoweredAttention) -> bool:
     if not library.isa() or q.dtype not in DTYPES:
         return False
     sizes = (q.shape[3], call.v.shape[3])
-    if not (1 <= min(sizes) and max(sizes) <= MAX_HEAD_DIM) or len(terms.mods) > MAX_MODS:
+    if not (min(sizes) >= 1 and max(sizes) <= MAX_HEAD_DIM) or len(terms.mods) > MAX_MODS:
         return False
     if terms.normalizer is not None and terms.normalizer.name != Sigmoid.name:
         return False
     if terms.scoring is not None and terms.scoring.name != Additive.name:
         return False
-    return all(mod.name in KINDS and mod.layout is None for mod in terms.mods) and keeps_of(terms.mask) is not None
+    return all(mod.name in KINDS and mod.layout is None for mod in terms.mods)
 
 
 def stats_shape(call: LoweredAttention) -> tuple[int, ...]:
@@ -60,39 +60,54 @@ def stats_shape(call: LoweredAttention) -> tuple[int, ...]:
     return (2 + call.v.shape[3] * wide, *call.shape[:3])
 
 
-def _wide(forward: Forward) -> Tensor | None:
+def wide_out(forward: Forward) -> Tensor | None:
     """The float32 output [batch, heads, q_len, value_dim] in the statistics."""
     stats = forward.stats
     return stats[2:].view(*stats.shape[1:], -1) if stats.shape[0] > 2 else None
 
 
-def attention_fwd(call: LoweredAttention, request: AuxRequest = NOTHING) -> tuple[Forward, AuxTensors]:
-    """The output, lse, the rows' statistics, and what the request asks for."""
+def rooms(call: LoweredAttention, request: AuxRequest) -> tuple[Forward, AuxTensors]:
+    """Room for what a forward leaves and for what is asked for besides."""
     q, (batch, heads, q_len, kv_len) = call.q, call.shape
-    forward = Forward(
-        empty_out(q, call.v.shape[3]),
-        q.new_empty((batch, heads, q_len), dtype=torch.float32),
-        q.new_empty(stats_shape(call), dtype=torch.float32),
-    )
-    aux = AuxTensors(
+
+    def room(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    forward = Forward(empty_out(q, call.v.shape[3]), room(batch, heads, q_len), room(*stats_shape(call)))
+    return forward, AuxTensors(
         q.new_empty(call.shape) if request.probs else None,
         q.new_empty(call.shape, dtype=request.scores_dtype) if request.scores else None,
-        q.new_empty((batch, heads, q_len), dtype=torch.float32) if request.max_scores else None,
-        q.new_empty((batch, heads, kv_len), dtype=torch.float32) if request.column_sums else None,
-        q.new_empty((batch, heads, q_len), dtype=torch.float32) if request.entropy else None,
+        room(batch, heads, q_len) if request.max_scores else None,
+        room(batch, heads, kv_len) if request.column_sums else None,
+        room(batch, heads, q_len) if request.entropy else None,
     )
-    if q.numel() == 0 or kv_len == 0:
+
+
+def attention_fwd(call: LoweredAttention, request: AuxRequest = NOTHING) -> tuple[Forward, AuxTensors]:
+    """The output, lse, the rows' statistics, and what the request asks for."""
+    forward, aux = rooms(call, request)
+    if 0 in call.shape:
         return _without_scores(call, forward), AuxTensors(*(_blank(t, i) for i, t in enumerate(aux)))
-    fields = _Fields(call)
-    fields.run("attention_fwd", _Outputs(forward, aux, Incoming(None)))
+    _Fields(call).run("attention_fwd", _Outputs(forward, aux, Incoming(None)))
     return forward, aux
 
 
-def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
-    """Gradients of q, k, v, the sinks and the modifications' tensors; None where not needed."""
+def attention_bwd(
+    call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...], is_part: bool = False
+) -> Gradients:
+    """Gradients of q, k, v, the sinks and the modifications' tensors; None where not needed.
+
+    Args:
+        call: the call.
+        forward: what its forward left.
+        incoming: what arrives.
+        needs: which gradients are wanted, see ``base.Backend``.
+        is_part: whether the call is one of several whose gradients are summed: they are float32, then.
+    """
     if 0 in call.shape:
         return gradients_without_scores(call, incoming, needs)
-    dq, dk, dv = (torch.empty_like(t) if need else None for t, need in zip((call.q, call.k, call.v), needs[:3], strict=True))
+    dtype = torch.float32 if is_part else None
+    dq, dk, dv = (torch.empty_like(t, dtype=dtype) if need else None for t, need in zip((call.q, call.k, call.v), needs[:3], strict=True))
     delta = torch.empty_like(forward.lse) if needs[3] else None
     left = iter(needs[4:])
     grads = [_Gradient.of(call, entry, next(left) if entry.tensors else False) for entry in call.terms.entries]
@@ -104,7 +119,7 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         if grad.shared is not None:
             fields.run("attention_bwd_bias", outputs, place)
     dsinks = sink_gradient(call, forward.stats, delta) if delta is not None else None
-    return dq, dk, dv, dsinks, *(grad.finished() for grad in grads if grad.tensor is not None)
+    return dq, dk, dv, dsinks, *(grad.finished(dtype) for grad in grads if grad.tensor is not None)
 
 
 def _without_scores(call: LoweredAttention, forward: Forward) -> Forward:
@@ -155,12 +170,12 @@ class _Gradient:
         """Whether attention_bwd makes it."""
         return any(t is not None for t in (self.pairs, self.rows, self.columns))
 
-    def finished(self) -> Tensor | None:
-        """The gradient in the tensor's shape, dtype and layout; None where it is not wanted."""
+    def finished(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The gradient in the tensor's shape, layout and dtype, or another one; None where it is not wanted."""
         if self.pairs is not None or self.tensor is None:
             return self.pairs
         sums = next((t for t in (self.shared, self.rows, self.columns) if t is not None), None)
-        return None if sums is None else torch.empty_like(self.tensor).copy_(sums.sum_to_size(self.tensor.shape))
+        return None if sums is None else torch.empty_like(self.tensor, dtype=dtype).copy_(sums.sum_to_size(self.tensor.shape))
 
     @property
     def fields(self) -> bytes:
@@ -234,7 +249,7 @@ class _Fields:
     def run(self, name: str, outputs: _Outputs, place: int = 0) -> None:
         """Runs a pass of the library on the call."""
         (out, lse, stats), aux, incoming = outputs.forward, outputs.aux, outputs.incoming
-        wide = _wide(outputs.forward)
+        wide = wide_out(outputs.forward)
         is_backward = name != "attention_fwd"
         arriving = [
             None if t is None else addressable(t)

@@ -133,7 +133,9 @@ def run(name: str, fields: bytes) -> None:
     library = load()
     assert library is not None
     if getattr(library, f"fused_attn_cpu_{name}")(fields):
-        raise MemoryError(f"{name} must have memory for its threads' tiles, O(length) each; got none. Use fewer threads or shorter sequences.")
+        raise MemoryError(
+            f"{name} must have memory for its threads' tiles, O(length) each; got none. Use fewer threads or shorter sequences."
+        )
 
 
 # torch.compile runs them while tracing instead of tracing through the load (what torch.compiler.assume_constant_result sets).

@@ -95,7 +95,8 @@ def _run(name: str, call: LoweredSoftmax, matrices: bytes, alive: list[Tensor]) 
     """One pass on ``struct Softmax``, of which ``matrices`` are what stands last: x, out, probs, result, dout, dx, dbias."""
     terms, loaded = call.terms, library.load()
     keeps, biases = keeps_of(terms.mask), _biases(call)
-    assert keeps is not None and loaded is not None
+    assert keeps is not None
+    assert loaded is not None
     batch, heads, q_len, kv_len = call.scores.shape
     bias = addressable(biases[0]) if biases else None
     fields = (
@@ -108,4 +109,6 @@ def _run(name: str, call: LoweredSoftmax, matrices: bytes, alive: list[Tensor]) 
         matrices,
     )
     if getattr(loaded, f"fused_attn_cpu_softmax_{name}")(b"".join(fields)):
-        raise MemoryError(f"masked softmax must have room for some rows of {kv_len} keys per thread; got none. Free memory or use fewer threads.")
+        raise MemoryError(
+            f"masked softmax must have room for some rows of {kv_len} keys per thread; got none. Free memory or use fewer threads."
+        )
