@@ -29,9 +29,11 @@ def attention_fwd(call: LoweredAttention, request: AuxRequest = NOTHING) -> tupl
         if forward.stats.shape[0] == 2:
             forward.stats[..., rows] = some.stats
         else:
-            forward.stats[:2, ..., rows], wide = some.stats[:2], attention_native.wide_out(forward)
+            forward.stats[:2, ..., rows] = some.stats[:2]
+            wide, part_wide = attention_native.wide_out(forward), attention_native.wide_out(some)
             assert wide is not None
-            wide[:, :, rows] = attention_native.wide_out(some)
+            assert part_wide is not None
+            wide[:, :, rows] = part_wide
         for name, whole, here in zip(AuxTensors._fields, aux, more, strict=True):
             if whole is None or here is None:
                 continue
