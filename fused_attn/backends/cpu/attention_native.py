@@ -6,6 +6,8 @@ What the library knows is the normal form of ``csrc/cpu/params.h``; ``takes`` sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from fused_attn.auxiliary import NOTHING, AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, gradients_without_scores, sink_gradient
 from fused_attn.backends.cpu import library
 from fused_attn.backends.cpu.arguments import (
+    DTYPES,
+    NO_DROPOUT,
     NO_MATRIX,
     addressable,
     double,
@@ -25,24 +29,25 @@ from fused_attn.backends.cpu.arguments import (
 )
 from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import empty_out
-from fused_attn.lowering import LoweredAttention
+from fused_attn.lowering import KernelMask, LoweredAttention
 from fused_attn.normalizers import Sigmoid
 from fused_attn.score_mods import ALiBi, Bias, Level, SoftCap
 from fused_attn.scoring import Additive
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 512
 # ``kMaxMods`` and ``enum ModKind``.
 MAX_MODS = 8
 KINDS = {Bias.name: 0, SoftCap.name: 1, ALiBi.name: 2, Level.name: 3}
-_MOD = ints[2](0, 0) + 2 * NO_MATRIX + ints[2](0, 0)
+_NO_GRADIENT = NO_MATRIX + ints[2](0, 0)
+_MOD = ints[2](0, 0) + NO_MATRIX + _NO_GRADIENT
 _NO_MODS = MAX_MODS * _MOD
+_NOTHING = AuxTensors()
 
 
 def takes(call: LoweredAttention) -> bool:
     """Whether the library computes the call; nothing that a compiler's fake tensors could not answer is asked."""
     terms, q = call.terms, call.q
-    if not library.isa() or q.dtype not in DTYPES:
+    if not library.isa() or q.dtype == torch.float64:
         return False
     sizes = (q.shape[3], call.v.shape[3])
     if not (min(sizes) >= 1 and max(sizes) <= MAX_HEAD_DIM) or len(terms.mods) > MAX_MODS:
@@ -74,6 +79,8 @@ def rooms(call: LoweredAttention, request: AuxRequest) -> tuple[Forward, AuxTens
         return q.new_empty(shape, dtype=torch.float32)
 
     forward = Forward(empty_out(q, call.v.shape[3]), room(batch, heads, q_len), room(*stats_shape(call)))
+    if not request.needs_pass:
+        return forward, _NOTHING
     return forward, AuxTensors(
         q.new_empty(call.shape) if request.probs else None,
         q.new_empty(call.shape, dtype=request.scores_dtype) if request.scores else None,
@@ -88,7 +95,7 @@ def attention_fwd(call: LoweredAttention, request: AuxRequest = NOTHING) -> tupl
     forward, aux = rooms(call, request)
     if 0 in call.shape:
         return _without_scores(call, forward), AuxTensors(*(_blank(t, i) for i, t in enumerate(aux)))
-    _Fields(call).run("attention_fwd", _Outputs(forward, aux, Incoming(None)))
+    _Fields(call).run_forward(forward, aux)
     return forward, aux
 
 
@@ -111,13 +118,13 @@ def attention_bwd(
     delta = torch.empty_like(forward.lse) if needs[3] else None
     left = iter(needs[4:])
     grads = [_Gradient.of(call, entry, next(left) if entry.tensors else False) for entry in call.terms.entries]
-    fields = _Fields(call, grads)
-    outputs = _Outputs(forward, AuxTensors(), incoming, (dq, dk, dv), delta)
-    if any(t is not None for t in (dq, dk, dv, delta)) or any(g.is_own for g in grads):
-        fields.run("attention_bwd", outputs)
+    held = _Fields(call, grads)
+    fields = held.with_backward(forward, incoming, (dq, dk, dv), delta)
+    if any(needs[:4]) or any(g.is_own for g in grads):
+        library.run("attention_bwd", fields + ints[1](0))
     for place, grad in enumerate(grads[len(grads) - len(call.terms.mods) :]):
         if grad.shared is not None:
-            fields.run("attention_bwd_bias", outputs, place)
+            library.run("attention_bwd_bias", fields + ints[1](place))
     dsinks = sink_gradient(call, forward.stats, delta) if delta is not None else None
     return dq, dk, dv, dsinks, *(grad.finished(dtype) for grad in grads if grad.tensor is not None)
 
@@ -192,15 +199,17 @@ def _optional(tensor: Tensor | None) -> bytes:
     return NO_MATRIX if tensor is None else matrix(tensor)
 
 
-@dataclass(slots=True)
-class _Outputs:
-    """What a pass writes, and what it reads besides the call."""
+# What ``struct Attention`` says of auxiliary outputs, and of the backward, where there are none.
+_NO_AUX = NO_MATRIX * 2 + ints[3](0, 0, 0)
+_NO_BACKWARD = NO_MATRIX * 8 + ints[2](0, 0)
+_three = Struct("18q").pack
 
-    forward: Forward
-    aux: AuxTensors
-    incoming: Incoming
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    delta: Tensor | None = None
+
+@lru_cache(maxsize=256)
+def _fields_without_tensors(left: int | None, right: int | None, offset: int, scale: float) -> bytes:
+    """Mask to dropout of ``struct Attention``; packed once, for it takes as long as the smallest problems."""
+    mask = mask_fields(KernelMask(left, right), offset, (), [])
+    return b"".join((mask, double(scale), ints[1](0), _NO_MODS, NO_MATRIX, ints[2](0, 0), double(0.0), NO_MATRIX, NO_DROPOUT))
 
 
 class _Fields:
@@ -208,27 +217,34 @@ class _Fields:
 
     def __init__(self, call: LoweredAttention, grads: list[_Gradient] | None = None) -> None:
         terms, (batch, heads, q_len, kv_len) = call.terms, call.shape
-        self.alive = [addressable(t) for t in (call.q, call.k, call.v)]
-        q, k, v = self.alive
-        sizes = ints[8](batch, heads, k.shape[1], q_len, kv_len, q.shape[3], v.shape[3], torch.get_num_threads())
-        mask = mask_fields(terms.mask, terms.q_offset, keeps_of(terms.mask) or (), self.alive)
+        q, k, v = self.alive = [addressable(call.q), addressable(call.k), addressable(call.v)]
+        dtype, kv_heads, head_dim, value_dim = DTYPES[q.dtype], k.shape[1], q.shape[3], v.shape[3]
+        sizes = ints[8](batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, torch.get_num_threads())
+        if terms.holds_tensors:
+            of_terms = self._fields_of_terms(call, grads)
+        else:
+            assert isinstance(terms.q_offset, int)
+            of_terms = _fields_without_tensors(terms.mask.left, terms.mask.right, terms.q_offset, terms.scale)
+        inputs = _three(
+            q.data_ptr(), *q.stride(), dtype, k.data_ptr(), *k.stride(), dtype, v.data_ptr(), *v.stride(), dtype,
+        )  # fmt: skip
+        self.head = sizes + of_terms + inputs
+
+    def _fields_of_terms(self, call: LoweredAttention, grads: list[_Gradient] | None) -> bytes:
+        terms = call.terms
         mods = self._mods(terms.mods, None if grads is None else grads[len(terms.entries) - len(terms.mods) :])
         weight_grad = grads[0].columns if grads and terms.scoring is not None else None
         sigmoid = terms.normalizer
-        sinks = None if terms.sinks is None else self._held(terms.sinks.view(1, heads, 1, 1))
-        self.head = b"".join(
+        return b"".join(
             (
-                sizes,
-                mask,
+                mask_fields(terms.mask, terms.q_offset, keeps_of(terms.mask) or (), self.alive),
                 double(terms.scale),
                 mods,
                 NO_MATRIX if terms.scoring is None else matrix(self._held(terms.scoring.tensors[0].float().contiguous())),
-                ints[2](_address(weight_grad), sigmoid is not None) + double(sigmoid.scalars[0] if sigmoid else 0.0),
-                _optional(sinks),
+                ints[2](_address(weight_grad), sigmoid is not None),
+                double(sigmoid.scalars[0] if sigmoid else 0.0),
+                NO_MATRIX if terms.sinks is None else matrix(self._held(terms.sinks.view(1, -1, 1, 1))),
                 dropout_fields(terms.dropout, call.shape),
-                matrix(q),
-                matrix(k),
-                matrix(v),
             )
         )
 
@@ -237,38 +253,40 @@ class _Fields:
         return self.alive[-1]
 
     def _mods(self, mods: tuple[KernelScore, ...], grads: list[_Gradient] | None) -> bytes:
-        if not mods:
-            return ints[1](0) + _NO_MODS
         written = [ints[1](len(mods))]
         for i, mod in enumerate(mods):
             tensor = NO_MATRIX if not mod.tensors else matrix(self._held(mod.tensors[0]))
             scalar = double(mod.scalars[0] if mod.scalars else 0.0)
-            written += [ints[1](KINDS[mod.name]), scalar, tensor, _MOD[-len(NO_MATRIX) - 16 :] if grads is None else grads[i].fields]
+            written += [ints[1](KINDS[mod.name]), scalar, tensor, _NO_GRADIENT if grads is None else grads[i].fields]
         return b"".join(written) + (MAX_MODS - len(mods)) * _MOD
 
-    def run(self, name: str, outputs: _Outputs, place: int = 0) -> None:
-        """Runs a pass of the library on the call."""
-        (out, lse, stats), aux, incoming = outputs.forward, outputs.aux, outputs.incoming
-        wide = wide_out(outputs.forward)
-        is_backward = name != "attention_fwd"
-        arriving = [
-            None if t is None else addressable(t)
-            for t in (incoming.dout, None if incoming.dlse is None else incoming.dlse[..., None], incoming.dprobs, incoming.dscores)
-        ]
-        saved = incoming.probs
-        packed = b"".join(
+    def _statistics(self, forward: Forward) -> bytes:
+        lse, stats = forward.lse.data_ptr(), forward.stats.data_ptr()
+        return ints[3](lse, stats, stats + 4 * forward.lse.numel())
+
+    def run_forward(self, forward: Forward, aux: AuxTensors) -> None:
+        """Fills the output, lse, statistics and what is asked for besides."""
+        more = _NO_AUX
+        if aux is not _NOTHING:
+            addresses = (_address(aux.max_scores), _address(aux.entropy), _address(aux.column_sums))
+            more = _optional(aux.probs) + _optional(aux.scores) + ints[3](*addresses)
+        outputs = matrix(forward.out) + _optional(wide_out(forward)) + self._statistics(forward)
+        library.run("attention_fwd", self.head + outputs + more + _NO_BACKWARD)
+
+    def with_backward(self, forward: Forward, incoming: Incoming, grads: tuple[Tensor | None, ...], delta: Tensor | None) -> bytes:
+        """All fields of a backward but the last, the place of a modification."""
+        wide = wide_out(forward)
+        dlse = None if incoming.dlse is None else incoming.dlse[..., None]
+        arriving = [None if t is None else self._held(t) for t in (incoming.dout, dlse, incoming.dprobs, incoming.dscores, incoming.probs)]
+        return b"".join(
             (
                 self.head,
-                matrix(out if wide is None or not is_backward else wide),
-                NO_MATRIX if is_backward else _optional(wide),
-                ints[3](lse.data_ptr(), stats.data_ptr(), stats[1].data_ptr()),
-                _optional(aux.probs),
-                _optional(aux.scores),
-                ints[3](_address(aux.max_scores), _address(aux.entropy), _address(aux.column_sums)),
+                matrix(forward.out if wide is None else wide),
+                NO_MATRIX,
+                self._statistics(forward),
+                _NO_AUX,
                 *map(_optional, arriving),
-                _optional(saved),
-                *map(_optional, outputs.grads),
-                ints[2](_address(outputs.delta), place),
+                *map(_optional, grads),
+                ints[1](_address(delta)),
             )
         )
-        library.run(name, packed)
