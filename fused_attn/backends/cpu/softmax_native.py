@@ -108,4 +108,6 @@ def _run(name: str, call: LoweredSoftmax, matrices: bytes, alive: list[Tensor]) 
         matrices,
     )
     if getattr(loaded, f"fused_attn_cpu_softmax_{name}")(b"".join(fields)):
-        raise MemoryError(f"masked softmax must have room for some rows of {kv_len} keys per thread; got none. Free memory or use fewer threads.")
+        raise MemoryError(
+            f"masked softmax must have room for some rows of {kv_len} keys per thread; got none. Free memory or use fewer threads."
+        )
