@@ -201,9 +201,9 @@ void backward_block(const Backward& f, const Block& block, double* sums, BlockRo
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
   if (s.is_uniform) block_scores(s, f.order, block, f.dense && is_dense(s.x, s.sizes), rooms);
-  const uint8_t* ok = block_bytes(s.mask, f.order, block, kv_len, rooms.bytes);
-  gather(s.result, f.order, block, kv_len, 0.f, f.dense && is_dense(s.result, s.sizes), rooms.b);
-  gather(s.dout, f.order, block, kv_len, 0.f, f.dense && is_dense(s.dout, s.sizes), rooms.c);
+  const uint8_t* ok = block_bytes(s, f.order, block, f.dense, rooms.bytes);
+  gather(s.result, f.order, block, kv_len, f.dense && is_dense(s.result, s.sizes), rooms.b);
+  gather(s.dout, f.order, block, kv_len, f.dense && is_dense(s.dout, s.sizes), rooms.c);
   if (s.dropout.seed) {
     block_factors(s.dropout, f.order, block, kv_len, rooms.d);
     for (int64_t j = 0; j < block.size(); ++j) rooms.c[j] *= rooms.d[j];

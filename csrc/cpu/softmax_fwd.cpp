@@ -173,7 +173,7 @@ void forward_block(const Forward& f, const Block& block, bool dense, BlockRooms&
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
   block_scores(s, f.order, block, dense, rooms);
-  const uint8_t* ok = block_bytes(s.mask, f.order, block, kv_len, rooms.bytes);
+  const uint8_t* ok = block_bytes(s, f.order, block, true, rooms.bytes);
   normalise_block(f, rooms.a, ok, rooms.c, block.end());
   if (s.dropout.seed) {
     scatter(rooms.c, f.order, block, kv_len, s.probs, is_dense(s.probs, s.sizes));
