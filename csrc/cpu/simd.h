@@ -82,6 +82,48 @@ FUSED_ATTN_INLINE vf whole(vf x) {
 #endif
 }
 
+// -1 in the first n lanes.
+FUSED_ATTN_INLINE vi lanes_below(int64_t n) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(n);
+}
+
+// The first n <= W floats, `rest` in the other lanes.
+FUSED_ATTN_INLINE vf load_part(const float* p, int64_t n, float rest) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_loadu_ps((__m512)all(rest), static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const vi first = lanes_below(n);
+  return select(first, (vf)_mm256_maskload_ps(p, (__m256i)first), all(rest));
+#else
+  float t[W];
+  for (int i = 0; i < W; ++i) t[i] = i < n ? p[i] : rest;
+  return load(t);
+#endif
+}
+
+FUSED_ATTN_INLINE void store_part(float* p, int64_t n, vf x) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)lanes_below(n), (__m256)x);
+#else
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+#endif
+}
+
+// -1 where one of the first n <= W bytes is not 0.
+FUSED_ATTN_INLINE vi is_set_part(const uint8_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p)) != 0;
+#else
+  uint8_t t[W];
+  for (int i = 0; i < W; ++i) t[i] = i < n ? p[i] : 0;
+  return is_set(t);
+#endif
+}
+
 // Every lane the one whose index differs in bit K.
 template <int K>
 FUSED_ATTN_INLINE vf swapped(vf x) {
