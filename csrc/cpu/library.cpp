@@ -4,10 +4,12 @@
 #include "cpu/choice.h"
 #include "cpu/params.h"
 
-#define FUSED_ATTN_PASSES        \
-  PASS(attention_fwd, Attention) \
-  PASS(attention_bwd, Attention) \
-  PASS(attention_bwd_bias, Attention)
+#define FUSED_ATTN_PASSES             \
+  PASS(attention_fwd, Attention)      \
+  PASS(attention_bwd, Attention)      \
+  PASS(attention_bwd_bias, Attention) \
+  PASS(softmax_fwd, Softmax)          \
+  PASS(softmax_bwd, Softmax)
 
 #define PASS(name, Call) int name(const Call& call);
 namespace fused_attn::cpu {
