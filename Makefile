@@ -4,9 +4,12 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 ARGS ?=
 ALLOW_CUDA ?=
+# What make sanitize runs: all that calls the CPU library's kernels.
+CPU_TESTS ?= $(filter-out tests/test_cpu_library.py,$(wildcard tests/test_cpu_*.py))
 
 PY := $(VENV)/bin/python
 DONE := $(VENV)/.done
+CPU := fused_attn/_cpu.so
 REQ := requirements
 # Quiet but for errors. The runtime's pins constrain every install, so that nothing resolves torch again.
 PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.txt -c $(REQ)/constraints.txt
@@ -14,24 +17,27 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.tx
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers quick lint matrix table picture bench build clean distclean
+.PHONY: help demo test test-peers quick sanitize lint matrix table picture bench build clean distclean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(DONE)/package $(DONE)/demo $(DONE)/model  ## run a real sentence encoder on fused_attn and show what it gives
+demo: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model  ## run a real sentence encoder on fused_attn and show what it gives
 	$(PY) -m fused_attn demo $(ARGS)
 
-test: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests but those against other packages
+test: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests but those against other packages
 	$(PY) -m pytest -m "not peers" $(PYTEST_ARGS) $(ARGS)
 
-test-peers: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test $(DONE)/peers  ## run the tests against other packages, and the simulator's own
+test-peers: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test $(DONE)/peers  ## run the tests against other packages, and the simulator's own
 	$(PY) -m pytest -m peers $(PYTEST_ARGS) $(ARGS)
 	$(PY) -m pytest $(PYTEST_ARGS) tests/cusim
 
-quick: $(DONE)/package $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests that end within two minutes
+quick: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model $(DONE)/bench $(DONE)/test  ## run the tests that end within two minutes
 	$(PY) -m pytest -m "quick and not peers" $(PYTEST_ARGS) $(ARGS)
+
+sanitize: $(DONE)/package $(DONE)/test  ## run the CPU library's tests under the address and undefined-behaviour sanitizers
+	$(PY) -m tests.sanitized_cpu $(CPU_TESTS) $(ARGS)
 
 # The simulator's C++ is laid out by hand, one instruction or case a line as in a table; clang-format would make three times the lines of it.
 lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
@@ -40,16 +46,16 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 	find csrc tests -path tests/cusim -prune -o '(' -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' ')' -print | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy --strict fused_attn
 
-matrix: $(DONE)/package $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
+matrix: $(DONE)/package $(CPU) $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)
 
 table: $(DONE)/package  ## write docs/backends.md's table of what runs where
 	$(PY) -m tests.capabilities
 
-picture: $(DONE)/package $(DONE)/demo $(DONE)/model  ## draw the README's picture anew
+picture: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model  ## draw the README's picture anew
 	$(PY) -m benchmarks.picture $(ARGS)
 
-bench: $(DONE)/package $(DONE)/bench  ## measure, keep the results, write benchmarks.html
+bench: $(DONE)/package $(CPU) $(DONE)/bench  ## measure, keep the results, write benchmarks.html
 	$(PY) -m benchmarks run $(ARGS)
 	$(PY) -m benchmarks report
 
@@ -57,7 +63,7 @@ build: $(DONE)/package $(DONE)/test  ## compile the native CUDA library
 	$(PY) -m fused_attn build $(ARGS)
 
 clean:  ## remove build products and caches, keep the virtual environment
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist $(CPU) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv as well
@@ -121,3 +127,8 @@ $(DONE)/package: $(DONE)/runtime pyproject.toml setup.py
 	@echo "==> fused_attn (editable)"
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
+
+# Where there is no compiler a sentence says so, and plain torch operations run instead.
+$(CPU): csrc/cpu $(wildcard csrc/cpu/*) fused_attn/build.py fused_attn/build_cpu.py | $(DONE)/package
+	@echo "==> the CPU library"
+	@$(PY) -m fused_attn build --cpu || true

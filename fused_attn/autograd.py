@@ -40,11 +40,12 @@ def attended(call: LoweredAttention, request: AuxRequest, backend: str, requires
     if requires_grad and not _outlives_functions():
         given = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return (given, _NO_OUTPUT) if request is NOTHING else (given[0], AuxOutput(*given[1:]))
-    forward = ops.attention_fwd(call, backend)
-    if request is NOTHING:
-        return forward.out, _NO_OUTPUT
-    extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
-    return forward.out, _aux_output(forward, extra, request)
+    forward, extra = _forward(call, request, backend)
+    return forward.out, _NO_OUTPUT if request is NOTHING else _aux_output(forward, extra, request)
+
+
+def _forward(call: LoweredAttention, request: AuxRequest, backend: str) -> tuple[Forward, AuxTensors]:
+    return ops.attention_fwd_aux(call, request, backend) if request.needs_pass else (ops.attention_fwd(call, backend), AuxTensors())
 
 
 def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
@@ -129,13 +130,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, request: AuxRequest, backend: str, q: Tensor, k: Tensor, v: Tensor, static: Static, *tensors: Any) -> Any:
         call = LoweredAttention(q, k, v, _join(static, tensors))
-        forward = ops.attention_fwd(call, backend)
+        forward, extra = _forward(call, request, backend)
         ctx.static, ctx.backend = static, backend
         ctx.set_materialize_grads(False)
         if request is NOTHING:
             ctx.save_for_backward(q, k, v, *tensors, *forward, None)
             return forward.out
-        extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
         aux = _aux_output(forward, extra, request)
         ctx.save_for_backward(q, k, v, *tensors, *forward, aux.probs)
         return forward.out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy

@@ -1,4 +1,4 @@
-"""Compiles ``csrc/`` into one shared library with nvcc, through ninja.
+"""Compiles ``csrc/`` (all but ``csrc/cpu``) into one shared library with nvcc, through ninja.
 
 Two flavours of the same sources: "release" holds machine code for sm_80, sm_90a, sm_100 and sm_120 and PTX for later chips, and no
 run-time dependency but libtorch's stable ABI; "simulator" holds PTX alone and takes the CUDA run-time from the process, for a simulator of CUDA.
@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +102,7 @@ def _require_ninja() -> list[str]:
     return [path] if path else [sys.executable, "-m", "ninja"]
 
 
-def jobs() -> int:
+def jobs(gib_per_job: float = GIB_PER_JOB) -> int:
     """How many compilers run side by side: ``MAX_JOBS``, or as many as there are cores and memory for.
 
     Example:
@@ -113,8 +114,8 @@ def jobs() -> int:
         if not wanted.isdigit() or int(wanted) < 1:
             raise BuildError(f"MAX_JOBS must be a positive whole number; got {wanted!r}. Unset it to use every core.")
         return int(wanted)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (GIB_PER_JOB << 30)
-    return max(1, min(os.cpu_count() or 1, memory))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(os.cpu_count() or 1, int(memory / gib_per_job)))
 
 
 def units() -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -154,12 +155,20 @@ def ninja_file(flavour: str, nvcc: Path, version: str, torch: Path) -> str:
     return "\n".join(lines)
 
 
-def _digest(rules: str) -> str:
-    """Of the rules and of every source's name and bytes."""
+def digest(rules: str, folder: Path, paths: Iterable[Path]) -> str:
+    """Of the rules by which files of a folder are compiled, and of every file's name and bytes."""
     found = hashlib.sha256(rules.encode())
-    for path in sorted(p for p in SOURCES.rglob("*") if p.is_file()):
-        found.update(f"{path.relative_to(SOURCES)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    for path in sorted(p for p in paths if p.is_file()):
+        found.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
     return found.hexdigest()
+
+
+def put(library: Path, destination: Path) -> Path:
+    """Copies a library to where it is used, all of it or nothing: a process that has the older one loaded keeps that."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = destination.with_suffix(f".{os.getpid()}")
+    shutil.copy(library, unfinished)
+    return unfinished.replace(destination)
 
 
 def build(flavour: str = "release", destination: Path | None = None, verbose: bool = False) -> Path:
@@ -180,22 +189,16 @@ def build(flavour: str = "release", destination: Path | None = None, verbose: bo
     folder.mkdir(parents=True, exist_ok=True)
     library, stamp, rules = folder / LIBRARY, folder / "sources.sha256", ninja_file(flavour, nvcc, version, torch)
     # Ninja goes by file times, and another checkout of the same text has others.
-    digest = _digest(rules)
-    if not (library.is_file() and stamp.is_file() and stamp.read_text() == digest):
+    key = digest(rules, SOURCES, (p for p in SOURCES.rglob("*") if SOURCES / "cpu" not in p.parents))
+    if not (library.is_file() and stamp.is_file() and stamp.read_text() == key):
         (folder / "build.ninja").write_text(rules)
         command = [*ninja, "-C", str(folder), "-j", str(jobs()), *(["-v"] if verbose else [])]
         if subprocess.run(command, check=False).returncode != 0:
             raise BuildError(
                 f"the compiler must accept {SOURCES}; it failed, see above. Repair what it names, or report it with that text."
             )
-        stamp.write_text(digest)
-    if destination is None:
-        return library
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = destination.with_suffix(f".{os.getpid()}")
-    shutil.copy2(library, unfinished)
-    unfinished.replace(destination)
-    return destination
+        stamp.write_text(key)
+    return library if destination is None else put(library, destination)
 
 
 def build_extension(out_dir: Path) -> Path:

@@ -16,7 +16,7 @@ class Target:
 
     Args:
         name: "cpu", or "sm_NN".
-        library: whether the native CUDA library is there (``python -m fused_attn build``).
+        library: whether the target's native library is there (``python -m fused_attn build``, with ``--cpu`` on a CPU).
 
     Example:
         >>> Target("sm_120").capability, Target("cpu").capability
@@ -30,7 +30,7 @@ class Target:
         if not isinstance(self.name, str) or not re.fullmatch(r"cpu|sm_[1-9]\d{1,2}", self.name):
             raise ValueError(f"on must be 'cpu', 'sm_NN' or a fused_attn.backends.Target; got {described(self.name)}. {_ADVICE}")
         if not isinstance(self.library, bool):
-            raise TypeError(f"Target library must be a bool; got {described(self.library)}. Pass True where the CUDA library is built.")
+            raise TypeError(f"Target library must be a bool; got {described(self.library)}. Pass True where the native library is built.")
 
     @property
     def device_type(self) -> str:

@@ -13,6 +13,8 @@ import torch
 
 from fused_attn.backends.cuda import library_path
 from tests import simulated_cuda
+from tests.cpu_builds import cpu_build as cpu_build
+from tests.cpu_builds import small_cpu as small_cpu
 
 # The simulator of CUDA has a test-suite of its own, which needs compiled Triton kernels where this one interprets them (make test-peers).
 collect_ignore = ["cusim"]

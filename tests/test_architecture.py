@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fused_attn as fa
+from fused_attn import build_cpu
 
 pytestmark = pytest.mark.quick
 
@@ -42,11 +43,12 @@ TEXTS = [
     if p.name != "test_architecture.py"
 ]
 NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
+CPU_NATIVE = [p for p in NATIVE if p.parent.name == "cpu"]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Lower may not import higher; one number is one layer.
 LAYERS = {
-    "build": 0, "checks": 0, "fingerprint": 0, "kernel_dropout": 0, "kernel_score": 0, "targets": 1, "allowed_products": 1, "mask_rules": 1, "pytrees": 1, "lowering": 2, "layout": 2, "batching": 2, "flops": 2,
+    "build": 0, "build_cpu": 1, "checks": 0, "fingerprint": 0, "kernel_dropout": 0, "kernel_score": 0, "targets": 1, "allowed_products": 1, "mask_rules": 1, "pytrees": 1, "lowering": 2, "layout": 2, "batching": 2, "flops": 2,
     "mask_base": 3, "auxiliary": 3, "dropout": 3, "score_mods": 3, "mask_documents": 4, "mask_mod": 4, "masks": 5, "scoring": 5, "normalizers": 5, "selective": 5,
     "modifiers": 6, "vocabulary": 7, "problem": 7,
     "backends.base": 8, "backends.eager": 9, "backends.cpu": 9, "backends.triton": 9, "backends.cuda": 9, "backends": 10, "statistics": 10, "picked": 10, "ops": 11, "torch_sdpa": 11,
@@ -291,7 +293,24 @@ def test_text_is_free_of_this_machine(path):
 
 
 # The layers of csrc/: a file may include those of its own rank or below.
-NATIVE_LAYERS = ("include/fused_attn/ptx/", "include/fused_attn/", "cuda/", "bindings.cpp")
+NATIVE_LAYERS = ("cpu/", "include/fused_attn/ptx/", "include/fused_attn/", "cuda/", "bindings.cpp")
+
+
+def native_file(included):
+    return included if included.startswith(("cuda/", "cpu/")) else f"include/{included}"
+
+
+@pytest.mark.parametrize("path", CPU_NATIVE, ids=[str(p.relative_to(ROOT)) for p in CPU_NATIVE])
+def test_the_cpu_library_stands_by_itself(path):
+    """Plain C++ below csrc/cpu: no Torch, no OpenMP at compile time, nothing of the GPUs' sources; units include headers alone."""
+    text = path.read_text()
+    assert path.suffix in (".cpp", ".h"), "the builder takes .cpp and .h"
+    for included in re.findall(r'#include "([^"]+)"', text):
+        assert included.startswith("cpu/") and included.endswith(".h"), f"{path.name} includes {included}"
+        assert included != "cpu/choice.h" or path.name == "library.cpp", "kernels do not choose"
+    assert not re.search(r"#include <(torch|ATen|c10|omp)|^#pragma omp", text, re.M)
+    if path.suffix == ".cpp" and path.name not in build_cpu.ONCE:
+        assert "FUSED_ATTN_ISA::" in text and "namespace {" in text, "kernels are a file's own, passes are their instruction set's"
 
 
 def native_layer(name):
@@ -309,7 +328,7 @@ def test_native_layers_and_sizes(path):
     assert len(text.splitlines()) <= 500
     assert text.startswith("// "), "say what the file is for"
     for included in re.findall(r'#include "([^"]+)"', text):
-        there = included if included.startswith("cuda/") else f"include/{included}"
+        there = native_file(included)
         assert (ROOT / "csrc" / there).is_file()
         assert native_layer(there) <= native_layer(name), f"{name} includes {included}"
     assert name == "bindings.cpp" or not re.search(r"#include <(torch|ATen|c10)", text)

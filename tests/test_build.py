@@ -154,7 +154,13 @@ def wheel(checkout: Path, **environment: str) -> tuple[Path, str]:
     """The wheel that pip makes of a checkout, and what was printed."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", "wheels", "."]
     done = subprocess.run(
-        command, cwd=checkout, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        command,
+        cwd=checkout,
+        env={**os.environ, "FUSED_ATTN_BUILD_CPU": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
     )
     (made,) = (checkout / "wheels").iterdir()
     return made, done.stdout

@@ -176,6 +176,12 @@ def _mask_notes(problem: AttentionProblem | SoftmaxProblem, chosen: str) -> list
     return [f"the mask is not one run of keys per query: it is stored with one byte per pair, {size:.3g} MiB"]
 
 
+def _own_notes(problem: AttentionProblem | SoftmaxProblem, chosen: str) -> list[str]:
+    """What a backend that has ``notes`` says about how it would run the problem."""
+    notes = getattr(get(chosen), "notes", None)
+    return [] if notes is None else list(notes(problem))
+
+
 def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     """What is made of several kernel calls, or beside them."""
     if isinstance(problem, SoftmaxProblem):
@@ -210,5 +216,5 @@ def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
         notes.append(f"{type(normalizer).__name__} takes whole rows: what it builds on is the fused masked softmax")
     if chosen != EAGER and problem.requires_grad:
         notes.append("double backward recomputes through eager and needs O(q_len * kv_len) memory")
-    notes += [] if chosen == EAGER else [*_mask_notes(problem, chosen), *_composition_notes(problem)]
+    notes += [] if chosen == EAGER else [*_own_notes(problem, chosen), *_mask_notes(problem, chosen), *_composition_notes(problem)]
     return Explanation(chosen, tuple(rows), tuple(notes))

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--on", metavar="TARGET", help="where it would run: cpu, sm_80, sm_90, ... (default: on --device)")
-    parser.add_argument("--no-library", action="store_true", help="with --on: without the native CUDA library")
+    parser.add_argument("--no-library", action="store_true", help="with --on: without the native library")
     parser.add_argument("--mask", help='such as "causal & window(128, 0)"')
     parser.add_argument("--mods", help='score modifications in order, such as "softcap(30), alibi"')
     parser.add_argument("--scale", type=float)

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fused_attn
+from fused_attn.backends.cpu import library
 from fused_attn.cli.text import size
 
 
@@ -43,6 +44,7 @@ def versions() -> list[tuple[str, str]]:
             "CUDA",
             f"{torch.version.cuda} (that torch was built with)" if torch.version.cuda else "none (a build of torch for CPUs)",
         ),
+        ("CPU library", library.failure() or f"kernels for {library.isa()} run; it holds {', '.join(library.isas())} for this CPU"),
     ]
 
 

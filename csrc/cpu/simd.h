@@ -1,0 +1,194 @@
+// Vectors of W floats: the compiler's vector extensions, and intrinsics only where those have no spelling. Included by kernel units alone,
+// which are compiled once per instruction set; everything here has internal linkage, so that no unit's code can stand in for another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define FUSED_ATTN_INLINE inline __attribute__((always_inline))
+
+namespace fused_attn::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef float vf_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint8_t vb_mem __attribute__((vector_size(W), aligned(1), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(1), may_alias));
+
+constexpr float kInf = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+
+FUSED_ATTN_INLINE vf all(float x) { return x - vf{}; }
+FUSED_ATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
+FUSED_ATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
+FUSED_ATTN_INLINE vf select(vi where, vf a, vf b) { return where ? a : b; }
+// -1 where the byte is not 0.
+FUSED_ATTN_INLINE vi is_set(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) != 0;
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))) != 0;
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vb_mem*>(p), vi) != 0;
+#endif
+}
+
+// The larger; b where either is NaN.
+FUSED_ATTN_INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FUSED_ATTN_INLINE vf smaller(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The nearest whole number, for |x| < 2^22.
+FUSED_ATTN_INLINE vf whole(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_roundscale_ps((__m512)x, 8);
+#elif defined(__AVX2__)
+  return (vf)_mm256_round_ps((__m256)x, 8);
+#else
+  const vf magic = all(12582912.f);
+  return (x + magic) - magic;
+#endif
+}
+
+// Every lane the one whose index differs in bit K.
+template <int K>
+FUSED_ATTN_INLINE vf swapped(vf x) {
+#if defined(__AVX512F__)
+  if constexpr (K < 4) return (vf)_mm512_permute_ps((__m512)x, K == 1 ? 0xB1 : 0x4E);
+  return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, K == 4 ? 0xB1 : 0x4E);
+#elif defined(__AVX2__)
+  if constexpr (K < 4) return (vf)_mm256_permute_ps((__m256)x, K == 1 ? 0xB1 : 0x4E);
+  return (vf)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
+#else
+  vf y;
+  for (int i = 0; i < W; ++i) y[i] = x[i ^ K];
+  return y;
+#endif
+}
+
+// Without a temporal hint: the lines go to memory past the caches. p is aligned to the vector.
+FUSED_ATTN_INLINE void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+
+FUSED_ATTN_INLINE void fence_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+FUSED_ATTN_INLINE float sum_of(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float t[W], s = 0.f;
+  store(t, x);
+  for (int i = 0; i < W; ++i) s += t[i];
+  return s;
+#endif
+}
+
+// A NaN may get lost.
+FUSED_ATTN_INLINE float largest_of(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float t[W], top = -kInf;
+  store(t, x);
+  for (int i = 0; i < W; ++i) top = t[i] > top ? t[i] : top;
+  return top;
+#endif
+}
+
+// e^x for x <= 0 (and up to 88): below 1 ulp, NaN stays NaN. Argument reduction in two steps (Cody and Waite) and a polynomial of degree 6
+// with Cephes' coefficients. Gradual underflow with AVX-512; zeros below 2^-126 elsewhere.
+FUSED_ATTN_INLINE vf exp_of(vf x) {
+#if defined(__AVX512F__)
+  x = larger(all(-104.f), x);
+#else
+  const vi tiny = x < -87.3f;
+  x = larger(all(-87.3f), x);
+#endif
+  const vf n = whole(x * 1.44269504088896341f);
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const vf y = p * (r * r) + r + 1.f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  // A NaN has no whole number to convert; it passes through y.
+  const vf known = select(x == x, n, vf{});
+  const vi power = __builtin_convertvector(known, vi) << 23;
+  return select(tiny, vf{}, select(x == x, (vf)((vi)y + power), y));
+#endif
+}
+
+// tanh below 1.5 ulp, exactly 1 where float32 says so, NaN stays NaN: a polynomial with Cephes' coefficients up to 0.625, (1 - t) / (1 + t)
+// with t = exp(-2 |x|) beyond.
+FUSED_ATTN_INLINE vf tanh_of(vf x) {
+  const vf size = x < 0.f ? -x : x, x2 = x * x;
+  vf p = all(-5.70498872745e-3f);
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 + -5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 + -3.33332819422e-1f;
+  const vf near = p * x2 * x + x, t = exp_of(size * -2.f), far = (1.f - t) / (1.f + t);
+  return select(size < 0.625f, near, select(x < 0.f, -far, far));
+}
+
+// Whether every one of n floats is finite; a sum that overflows says no, which costs time alone.
+FUSED_ATTN_INLINE bool are_finite(const float* p, int64_t n) {
+  vf s{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) s += load(p + i) * 0.f;
+  float t = sum_of(s);
+  for (; i < n; ++i) t += p[i] * 0.f;
+  return t == 0.f;
+}
+
+}  // namespace
+}  // namespace fused_attn::cpu

@@ -1,0 +1,174 @@
+// Masked softmax, forward: softmax(scale * x + bias) over the keys that each row may attend to, or its logarithm, and dropout of it.
+#include "cpu/softmax_rows.h"
+#include "cpu/softmax_thin.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+struct Forward {
+  const Softmax& s;
+  Order order;
+  Tasks tasks;
+  int64_t step;  // rows of a task
+  int lanes;     // of a row that shares its vector with others; 0: of its own
+  float of_empty;
+  int failed;
+};
+
+// n probabilities, or logarithms, into columns from .. from + n of a row.
+void put(const Matrix& m, const Place& p, int64_t from, int64_t n, const float* values) {
+  store_row(row_at(m, p) + from * m.col * width_of(m.dtype), m.dtype, m.col, n, values);
+}
+
+// What is not in keys: zeros, or -inf.
+void put_outside(const Matrix& m, const Place& p, const Allowed& keys, int64_t kv_len, float value) {
+  char* row = row_at(m, p);
+  const int64_t step = m.col * width_of(m.dtype);
+  fill_row(row, m.dtype, m.col, keys.start, value);
+  fill_row(row + keys.end * step, m.dtype, m.col, kv_len - keys.end, value);
+}
+
+// A row before dropout: to[i] of key keys.start + i. Keys become the whole row where it has none and all of it gets a value.
+void normalise_row(const Forward& f, const Place& p, Allowed& keys, const Rooms& rooms, float* to) {
+  const Softmax& s = f.s;
+  const int64_t n = keys.end - keys.start;
+  const float largest = n ? scores_of(s, p, keys, rooms) : -kInf, top = largest == -kInf ? 0.f : largest;
+  float* x = rooms.values;
+  const double total = s.is_log ? exponentials<false>(x, n, top) : exponentials<true>(x, n, top);
+  const float outside = s.is_log ? -kInf : 0.f;
+  if (total == 0.0) {
+    if (f.of_empty != outside) keys = {0, s.sizes.kv_len, nullptr};
+    fill_row(reinterpret_cast<char*>(to), kFloat, 1, keys.end - keys.start, f.of_empty);
+  } else if (!(total < kInf)) {
+    for (int64_t j = 0; j < n; ++j) to[j] = keys(keys.start + j) ? kNaN : outside;
+  } else if (s.is_log) {
+    const float rest = static_cast<float>(log(total));
+    int64_t j = 0;
+    for (; j + W <= n; j += W) store(to + j, load(x + j) - top - rest);
+    for (; j < n; ++j) to[j] = x[j] - top - rest;
+  } else {
+    const float share = static_cast<float>(1.0 / total);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) store(to + j, load(x + j) * share);
+    for (; j < n; ++j) to[j] = x[j] * share;
+  }
+}
+
+void forward_row(const Forward& f, const Place& p, const Rooms& rooms) {
+  const Softmax& s = f.s;
+  Allowed keys = allowed_of(s.mask, p, s.sizes.kv_len, rooms.bytes);
+  const float outside = s.is_log ? -kInf : 0.f;
+  const bool in_place = is_plain(s.out) && !s.dropout.seed;
+  // A row without keys that gets values gets them from its first column on.
+  const int64_t start = s.is_uniform ? 0 : keys.start;
+  if (in_place && keys.start == start) {
+    normalise_row(f, p, keys, rooms, reinterpret_cast<float*>(row_at(s.out, p)) + start);
+    return put_outside(s.out, p, keys, s.sizes.kv_len, outside);
+  }
+  normalise_row(f, p, keys, rooms, rooms.values);
+  const int64_t n = keys.end - keys.start;
+  if (s.dropout.seed) {
+    put(s.probs, p, keys.start, n, rooms.values);
+    put_outside(s.probs, p, keys, s.sizes.kv_len, outside);
+    const float* factors = dropout_row(s.dropout, p.dims[0], p.dims[1], p.dims[2], keys.start, n, rooms.factors);
+    for (int64_t j = 0; j < n; ++j) rooms.values[j] *= factors[j];
+  }
+  put(s.out, p, keys.start, n, rooms.values);
+  put_outside(s.out, p, keys, s.sizes.kv_len, outside);
+}
+
+template <int S>
+void normalise_lanes(const Forward& f, const float* x, const uint8_t* ok, float* to, int64_t n) {
+  f.s.is_log ? normalise<S, true>(x, ok, to, n, f.of_empty) : normalise<S, false>(x, ok, to, n, f.of_empty);
+}
+
+void normalise_block(const Forward& f, const float* x, const uint8_t* ok, float* to, int64_t n) {
+  switch (f.lanes) {
+    case 1: return normalise_lanes<1>(f, x, ok, to, n);
+    case 2: return normalise_lanes<2>(f, x, ok, to, n);
+    case 4: return normalise_lanes<4>(f, x, ok, to, n);
+#if defined(__AVX2__)
+    case 8: return normalise_lanes<8>(f, x, ok, to, n);
+#endif
+#if defined(__AVX512F__)
+    case 16: return normalise_lanes<16>(f, x, ok, to, n);
+#endif
+    default: return;
+  }
+}
+
+// Rows that lie in memory as vectors take them, scores and result.
+void forward_in_place(const Forward& f, const Place& first, int64_t rows) {
+  const Softmax& s = f.s;
+  const int64_t n = rows * f.lanes, whole = n / W * W;
+  const float* x = reinterpret_cast<const float*>(row_at(s.x, first));
+  float* to = reinterpret_cast<float*>(row_at(s.out, first));
+  const uint8_t* ok = keep_of(s.mask, first);
+  normalise_block(f, x, ok, to, whole);
+  if (whole == n) return;
+  float last[W] = {}, values[W];
+  uint8_t bytes[W] = {};
+  for (int64_t j = whole; j < n; ++j) last[j - whole] = x[j], bytes[j - whole] = !ok || ok[j];
+  normalise_block(f, last, bytes, values, W);
+  memcpy(to + whole, values, static_cast<size_t>(n - whole) * 4);
+}
+
+void forward_block(const Forward& f, const Block& block, bool dense, BlockRooms& rooms) {
+  const Softmax& s = f.s;
+  const int64_t kv_len = s.sizes.kv_len;
+  block_scores(s, f.order, block, dense, rooms);
+  const uint8_t* ok = block_bytes(s.mask, f.order, block, kv_len, rooms.bytes);
+  normalise_block(f, rooms.a, ok, rooms.c, block.end());
+  if (s.dropout.seed) {
+    scatter(rooms.c, f.order, block, kv_len, s.probs, is_dense(s.probs, s.sizes));
+    block_factors(s.dropout, f.order, block, kv_len, rooms.b);
+    for (int64_t j = 0; j < block.size(); ++j) rooms.c[j] *= rooms.b[j];
+  }
+  scatter(rooms.c, f.order, block, kv_len, s.out, is_dense(s.out, s.sizes));
+}
+
+void forward_thin(const Forward& f, int64_t first, int64_t last) {
+  const Softmax& s = f.s;
+  const bool dense = is_dense(s.x, s.sizes);
+  const bool in_place = f.lanes == s.sizes.kv_len && dense && s.x.dtype == kFloat && s.scale == 1.0 && !s.bias.data && !s.dropout.seed &&
+                        is_dense(s.out, s.sizes) && is_dense_keep(s.mask, s.sizes);
+  if (in_place) return forward_in_place(f, f.order.at(first), last - first);
+  BlockRooms rooms;
+  const int64_t step = kBlockLanes / f.lanes;
+  for (int64_t r = first; r < last; r += step) forward_block(f, {f.order.at(r), smaller_of(step, last - r), f.lanes}, dense, rooms);
+}
+
+void forward_tasks(void* context, int64_t worker) {
+  Forward& f = *static_cast<Forward*>(context);
+  Rooms rooms;
+  if (!f.lanes && !rooms.take(f.s.sizes.kv_len)) {
+    __atomic_store_n(&f.failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  for (int64_t task; (task = f.tasks.take(worker)) >= 0;) {
+    const int64_t first = task * f.step, last = smaller_of(first + f.step, f.order.count());
+    if (f.lanes) {
+      forward_thin(f, first, last);
+      continue;
+    }
+    Place p = f.order.at(first);
+    for (int64_t r = first; r < last; ++r, f.order.advance(p)) forward_row(f, p, rooms);
+  }
+}
+
+}  // namespace
+
+namespace FUSED_ATTN_ISA {
+
+int softmax_fwd(const Softmax& s) {
+  const bool outer[3] = {};
+  const Order order(s.sizes, outer);
+  const int64_t step = larger_of(1, kTaskElements / s.sizes.kv_len), count = (order.count() + step - 1) / step;
+  const int64_t threads = threads_for(s.threads, count);
+  Forward f{s, order, Tasks(count, threads), step, lanes_of(s.sizes.kv_len), of_empty_rows(s), 0};
+  parallel(threads, forward_tasks, &f);
+  return f.failed ? kNoMemory : kDone;
+}
+
+}  // namespace FUSED_ATTN_ISA
+}  // namespace fused_attn::cpu
