@@ -38,6 +38,17 @@ FUSED_ATTN_INLINE vf all(float x) { return x - vf{}; }
 FUSED_ATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
 FUSED_ATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
 FUSED_ATTN_INLINE vf select(vi where, vf a, vf b) { return where ? a : b; }
+// x itself, which the compiler may not join with what comes before or after: a product that is rounded here is rounded before it is added.
+FUSED_ATTN_INLINE vf rounded(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
 // -1 where the byte is not 0.
 FUSED_ATTN_INLINE vi is_set(const uint8_t* p) {
 #if defined(__AVX512F__)
