@@ -85,7 +85,9 @@ class CpuBackend:
         return (0,)
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
-        return (softmax_native if softmax_native.takes(call) else softmax).softmax_fwd(call)
+        return softmax_native.softmax_fwd(call) if softmax_native.takes(call) else softmax.softmax_fwd(call)
 
     def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
-        return (softmax_native if softmax_native.takes(call) else softmax).softmax_bwd(call, result, dout, needs)
+        if softmax_native.takes(call):
+            return softmax_native.softmax_bwd(call, result, dout, needs)
+        return softmax.softmax_bwd(call, result, dout, needs)

@@ -15,8 +15,8 @@ from fused_attn.mask_rules import Pairs, extent, filled
 WRITTEN = 1 << 22
 
 
-def _rows_of(tensor: Tensor | None, dim: int, rows: Range) -> Tensor | None:
-    return tensor if tensor is None or tensor.shape[dim] == 1 else tensor.narrow(dim, rows[0], rows[1] - rows[0])
+def _rows_of(tensor: Tensor, dim: int, rows: Range) -> Tensor:
+    return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, rows[0], rows[1] - rows[0])
 
 
 def _dropout_of(dropout: KernelDropout | None, grid: Grid, start: int) -> KernelDropout | None:
@@ -36,9 +36,10 @@ def terms_of_rows(terms: Terms, grid: Grid, rows: Range, keep: Tensor) -> Terms:
         keep: what the mask's stored tensor and its rules allow of those rows.
     """
     mask, (start, _) = terms.mask, rows
+    first, last = (None if t is None else _rows_of(t, 1, rows) for t in (mask.kv_start, mask.kv_end))
     return replace(
         terms,
-        mask=KernelMask(mask.left, mask.right, _rows_of(mask.kv_start, 1, rows), _rows_of(mask.kv_end, 1, rows), keep),
+        mask=KernelMask(mask.left, mask.right, first, last, keep),
         q_offset=terms.q_offset + start,
         mods=tuple([replace(m, tensors=tuple([_rows_of(t, 2, rows) for t in m.tensors])) for m in terms.mods]),
         dropout=_dropout_of(terms.dropout, grid, start),
