@@ -46,13 +46,13 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 	find csrc tests -path tests/cusim -prune -o '(' -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' ')' -print | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy --strict fused_attn
 
-matrix: $(DONE)/package $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
+matrix: $(DONE)/package $(CPU) $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)
 
 table: $(DONE)/package  ## write docs/backends.md's table of what runs where
 	$(PY) -m tests.capabilities
 
-picture: $(DONE)/package $(DONE)/demo $(DONE)/model  ## draw the README's picture anew
+picture: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model  ## draw the README's picture anew
 	$(PY) -m benchmarks.picture $(ARGS)
 
 bench: $(DONE)/package $(CPU) $(DONE)/bench  ## measure, keep the results, write benchmarks.html

@@ -47,7 +47,9 @@ class BuildPy(build_py):
         if not (SOURCES / "cpu").is_dir():
             return
         if not self.editable_mode:
-            shutil.copytree(SOURCES / "cpu", out_dir / "_csrc" / "cpu", dirs_exist_ok=True)
+            # A source that is gone would make the library look older than its sources.
+            shutil.rmtree(out_dir / "_csrc", ignore_errors=True)
+            shutil.copytree(SOURCES / "cpu", out_dir / "_csrc" / "cpu")
         if os.environ.get("FUSED_ATTN_BUILD_CPU", "1") == "0":
             return
         try:

@@ -132,7 +132,7 @@ class Commits:
         commits: names that git knows.
         provider: what is measured.
         setup: how.
-        build: whether the native library is built in each worktree first.
+        build: whether the native CUDA library is built in each worktree first; the CPU's is wherever there is a compiler.
         load: Python files that add providers.
     """
 
@@ -155,6 +155,11 @@ class Commits:
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fused_attn-compare-")))
         try:
             self.trees = [self.stack.enter_context(_worktree(commit, folder / str(i))) for i, commit in enumerate(self.commits)]
+            for tree in self.trees:
+                if (
+                    tree / "fused_attn" / "build_cpu.py"
+                ).is_file():  # without a compiler it says so, and plain torch operations are compared
+                    subprocess.run([sys.executable, "-m", "fused_attn", "build", "--cpu"], cwd=tree, check=False, stdout=subprocess.DEVNULL)
             for tree in self.trees if self.build else ():
                 subprocess.run([sys.executable, "-m", "fused_attn", "build"], cwd=tree, check=True)
         except BaseException:

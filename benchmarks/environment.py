@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import busy
+
 ROOT = Path(__file__).resolve().parents[1]
 # What has to agree before two measurements may be compared. Numbers that change from boot to boot do not belong here.
 KEY = ("device", "driver", "cuda", "torch", "triton", "threads")
@@ -20,8 +22,8 @@ KEY = ("device", "driver", "cuda", "torch", "triton", "threads")
 THROTTLE = ("SwPowerCap", "HwSlowdown", "SyncBoost", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
 
 
-def describe(device: torch.device, root: Path = ROOT) -> dict[str, str]:
-    """Everything that a number depends on, as text."""
+def describe(device: torch.device, root: Path = ROOT, beside: int = 0) -> dict[str, str]:
+    """Everything that a number depends on, as text; ``beside`` busy processes that were started for it."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
@@ -30,6 +32,7 @@ def describe(device: torch.device, root: Path = ROOT) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "threads": "" if gpu else str(torch.get_num_threads()),
+        "busy": busy.described(beside),
         "python": platform.python_version(),
         "system": platform.platform(),
         "commit": commit(root),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,12 +53,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a provider's answer before it is timed."""
+    """What is known of a provider's answer before it is timed; ``outputs`` are the bytes that it gives out."""
 
     verdict: Verdict
     peak: int
     backend: str
     config: str
+    outputs: int = 0
 
 
 class Contestant(Protocol):
@@ -100,7 +102,7 @@ class Local:
         while time.perf_counter() < end:
             once.append(self.timer(self.call, 1).seconds)
         self.repeats = repeats_for(self.setup.sample, min(once))
-        return About(self.judge(results), peak, *_ran(ran))
+        return About(self.judge(results), peak, *_ran(ran), sum(t.nbytes for t in results.values()))
 
     def sample(self) -> Sample:
         return self.timer(self.call, self.repeats)._replace(telemetry=telemetry(self.setup.device))
@@ -149,7 +151,9 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
             results[name] = Result(case.name, name, "failed", _first_line(error))
             continue
         verdict = about.verdict
-        known = Result(case.name, name, "ok", "", about.backend, about.config, verdict.error, verdict.plain_error, about.peak)
+        known = Result(
+            case.name, name, "ok", "", about.backend, about.config, verdict.error, verdict.plain_error, about.peak, about.outputs
+        )
         results[name] = _judged(known, verdict, "before timing")
         if results[name].status == "ok":
             running[name] = contestant
@@ -166,9 +170,14 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
             samples=tuple(s.seconds for s in samples),
             host=tuple(s.host for s in samples if s.host is not None),
             telemetry=tuple(s.telemetry for s in samples),
+            faults=_middle([s.faults for s in samples if s.faults is not None]),
         )
         results[name] = _judged(timed, contestant.check(), "after timing")
     return [results[name] for name in makers]
+
+
+def _middle(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 class _Stopped(Exception):

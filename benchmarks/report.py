@@ -38,6 +38,7 @@ COLUMNS = (
     "TFLOP/s",
     "GB/s",
     "of roof",
+    "faults",
     "peak",
     "error",
     "2 × eager's",
@@ -56,6 +57,7 @@ def cells(r: Result, results: Sequence[Result]) -> list[Cell]:
         r.flops / median if median and r.flops else None,
         r.bytes / median if median else None,
         r.limit / median if r.limit and median else None,
+        r.faults if median else None,
     )
     shown = [Cell(text, number) for text, number in zip(tables.figures(r, results), numbers, strict=True)]
     ran = f"{r.backend} {r.config}".strip() or "-"

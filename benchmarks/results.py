@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sqlite3
 import statistics
@@ -34,9 +35,11 @@ class Result:
         error: largest absolute distance of any result from float64.
         plain_error: that of plain torch at the same dtype.
         peak: bytes of tensors alive at once beyond the inputs.
+        outputs: bytes of the results.
         samples: seconds per call, on the device.
         host: seconds until the call returned; empty where that is the same.
         telemetry: one record of sensors per sample.
+        faults: minor page faults per call, the median over the samples; None where they were not counted.
         flops: of the case's matrix products.
         bytes: the least that the case has to move.
         roofs: bytes per second of a copy and operations per second of a matrix product, measured in the same run; empty where they were not.
@@ -55,9 +58,11 @@ class Result:
     error: float | None = None
     plain_error: float | None = None
     peak: int | None = None
+    outputs: int = 0
     samples: tuple[float, ...] = ()
     host: tuple[float, ...] = ()
     telemetry: tuple[dict[str, Any], ...] = ()
+    faults: float | None = None
     flops: int = 0
     bytes: int = 0
     roofs: tuple[float, ...] = ()
@@ -83,6 +88,16 @@ class Result:
     def limit(self) -> float | None:
         """The shortest time in seconds that the roofs allow: what the products or what the memory need, whichever is longer."""
         return max(self.bytes / self.roofs[0], self.flops / self.roofs[1]) if self.roofs else None
+
+    @property
+    def memory(self) -> str:
+        """Of a call: "fresh" where it had pages mapped for at least half of what it gives out, "reused" where it wrote to mapped ones; "" if unknown.
+
+        Outputs and scratch memory look alike here, and a huge page is one fault: the number of faults stands beside the word.
+        """
+        if self.faults is None or not self.outputs:
+            return ""
+        return "fresh" if 2 * self.faults * mmap.PAGESIZE >= self.outputs else "reused"
 
     @property
     def machine(self) -> tuple[str, ...]:
@@ -112,8 +127,9 @@ class Result:
 
 
 def machine(environment: Mapping[str, str], timer: str) -> tuple[str, ...]:
-    """The part of an environment that times depend on, and what took them."""
-    return (*(environment.get(name, "") for name in KEY), timer)
+    """The part of an environment that times depend on, and what took them, beside which busy processes."""
+    busy = environment.get("busy", "")
+    return (*(environment.get(name, "") for name in KEY), f"{timer} beside {busy}" if busy else timer)
 
 
 class ResultsError(ValueError):

@@ -13,8 +13,9 @@ REFERENCE = "eager"
 
 
 def environment(described: Mapping[str, str]) -> str:
-    """One line."""
-    return ", ".join(f"{name} {value}" for name, value in described.items() if value)
+    """One line; of a run beside busy processes a second one says so."""
+    line = ", ".join(f"{name} {value}" for name, value in described.items() if value and name != "busy")
+    return f"{line}\nMeasured beside {described['busy']}: compared with such runs only." if described.get("busy") else line
 
 
 def reference_median(result: Result, results: Sequence[Result]) -> float | None:
@@ -23,10 +24,10 @@ def reference_median(result: Result, results: Sequence[Result]) -> float | None:
 
 
 def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
-    """Time, its spread, host time, speed against plain torch, TFLOP/s, GB/s, part of the roof; a dash where there is none."""
+    """Time, its spread, host time, speed against plain torch, TFLOP/s, GB/s, part of the roof, page faults; a dash where there is none."""
     median = result.median
     if median is None:
-        return ("-",) * 7
+        return ("-",) * 8
     plain = reference_median(result, results)
     host = sorted(result.host)[len(result.host) // 2] if result.host else None
     return (
@@ -37,12 +38,13 @@ def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
         f"{result.flops / median / 1e12:.3g}" if result.flops else "-",
         f"{result.bytes / median / 1e9:.3g}",
         "-" if result.limit is None else f"{100 * result.limit / median:.0f}%",
+        f"{result.faults:.0f} {result.memory}".rstrip() if result.faults is not None else "-",
     )
 
 
 def results(measured: Sequence[Result]) -> str:
     """One line per case and provider; what could not be measured is a line of its own below."""
-    headers = ("case", "provider", "backend", "time", "±", "host", "vs eager", "TFLOP/s", "GB/s", "of roof", "peak", "error")
+    headers = ("case", "provider", "backend", "time", "±", "host", "vs eager", "TFLOP/s", "GB/s", "of roof", "faults", "peak", "error")
     rows, notes, shown = [], [], ""
     for r in measured:
         if r.status == "ok":

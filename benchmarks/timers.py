@@ -8,6 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 Function = Callable[[], object]
 
 
@@ -18,11 +23,13 @@ class Sample(NamedTuple):
         seconds: on the device; on the CPU the wall's.
         host: until the call returned to its caller; None where that is the same.
         telemetry: clocks, power, temperature and reasons for throttling right after; empty where nothing can be read.
+        faults: minor page faults of the process per call; None where they are not counted.
     """
 
     seconds: float
     host: float | None = None
     telemetry: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+    faults: float | None = None
 
 
 class Timer(Protocol):
@@ -33,16 +40,24 @@ class Timer(Protocol):
     def __call__(self, function: Function, repeats: int) -> Sample: ...
 
 
+def page_faults() -> int | None:
+    """Minor page faults of the process so far, all threads together: torch's write most of an output. None where nobody counts them."""
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 class WallTimer:
-    """The wall clock, for functions that compute on the CPU."""
+    """The wall clock, for functions that compute on the CPU, and the page faults meanwhile."""
 
     name = "wall"
 
     def __call__(self, function: Function, repeats: int) -> Sample:
+        before = page_faults()
         start = time.perf_counter()
         for _ in range(repeats):
             function()
-        return Sample((time.perf_counter() - start) / repeats)
+        seconds = (time.perf_counter() - start) / repeats
+        after = page_faults()
+        return Sample(seconds, faults=None if before is None or after is None else (after - before) / repeats)
 
 
 class EventTimer:

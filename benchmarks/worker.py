@@ -163,7 +163,7 @@ def _answer(request: dict[str, Any], held: dict[int, Local]) -> Any:
     local = held[place]
     if what == "prepare":
         about = local.prepare()
-        return _values(about.verdict), about.peak, about.backend, about.config
+        return _values(about.verdict), about.peak, about.backend, about.config, about.outputs
     if what == "sample":
         local.call()  # the other process had the caches and, on the CPU, its threads may still spin
         return tuple(local.sample())

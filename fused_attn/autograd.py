@@ -38,13 +38,16 @@ def attended(call: LoweredAttention, request: AuxRequest, backend: str, requires
     """Runs a call on a kernel backend, differentiably where a gradient is wanted."""
     call = ops.fitted(call, backend)
     if requires_grad and not _outlives_functions():
-        out, *aux = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
-        return out, _NO_OUTPUT if request is NOTHING else AuxOutput(*aux)
-    forward = ops.attention_fwd(call, backend)
+        given = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
+        return (given, _NO_OUTPUT) if request is NOTHING else (given[0], AuxOutput(*given[1:]))
     if request is NOTHING:
-        return forward.out, _NO_OUTPUT
-    extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
+        return ops.attention_out(call, backend), _NO_OUTPUT
+    forward, extra = _forward(call, request, backend)
     return forward.out, _aux_output(forward, extra, request)
+
+
+def _forward(call: LoweredAttention, request: AuxRequest, backend: str) -> tuple[Forward, AuxTensors]:
+    return ops.attention_fwd_aux(call, request, backend) if request.needs_pass else (ops.attention_fwd(call, backend), AuxTensors())
 
 
 def softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
@@ -129,13 +132,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, request: AuxRequest, backend: str, q: Tensor, k: Tensor, v: Tensor, static: Static, *tensors: Any) -> Any:
         call = LoweredAttention(q, k, v, _join(static, tensors))
-        forward = ops.attention_fwd(call, backend)
+        forward, extra = _forward(call, request, backend)
         ctx.static, ctx.backend = static, backend
         ctx.set_materialize_grads(False)
         if request is NOTHING:
             ctx.save_for_backward(q, k, v, *tensors, *forward, None)
-            return forward.out, None
-        extra = ops.attention_aux(call, forward, request, backend) if request.needs_pass else AuxTensors()
+            return forward.out
         aux = _aux_output(forward, extra, request)
         ctx.save_for_backward(q, k, v, *tensors, *forward, aux.probs)
         return forward.out, aux.probs, aux.scores, aux.lse, aux.max_scores, aux.column_sums, aux.entropy
@@ -149,9 +151,10 @@ class _Attention(torch.autograd.Function):
 
 def _attention_gradients(ctx: Any, arriving: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """From the gradients of (out, lse, probs, scores, and maybe max_scores, column_sums, entropy) to those of (q, k, v, sinks, *mod tensors)."""
-    device = next((g.device.type for g in arriving if g is not None), None)
-    if device is None:
+    first = next((g for g in arriving if g is not None), None)
+    if first is None:
         return (None,) * len(needs)
+    device = first.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _attention_gradients(ctx, arriving, needs)

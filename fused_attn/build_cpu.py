@@ -30,7 +30,7 @@ GIB_PER_JOB = 1.0
 FACE = "library.cpp"
 ONCE = (FACE, "threads.cpp")
 # Kernels throw nothing. g++ 12 takes the intrinsics' undefined vectors for mistakes; clang knows no such warning.
-KERNEL_FLAGS = ("-fno-exceptions", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized")
+KERNEL_FLAGS = ("-fno-exceptions", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wall", "-pthread",
@@ -206,6 +206,9 @@ def _make(build: _Build, report: Callable[[str], None]) -> Path:
     """The library in the folder of objects."""
     made = units(build.folder, isas(build.compiler))
     stale = [unit for unit in made if build.stale(unit)]
+    for path in build.objects.glob("*.o"):
+        if path.name not in {unit.name for unit in made}:
+            path.unlink(missing_ok=True)  # of a source or an instruction set that is gone
     stamp, library = build.objects / f"{LIBRARY}.key", build.objects / LIBRARY
     with ThreadPoolExecutor(jobs(GIB_PER_JOB)) as pool:
         waiting = [pool.submit(build.compile, unit) for unit in stale]

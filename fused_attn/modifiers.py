@@ -223,6 +223,8 @@ class Modifiers:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """Tensors that may want a gradient: the sinks, then those of the scoring, of the modifications and of the normaliser."""
+        if self.scoring is None and self.normalizer is None and not self.score_mods:
+            return () if self.sinks is None else (self.sinks,)
         scoring = () if self.scoring is None else self.scoring.tensors
         normalizer = () if self.normalizer is None else self.normalizer.tensors
         return (*(() if self.sinks is None else (self.sinks,)), *scoring, *(t for m in self.score_mods for t in m.tensors), *normalizer)

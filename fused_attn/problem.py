@@ -34,6 +34,7 @@ from fused_attn.targets import Target
 
 DTYPES = FLOATS
 EmptyRows = Literal["zero", "uniform", "softmax"]
+_EMPTY_ROWS = get_args(EmptyRows)
 
 
 class UnsupportedError(RuntimeError):
@@ -106,7 +107,8 @@ class AttentionProblem:
             return False
         if self.q.requires_grad or self.k.requires_grad or self.v.requires_grad:
             return True
-        return any(t.requires_grad for t in self.modifiers.parameters)
+        parameters = self.modifiers.parameters
+        return bool(parameters) and any(t.requires_grad for t in parameters)
 
     def with_inputs(self, tensors: tuple[Tensor, ...]) -> AttentionProblem:
         """A copy on other tensors, in the order of ``inputs``."""
@@ -153,7 +155,7 @@ class AttentionProblem:
             require_sinks(sinks, heads, q.device)
         if aux is not None:
             require_request(aux, grid)
-        if not isinstance(empty_rows, str) or empty_rows not in get_args(EmptyRows):
+        if not isinstance(empty_rows, str) or empty_rows not in _EMPTY_ROWS:
             raise ValueError(f"empty_rows must be 'zero', 'uniform' or 'softmax'; got {described(empty_rows)}. 'zero' is the default.")
         if normalizer is not None:
             normalizer = checked_normalizer(normalizer, grid)
@@ -170,13 +172,14 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}. Move them with .to(q.device).")
     batch, heads, _, head_dim = q.shape
     kv_batch, kv_heads, kv_len, k_dim = k.shape
-    if kv_batch != batch or v.shape[0] != batch:
+    v_batch, v_heads, v_len, _ = v.shape
+    if kv_batch != batch or v_batch != batch:
         raise ValueError(
-            f"q, k and v must share the batch size; got {batch}, {kv_batch}, {v.shape[0]}. Expand the smaller one with .expand(...)."
+            f"q, k and v must share the batch size; got {batch}, {kv_batch}, {v_batch}. Expand the smaller one with .expand(...)."
         )
     if k_dim != head_dim:
         raise ValueError(f"q and k must share head_dim; got {head_dim} and {k_dim}. Only v may have another one.")
-    if v.shape[1] != kv_heads or v.shape[2] != kv_len:
+    if v_heads != kv_heads or v_len != kv_len:
         raise ValueError(
             f"k and v must share kv_heads and kv_len; got {list(k.shape[1:3])} and {list(v.shape[1:3])}. Slice or project them alike."
         )

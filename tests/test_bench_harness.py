@@ -300,7 +300,7 @@ def test_percentages() -> None:
 def test_tables_show_dashes_for_what_is_not_there() -> None:
     results = [Result(CASE.name, "a", samples=(0.002, 0.002), bytes=10**6, peak=2048), Result(CASE.name, "b", "failed", "RuntimeError: no")]
     lines = tables.results(results).splitlines()
-    assert lines[2].split() == [CASE.name, "a", "-", "2.00", "ms", "-", "-", "-", "-", "0.5", "-", "2.00", "KiB", "-"]
+    assert lines[2].split() == [CASE.name, "a", "-", "2.00", "ms", "-", "-", "-", "-", "0.5", "-", "-", "2.00", "KiB", "-"]
     assert lines[3] == f"  b failed ({CASE.name}): RuntimeError: no"
 
 

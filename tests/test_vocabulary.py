@@ -223,7 +223,7 @@ def test_lowered_shapes():
 
 def _modules():
     for info in pkgutil.walk_packages(fa.__path__, "fused_attn."):
-        if info.name.endswith(("__main__", "._native")) or (".triton" in info.name and importlib.util.find_spec("triton") is None):
+        if info.name.endswith(("__main__", "._native", "._cpu")) or (".triton" in info.name and importlib.util.find_spec("triton") is None):
             continue
         yield info.name
 

@@ -30,7 +30,7 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     """What commands that measure two sides share."""
     parser.add_argument("--launches", type=int, default=8, help="fresh starts of both sides; their spread is the error bar (default 8)")
     parser.add_argument("--of", default="fused_attn", metavar="PROVIDER", help="what is measured of commits (default fused_attn)")
-    parser.add_argument("--build", action="store_true", help="build each commit's native library first")
+    parser.add_argument("--build", action="store_true", help="build each commit's native CUDA library first")
     selection.add_cases(parser)
     selection.add_setup(parser, seconds=8.0)
     selection.add_history(parser)

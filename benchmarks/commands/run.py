@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import roofs, tables, timers
+from benchmarks.busy import neighbours
 from benchmarks.cases import Case
 from benchmarks.commands import selection
 from benchmarks.environment import describe
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     selection.add_providers(parser)
     selection.add_setup(parser, seconds=2.0)
     selection.add_history(parser)
+    text = "keep so many processes busy meanwhile; such results are never compared with quiet ones"
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, as JSON lines")
 
 
@@ -37,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
     history, done, code = selection.history(args), [], 0
     try:
-        for results in measured(cases, providers, setup, progress=True):
-            history.add(results)
-            done += results
+        with neighbours(args.busy):
+            for results in measured(cases, providers, setup, beside=args.busy):
+                history.add(results)
+                done += results
     except KeyboardInterrupt:
         code = INTERRUPTED
-    print(tables.environment(done[0].environment if done else describe(setup.device)))
+    print(tables.environment(done[0].environment if done else describe(setup.device, beside=args.busy)))
     print(tables.results(done))
     if args.json is not None:
         export(done, args.json)
@@ -58,7 +62,7 @@ def is_failure(result: Result) -> bool:
     return result.status == "wrong" or (result.status == "failed" and result.provider.startswith("fused_attn"))
 
 
-def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, progress: bool = False) -> Iterator[list[Result]]:
+def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, beside: int = 0) -> Iterator[list[Result]]:
     """The results of each case as soon as it is done, stamped with the run and the environment."""
     from tqdm import tqdm
 
@@ -67,13 +71,13 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, prog
         "run": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         "time": now.isoformat(timespec="seconds"),
         "timer": setup.timer,
-        "environment": describe(setup.device),
+        "environment": describe(setup.device, beside=beside),
     }
     limits: Mapping[str, roofs.Roofs] = {
         dtype: roofs.measure(setup.device, getattr(torch, dtype), timers.make(setup.timer, setup.device))
         for dtype in dict.fromkeys(case.dtype for case in cases)
     }
-    with tqdm(total=len(cases), unit="case", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=len(cases), unit="case", disable=None, leave=False) as bar:
         for case in cases:
             bar.set_description(case.name)
             yield [replace(result, **stamp) for result in measure(case, providers, setup, limits[case.dtype])]  # type: ignore[arg-type]

@@ -142,7 +142,7 @@ class Worker {
     if (call_.scores.data) fill_skipped(call_.scores, i, -kInf);
     if (call_.is_sigmoid) return weigh(i, r);
     const float most = largest_of(load(top_ + i * W));
-    float top = most, sum = 0.f, weighted = 0.f;
+    float top = most, sum = 0.f;
     const float sink = call_.sinks.data ? load_one(at(call_.sinks, 0, h_, 0, 0), call_.sinks.dtype) : -kInf;
     if (!(sink <= top)) top = sink == sink && top == top ? sink : kNaN;
     const vf base = all(top == -kInf ? 0.f : top);
@@ -170,23 +170,24 @@ class Worker {
         store(s + j, x);
       }
     }
-    sum = sum_of(even + odd);
-    weighted = sum_of(moments);
-    if (sink > -kInf || sink != sink) sum += std::exp(sink - top);
+    const float keys = sum_of(even + odd);
+    // Without scores the sum is 0, also where a sink has all the weight.
+    sum = most == -kInf && keys == 0.f ? 0.f : keys + (sink == -kInf ? 0.f : std::exp(sink - top));
     const bool broken = sum != sum;
     factor_[i] = sum == 0.f ? 0.f : 1.f / sum;
-    call_.top[r] = top;
-    call_.sum[r] = sum;
-    call_.lse[r] = sum == 0.f ? -kInf : top + std::log(sum);
+    if (call_.lse) keep(r, top, sum, sum == 0.f ? top : top + std::log(sum));
     if (call_.max_scores) call_.max_scores[r] = broken && most != kInf ? kNaN : most;
     if (broken && call_.max_scores && most == kInf && has_nan(i)) call_.max_scores[r] = kNaN;
-    if (broken) hide(i);
-    if (call_.entropy) {
-      float share = broken ? kNaN : sum == 0.f ? 0.f : 1.f;
-      if (call_.sinks.data && sum > 0.f) share = sum_of(even + odd) / sum;
-      call_.entropy[r] = sum == 0.f ? 0.f : std::log(sum) * share - weighted / sum;
-    }
+    if (broken) break_row(i);
+    // Sum of p (log of the whole sum - (score - top)), where the keys' own share is less than 1 beside a sink.
+    if (call_.entropy) call_.entropy[r] = sum == 0.f ? 0.f : (std::log(sum) * keys - sum_of(moments)) / sum;
     give_out(i, factor_[i]);
+  }
+
+  void keep(int64_t r, float top, float sum, float lse) {
+    call_.top[r] = top;
+    call_.sum[r] = sum;
+    call_.lse[r] = lse;
   }
 
   // The sigmoid normaliser: every score's own weight.
@@ -201,14 +202,25 @@ class Worker {
       }
     }
     factor_[i] = 1.f;
-    call_.top[r] = 0.f;
-    call_.sum[r] = 1.f;
-    call_.lse[r] = -kInf;
+    if (call_.lse) keep(r, 0.f, 1.f, -kInf);
     if (call_.max_scores) call_.max_scores[r] = largest_of(load(top_ + i * W));
+    if (call_.entropy) call_.entropy[r] = surprise(i);
     give_out(i, 1.f);
   }
 
-  // Whether an allowed score of the row is NaN; its exponentials are made again afterwards by whoever asks, for they are NaN all.
+  // -sum of p log p of a row of weights.
+  float surprise(int64_t i) {
+    float sum = 0.f;
+    for (int64_t t = first_; t < last_; ++t) {
+      for (int64_t j = 0; kinds_[t] != kNone && j < keys_of(t); ++j) {
+        const float p = scores_at(i, t)[j];
+        if (p != 0.f) sum -= p * std::log(p);
+      }
+    }
+    return sum;
+  }
+
+  // Whether an allowed score of the row is NaN.
   bool has_nan(int64_t i) {
     bool found = false;
     for (int64_t t = first_; t < last_; ++t) {
@@ -222,14 +234,13 @@ class Worker {
     return found;
   }
 
-  // Zeros in the masked places of a row whose sum is NaN, which is NaN everywhere else.
-  void hide(int64_t i) {
+  // A row whose sum is NaN: NaN wherever it may attend, whatever its exponentials are there, and zeros elsewhere.
+  void break_row(int64_t i) {
     for (int64_t t = first_; t < last_; ++t) {
-      if (kinds_[t] != kMixed) continue;
+      if (kinds_[t] == kNone) continue;
       uint8_t allowed[kTile];
       mask_.row(i, t * kTile, keys_of(t), allowed);
-      for (int64_t j = 0; j < kTile; ++j)
-        if (!allowed[j]) scores_at(i, t)[j] = 0.f;
+      for (int64_t j = 0; j < kTile; ++j) scores_at(i, t)[j] = allowed[j] ? kNaN : 0.f;
     }
   }
 
@@ -295,6 +306,7 @@ class Worker {
     // Rows without keys give zeros, whatever values there are.
     for (int64_t d = 0; d < width_; d += W) store(row + d, factor_[i] == 0.f ? vf{} : load(row + d) * factor);
     store_row(at(call_.out, b_, h_, q0_ + i, 0), call_.out.dtype, call_.out.col, sizes_.value_dim, row);
+    if (call_.wide.data) store_row(at(call_.wide, b_, h_, q0_ + i, 0), kFloat, call_.wide.col, sizes_.value_dim, row);
   }
 
   const Plan& plan_;

@@ -112,13 +112,12 @@ class GradientTile {
     if (call_->is_sigmoid) return;
     for (int64_t i = 0; i < rows; i += kGradientRows) sum_probs(i, smaller_of(kGradientRows, rows - i));
     for (int64_t i = 0; i < rows; ++i) {
-      if (inverse_[i] == 0.f) {
-        delta_[i] = 0.f;
-      } else {
-        delta_[i] += sum_out(r0 + i);
-        if (call_->dlse.data) delta_[i] -= load_one(at(call_->dlse, b_, h, r0 + i, 0), call_->dlse.dtype);
-      }
-      if (call_->delta) call_->delta[first + i] = delta_[i];
+      const bool dead = inverse_[i] == 0.f;
+      float delta = dead ? 0.f : delta_[i] + sum_out(r0 + i);
+      // Of a row without scores the sink alone hears.
+      if (call_->dlse.data && call_->top[first + i] != -kInf) delta -= load_one(at(call_->dlse, b_, h, r0 + i, 0), call_->dlse.dtype);
+      delta_[i] = dead ? 0.f : delta;
+      if (call_->delta) call_->delta[first + i] = delta;
     }
   }
 
@@ -129,17 +128,23 @@ class GradientTile {
     copy_rows(call_->q, b_, h_, q0, rows, call_->sizes.head_dim, q);
     if (call_->dout.data) copy_rows(call_->dout, b_, h_, q0, rows, call_->sizes.value_dim, dout);
     // A row that attends to nothing sends nothing, whatever it holds.
+    has_dead_ = false;
     for (int64_t i = 0; i < rows; ++i) {
-      if (inverse_[q0 - r0_ + i] != 0.f) continue;
+      if (!is_dead(i)) continue;
+      has_dead_ = true;
       memset(dout + i * dout_row, 0, static_cast<size_t>(dout_row) * 4);
-      if (!call_->dscores.data) memset(q + i * q_row, 0, static_cast<size_t>(q_row) * 4);
+      memset(q + i * q_row, 0, static_cast<size_t>(q_row) * 4);
     }
     q_broken = !are_finite(q, rows * q_row);
     dout_broken = call_->dout.data && !are_finite(dout, rows * dout_row);
   }
 
   int64_t keys_of(int64_t t) const { return smaller_of(kTile, call_->sizes.kv_len - t * kTile); }
-  Kind kind(int64_t t) const { return mask_.kind(t * kTile, keys_of(t)); }
+  // A row without scores has no allowed pair, also where the mask has one.
+  Kind kind(int64_t t) const {
+    const Kind found = mask_.kind(t * kTile, keys_of(t));
+    return found == kFull && has_dead_ ? kMixed : found;
+  }
   const float* key_panels(int64_t t) { return keys_.tile(t); }
   const Scorer& scorer() const { return scorer_; }
   float delta_of(int64_t row) const { return delta_[row - r0_]; }
@@ -147,6 +152,8 @@ class GradientTile {
   // Fills p (after dropout) and ds of the block and tile t, and `allowed` where it is mixed; 0 in masked pairs, up to a whole vector.
   void make(int64_t t, Kind kind) {
     if (kind == kMixed) mask_.bytes(t * kTile, keys_of(t), allowed);
+    for (int64_t i = 0; has_dead_ && i < rows_; ++i)
+      if (is_dead(i)) memset(allowed + i * kTile, 0, kTile);
     for (int64_t i = 0; i < rows_; i += kGroup) {
       const int64_t rows = smaller_of(kGroup, rows_ - i);
       make_probs(i, rows, t, kind);
@@ -169,6 +176,8 @@ class GradientTile {
   uint8_t* allowed;  // [rows][kTile]
 
  private:
+  bool is_dead(int64_t i) const { return inverse_[q0_ - r0_ + i] == 0.f; }
+
   // dout . out of a row.
   float sum_out(int64_t row) {
     if (!call_->dout.data) return 0.f;
@@ -294,13 +303,13 @@ class GradientTile {
       if (further) x += load(further + j);
       store(g + j, dead ? vf{} : call_->is_sigmoid ? w * (1.f - w) * x : w * (x - d));
     }
-    if (!call_->dscores.data) return;
+    if (!call_->dscores.data || dead) return;
     const float* const direct = padded_row(call_->dscores, row, t, column_);
     for (int64_t j = 0; j < n; j += W) store(g + j, load(g + j) + load(direct + j));
   }
 
   const Attention* call_;
-  bool has_saved_, is_simple_;
+  bool has_saved_, is_simple_, has_dead_ = false;
   Slopes slopes_;
   Panels keys_, values_;
   Scorer scorer_;

@@ -31,8 +31,8 @@ thread_local Scratch own;
 
 using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// What g++ calls for `#pragma omp parallel`; libgomp has it, and LLVM's libomp for g++'s sake. torch has loaded one of them for everyone to
-// see: with a pool of our own beside it, the threads of the one would spin while those of the other have work.
+// What g++ calls for a parallel region of OpenMP; libgomp has it, and LLVM's libomp for g++'s sake. torch has loaded one of them for
+// everyone to see: with a pool of our own beside it, the threads of the one would spin while those of the other have work.
 Region find_region() {
 #if defined(__unix__) || defined(__APPLE__)
   return reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

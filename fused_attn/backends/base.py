@@ -78,7 +78,9 @@ class Backend(Protocol):
 
     ``needs`` says which of (q, k, v, sinks, *mod_tensors) or (scores, *mod_tensors) want a gradient; the result has one entry
     for each, None where not wanted. Results are laid out by the rule of ``layout.py``; row statistics are the backend's own
-    business, but their shape must be ``stats_shape``. A backend that has ``evaluates_rules = True`` gets masks with rules, evaluated
+    business, but their shape must be ``stats_shape``. A backend that makes auxiliary outputs in the forward's own pass has
+    ``attention_fwd_aux(call, request) -> (Forward, AuxTensors)`` besides, and one to which it matters that nobody wants lse and statistics
+    ``attention_out(call) -> Tensor``. A backend that has ``evaluates_rules = True`` gets masks with rules, evaluated
     region by region; any other gets them as ``keep``. What one that has ``notes(problem)`` says there, ``explain`` repeats.
     """
 
@@ -132,6 +134,8 @@ def gradients_without_scores(call: LoweredAttention, incoming: Incoming, needs: 
 def authored_refusals(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     """The reasons shared by every kernel backend: code of the user's that has no normal form."""
     scoring = problem.modifiers.scoring
+    if scoring is None and not problem.modifiers.score_mods:
+        return []
     found = [unlowerable(mod, SCORE_MODS) for mod in problem.modifiers.score_mods if not mod.by_parts]
     found += [] if scoring is None or scoring.lowers else [unlowerable(scoring, SCORINGS)]
     return [reason for reason in found if reason]

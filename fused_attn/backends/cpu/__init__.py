@@ -18,7 +18,7 @@ from fused_attn.backends.base import (
     device_type,
     transform_refusal,
 )
-from fused_attn.backends.cpu import attention, library, softmax, softmax_native
+from fused_attn.backends.cpu import attention, attention_blocks, attention_native, library, softmax, softmax_native
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -73,16 +73,26 @@ class CpuBackend:
         return [f"{failure}; plain torch operations run instead"] if failure else []
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
-        return attention.attention_fwd(call)
+        return attention_blocks.attention_fwd(call)[0] if attention_native.takes(call) else attention.attention_fwd(call)
+
+    def attention_out(self, call: LoweredAttention) -> Tensor:
+        return attention_blocks.attention_out(call) if attention_native.takes(call) else attention.attention_fwd(call).out
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
-        return attention.attention_aux(call, request)
+        return attention_blocks.attention_fwd(call, request)[1] if attention_native.takes(call) else attention.attention_aux(call, request)
+
+    def attention_fwd_aux(self, call: LoweredAttention, request: AuxRequest) -> tuple[Forward, AuxTensors]:
+        if attention_native.takes(call):
+            return attention_blocks.attention_fwd(call, request)
+        return attention.attention_fwd(call), attention.attention_aux(call, request)
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
+        if forward.stats.dim() == 4 and attention_native.takes(call):
+            return attention_blocks.attention_bwd(call, forward, incoming, needs)
         return attention.attention_bwd(call, forward, incoming, needs)
 
     def stats_shape(self, call: LoweredAttention) -> tuple[int, ...]:
-        return (0,)
+        return attention_native.stats_shape(call) if attention_native.takes(call) else (0,)
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
         return softmax_native.softmax_fwd(call) if softmax_native.takes(call) else softmax.softmax_fwd(call)

@@ -36,10 +36,10 @@ def terms_of_rows(terms: Terms, grid: Grid, rows: Range, keep: Tensor) -> Terms:
         keep: what the mask's stored tensor and its rules allow of those rows.
     """
     mask, (start, _) = terms.mask, rows
-    first, last = (None if t is None else _rows_of(t, 1, rows) for t in (mask.kv_start, mask.kv_end))
+    limits = [None if t is None else _rows_of(t, 1, rows) for t in (mask.kv_start, mask.kv_end)]
     return replace(
         terms,
-        mask=KernelMask(mask.left, mask.right, first, last, keep),
+        mask=KernelMask(mask.left, mask.right, limits[0], limits[1], keep),
         q_offset=terms.q_offset + start,
         mods=tuple([replace(m, tensors=tuple([_rows_of(t, 2, rows) for t in m.tensors])) for m in terms.mods]),
         dropout=_dropout_of(terms.dropout, grid, start),

@@ -124,6 +124,20 @@ def isas() -> tuple[str, ...]:
     return (_state or _current()).isas
 
 
+def run(name: str, fields: bytes) -> None:
+    """Runs a pass of the library on the struct that its C function takes.
+
+    Raises:
+        MemoryError: a thread could not have its share of memory.
+    """
+    library = load()
+    assert library is not None
+    if getattr(library, f"fused_attn_cpu_{name}")(fields):
+        raise MemoryError(
+            f"{name} must have memory for its threads' tiles, O(length) each; got none. Use fewer threads or shorter sequences."
+        )
+
+
 # torch.compile runs them while tracing instead of tracing through the load (what torch.compiler.assume_constant_result sets).
 failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
