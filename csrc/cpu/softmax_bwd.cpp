@@ -277,8 +277,9 @@ void add_up(const Backward& f) {
 }
 
 }  // namespace
+}  // namespace fused_attn::cpu
 
-namespace FUSED_ATTN_ISA {
+namespace fused_attn::cpu::FUSED_ATTN_ISA {
 
 int softmax_bwd(const Softmax& s) {
   const int64_t sizes[3] = {s.sizes.batch, s.sizes.heads, s.sizes.q_len}, strides[3] = {s.dbias.batch, s.dbias.head, s.dbias.row};
@@ -313,5 +314,4 @@ int softmax_bwd(const Softmax& s) {
   return f.failed ? kNoMemory : kDone;
 }
 
-}  // namespace FUSED_ATTN_ISA
-}  // namespace fused_attn::cpu
+}  // namespace fused_attn::cpu::FUSED_ATTN_ISA

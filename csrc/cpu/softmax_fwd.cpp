@@ -213,8 +213,9 @@ void forward_tasks(void* context, int64_t worker) {
 }
 
 }  // namespace
+}  // namespace fused_attn::cpu
 
-namespace FUSED_ATTN_ISA {
+namespace fused_attn::cpu::FUSED_ATTN_ISA {
 
 int softmax_fwd(const Softmax& s) {
   const bool outer[3] = {};
@@ -226,5 +227,4 @@ int softmax_fwd(const Softmax& s) {
   return f.failed ? kNoMemory : kDone;
 }
 
-}  // namespace FUSED_ATTN_ISA
-}  // namespace fused_attn::cpu
+}  // namespace fused_attn::cpu::FUSED_ATTN_ISA
