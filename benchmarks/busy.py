@@ -46,7 +46,8 @@ def neighbours(count: int) -> Iterator[list[int]]:
         processes = [stack.enter_context(_running()) for _ in range(count)]
         for process in processes:
             assert process.stdout is not None
-            process.stdout.read(1)  # it has begun
+            if not process.stdout.read(1):
+                raise RuntimeError(f"a busy process must begin before anything is measured; one ended with {process.wait()}. Start fewer.")
         yield [process.pid for process in processes]
 
 

@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 
 import torch
 
-import fused_attn as fa
 from benchmarks import cpu_table, timers
 from benchmarks.busy import neighbours
-from benchmarks.cpu_cases import CPU, HEADS, KINDS, KINDS_AGAIN, LENGTHS, SOFTMAX, Attention, Job
+from benchmarks.cpu_cases import CPU, KINDS, KINDS_AGAIN, LENGTHS, SOFTMAX, Attention, Job
 from benchmarks.environment import ROOT, describe
+from benchmarks.overhead import Call, costs
+from fused_attn.backends.cpu import library as cpu_library
 from fused_attn.testing.measure import Effort, interleaved
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "targets.json"
@@ -115,36 +115,20 @@ def host_costs(seconds: float) -> list[HostCost]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_host_cost(call, seconds / 3) for call in ("fwd", "fwd, requires_grad", "fwd+bwd")]
+        return [_host_cost(call, seconds / 3) for call in (Call(), Call(grad=True), Call(grad=True, backward=True))]
     finally:
         torch.set_num_threads(threads)
 
 
-def _host_cost(call: str, seconds: float) -> HostCost:
-    q, k, v = torch.randn(3, 1, HEADS, 32, 32, generator=torch.Generator().manual_seed(0)).unbind(0)
-    leaves, incoming = [t.detach().requires_grad_(call != "fwd") for t in (q, k, v)], torch.ones_like(q)
-    attend = torch._C._nn.scaled_dot_product_attention
-
-    def timed(forward: Callable[..., Any]) -> Callable[[], Any]:
-        if call != "fwd+bwd":
-            return lambda: forward(*leaves)
-        return lambda: torch.autograd.grad(forward(*leaves), leaves, incoming)
-
-    functions = {"ours": timed(fa.attention), "sdpa": timed(attend)}
-    for function in functions.values():
-        for _ in range(200):
-            function()
-    found = interleaved(functions, CPU, Effort(seconds, 20, sample=0.002, clock=time.thread_time))
-    return HostCost(call, 1e6 * found["ours"].median, 1e6 * found["sdpa"].median, 2.0 if call == "fwd" else 2.5)
+def _host_cost(call: Call, seconds: float) -> HostCost:
+    right, ours, theirs = costs(call, CPU, Effort(seconds, 20, sample=0.002))
+    assert right, "attention [1, 4, 32, 32] broke the error rule"
+    return HostCost(call.title, 1e6 * ours, 1e6 * theirs, 2.5 if call.grad else 2.0)
 
 
 def library() -> str:
     """The instruction set of the CPU library's kernels, or why there is none."""
-    try:
-        from fused_attn.backends.cpu import library as found
-    except ImportError:
-        return "none: this version has no CPU library"
-    return found.isa() or f"none: {found.failure()}"
+    return cpu_library.isa() or f"none: {cpu_library.failure()}"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

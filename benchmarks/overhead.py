@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,7 +29,8 @@ def run(device: torch.device, budget: float) -> Report:
     if not refusal:
         places.append((device, "cuda"))
     kinds = [(grad, causal) for grad in (False, True) for causal in (False, True)]
-    rows = [_row(place, causal, grad, budget / len(kinds) / len(places)) for place in places for grad, causal in kinds]
+    calls = [(where, Call(grad, causal=causal, backend=backend)) for where, backend in places for grad, causal in kinds]
+    rows = [_row(where, call, budget / len(calls)) for where, call in calls]
     note = f"bound: {BOUND:.0f} x SDPA on the CPU, {CUDA_BOUND:.0f} x with backend cuda; the calling thread's own time, medians of forward calls in turns."
     if refusal:
         note += f"\n  Backend cuda is not measured: {refusal}."
@@ -44,22 +48,52 @@ def _refusal(device: torch.device) -> str:
     return next(row.reason for row in rows if row.backend == "cuda")
 
 
-def _row(place: tuple[torch.device, str], causal: bool, grad: bool, budget: float) -> Row:
-    device, backend = place
-    mask = fa.Causal() if causal else None
+@dataclass(frozen=True)
+class Call:
+    """What is called: whether inputs want a gradient, whether it is computed too, whether the mask is causal, and on which backend."""
+
+    grad: bool = False
+    backward: bool = False
+    causal: bool = False
+    backend: str = "auto"
+
+    @property
+    def title(self) -> str:
+        wants = "fwd+bwd" if self.backward else "requires_grad" if self.grad else "no grad"
+        return f"{'causal' if self.causal else 'no mask'}, {wants}"
+
+
+def costs(call: Call, device: torch.device, effort: Effort) -> tuple[bool, float, float]:
+    """Whether our result is right, and medians of the calling thread's own seconds: ours and SDPA's."""
+    mask = fa.Causal() if call.causal else None
     work = Workload(seeded(device, SHAPE, torch.float32), mask)
     right = not Judge.of(work)(work.fused()).broken
-    q, k, v = (t.detach().requires_grad_(grad) for t in work.inputs)
+    q, k, v = (t.detach().requires_grad_(call.grad) for t in work.inputs)
+    incoming = torch.ones_like(q)
+
+    def mode(forward: Callable[[], Any]) -> Callable[[], Any]:
+        return (lambda: torch.autograd.grad(forward(), (q, k, v), incoming)) if call.backward else forward
+
     times = interleaved(
         {
-            "ours": lambda: fa.attention(q, k, v, mask=mask, backend=backend),
-            "theirs": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal),
+            "ours": mode(lambda: fa.attention(q, k, v, mask=mask, backend=call.backend)),
+            "theirs": mode(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=call.causal)),
         },
         CPU,  # nobody waits for a GPU, whose queue never fills: its kernels are shorter than the calls
-        Effort(budget, rounds=5, sample=0.01, clock=time.thread_time),
+        replace(effort, clock=time.thread_time),
     )
-    ours, theirs = times["ours"].median, times["theirs"].median
-    bound = BOUND if backend == "auto" else None if grad else CUDA_BOUND
-    title = f"{'causal' if causal else 'no mask'}, {'requires_grad' if grad else 'no grad'}"
-    cells = (title, f"{backend}, {device.type}", seconds(ours), seconds(theirs), ratio(ours / theirs), ratio(bound) if bound else "-")
+    return right, times["ours"].median, times["theirs"].median
+
+
+def _row(device: torch.device, call: Call, budget: float) -> Row:
+    right, ours, theirs = costs(call, device, Effort(budget, rounds=5, sample=0.01))
+    bound = BOUND if call.backend == "auto" else None if call.grad else CUDA_BOUND
+    cells = (
+        call.title,
+        f"{call.backend}, {device.type}",
+        seconds(ours),
+        seconds(theirs),
+        ratio(ours / theirs),
+        ratio(bound) if bound else "-",
+    )
     return Row(cells, right and ours <= bound * theirs if bound else right)

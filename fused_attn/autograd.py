@@ -40,8 +40,10 @@ def attended(call: LoweredAttention, request: AuxRequest, backend: str, requires
     if requires_grad and not _outlives_functions():
         given = _Attention.apply(request, backend, *_distinct(call.q, call.k, call.v, *_split(call.terms)))  # type: ignore[no-untyped-call]
         return (given, _NO_OUTPUT) if request is NOTHING else (given[0], AuxOutput(*given[1:]))
+    if request is NOTHING:
+        return ops.attention_out(call, backend), _NO_OUTPUT
     forward, extra = _forward(call, request, backend)
-    return forward.out, _NO_OUTPUT if request is NOTHING else _aux_output(forward, extra, request)
+    return forward.out, _aux_output(forward, extra, request)
 
 
 def _forward(call: LoweredAttention, request: AuxRequest, backend: str) -> tuple[Forward, AuxTensors]:

@@ -30,7 +30,7 @@ GIB_PER_JOB = 1.0
 FACE = "library.cpp"
 ONCE = (FACE, "threads.cpp")
 # Kernels throw nothing. g++ 12 takes the intrinsics' undefined vectors for mistakes; clang knows no such warning.
-KERNEL_FLAGS = ("-fno-exceptions", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized")
+KERNEL_FLAGS = ("-fno-exceptions", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wall", "-pthread",

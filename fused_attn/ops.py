@@ -207,6 +207,15 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     return AuxTensors(*_optional(tensors, (*flags[:2], *flags[3:])))
 
 
+def attention_out(call: LoweredAttention, backend: str) -> Tensor:
+    """The output alone."""
+    alone = None if captured(call.q) else getattr(backends.get(backend), "attention_out", None)
+    if alone is None:
+        return attention_fwd(call, backend).out
+    out: Tensor = alone(call)
+    return out
+
+
 def attention_fwd_aux(call: LoweredAttention, request: AuxRequest, backend: str) -> tuple[Forward, AuxTensors]:
     """Both; in one pass where the backend has such a pass and no graph is being captured, whose ops are one for each."""
     together = None if captured(call.q) else getattr(backends.get(backend), "attention_fwd_aux", None)

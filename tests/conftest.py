@@ -143,6 +143,14 @@ class Counting:
         self.calls += 1
         return self.inner.attention_fwd(call)
 
+    def attention_out(self, call: Any) -> Any:
+        self.calls += 1
+        return self.inner.attention_out(call)
+
+    def attention_fwd_aux(self, call: Any, request: Any) -> Any:
+        self.calls += 1
+        return self.inner.attention_fwd_aux(call, request)
+
 
 @pytest.fixture
 def counting() -> Iterator[Counting]:

@@ -72,6 +72,13 @@ def test_they_end_with_a_process_that_is_killed(fatal: signal.Signals) -> None:
     wait_until_gone(pids)
 
 
+def test_one_that_does_not_begin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than results that are called busy and are not."""
+    monkeypatch.setattr("benchmarks.busy._LOOP", "raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="one ended with 3"), neighbours(2):
+        pass
+
+
 @pytest.mark.parametrize("count", [-1, 10**6])
 def test_an_impossible_number_is_refused(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--busy", str(count), "--db", str(tmp_path / "h.sqlite")]) == 2

@@ -108,7 +108,7 @@ def test_a_small_run_writes_its_file_and_its_page(tmp_path: Path, monkeypatch: p
         ("plain", "fwd", "64"), ("plain", "fwd+bwd", "64"), ("plain", "fwd", "80"), ("plain", "fwd+bwd", "80"), ("thin rows, masked", "fwd", "40x4"),
     }  # fmt: skip
     assert [bool(x["busy"]) for x in stored["lines"]] == [True, True, False, False, False]
-    assert [cost["call"] for cost in stored["host"]] == ["fwd", "fwd, requires_grad", "fwd+bwd"]
+    assert [cost["call"] for cost in stored["host"]] == ["no mask, no grad", "no mask, requires_grad", "no mask, fwd+bwd"]
     text = page.read_text()
     assert text.startswith("before\n\n") and text.endswith("\nafter\n") and "old" not in text and cpu_table.rendered(stored) in text
     with pytest.raises(ValueError, match="the page must have the lines"):

@@ -300,3 +300,14 @@ def test_a_source_distribution_carries_the_sources(project: Path) -> None:
     with tarfile.open(backend_hook(project, "build_sdist")) as made:
         names = made.getnames()
     assert {"csrc/cpu/library.cpp", "csrc/cpu/unit.cpp", "fused_attn/build_cpu.py"} <= {name.split("/", 1)[-1] for name in names}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("target", ["demo", "test", "test-peers", "quick", "bench"])
+def test_make_builds_it_before_it_is_used(target: str) -> None:
+    """When a source has changed; what make would do, without doing it."""
+    asked = ["make", "--dry-run", "--what-if=csrc/cpu/library.cpp", "VENV=.none", target]
+    steps = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    (built,) = [i for i, step in enumerate(steps) if step == ".none/bin/python -m fused_attn build --cpu || true"]
+    used = [i for i, step in enumerate(steps) if re.match(r"\.none/bin/python -m (?:pytest|benchmarks|fused_attn demo)", step)]
+    assert used and built < min(used)

@@ -175,15 +175,19 @@ class Worker {
     sum = most == -kInf && keys == 0.f ? 0.f : keys + (sink == -kInf ? 0.f : std::exp(sink - top));
     const bool broken = sum != sum;
     factor_[i] = sum == 0.f ? 0.f : 1.f / sum;
-    call_.top[r] = top;
-    call_.sum[r] = sum;
-    call_.lse[r] = sum == 0.f ? top : top + std::log(sum);
+    if (call_.lse) keep(r, top, sum, sum == 0.f ? top : top + std::log(sum));
     if (call_.max_scores) call_.max_scores[r] = broken && most != kInf ? kNaN : most;
     if (broken && call_.max_scores && most == kInf && has_nan(i)) call_.max_scores[r] = kNaN;
     if (broken) break_row(i);
     // Sum of p (log of the whole sum - (score - top)), where the keys' own share is less than 1 beside a sink.
     if (call_.entropy) call_.entropy[r] = sum == 0.f ? 0.f : (std::log(sum) * keys - sum_of(moments)) / sum;
     give_out(i, factor_[i]);
+  }
+
+  void keep(int64_t r, float top, float sum, float lse) {
+    call_.top[r] = top;
+    call_.sum[r] = sum;
+    call_.lse[r] = lse;
   }
 
   // The sigmoid normaliser: every score's own weight.
@@ -198,9 +202,7 @@ class Worker {
       }
     }
     factor_[i] = 1.f;
-    call_.top[r] = 0.f;
-    call_.sum[r] = 1.f;
-    call_.lse[r] = -kInf;
+    if (call_.lse) keep(r, 0.f, 1.f, -kInf);
     if (call_.max_scores) call_.max_scores[r] = largest_of(load(top_ + i * W));
     if (call_.entropy) call_.entropy[r] = surprise(i);
     give_out(i, 1.f);

@@ -93,6 +93,48 @@ FUSED_ATTN_INLINE vf whole(vf x) {
 #endif
 }
 
+// -1 in the first n lanes.
+FUSED_ATTN_INLINE vi lanes_below(int64_t n) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(n);
+}
+
+// The first n <= W floats, `rest` in the other lanes.
+FUSED_ATTN_INLINE vf load_part(const float* p, int64_t n, float rest) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_loadu_ps((__m512)all(rest), static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const vi first = lanes_below(n);
+  return select(first, (vf)_mm256_maskload_ps(p, (__m256i)first), all(rest));
+#else
+  float t[W];
+  for (int i = 0; i < W; ++i) t[i] = i < n ? p[i] : rest;
+  return load(t);
+#endif
+}
+
+FUSED_ATTN_INLINE void store_part(float* p, int64_t n, vf x) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)lanes_below(n), (__m256)x);
+#else
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+#endif
+}
+
+// -1 where one of the first n <= W bytes is not 0.
+FUSED_ATTN_INLINE vi is_set_part(const uint8_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p)) != 0;
+#else
+  uint8_t t[W];
+  for (int i = 0; i < W; ++i) t[i] = i < n ? p[i] : 0;
+  return is_set(t);
+#endif
+}
+
 // Every lane the one whose index differs in bit K.
 template <int K>
 FUSED_ATTN_INLINE vf swapped(vf x) {
@@ -189,6 +231,63 @@ FUSED_ATTN_INLINE vf tanh_of(vf x) {
   p = p * x2 + -3.33332819422e-1f;
   const vf near = p * x2 * x + x, t = exp_of(size * -2.f), far = (1.f - t) / (1.f + t);
   return select(size < 0.625f, near, select(x < 0.f, -far, far));
+}
+
+// W rows of W numbers become columns.
+FUSED_ATTN_INLINE void transpose(vf (&r)[W]) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)r[i], (__m512)r[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)r[i], (__m512)r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  // b[4 i + j] holds column 4 lane + j of rows 4 i ..; the lanes of four of them change places.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x44), high = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xee);
+    const __m512 low2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44), high2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xee);
+    r[j] = (vf)_mm512_shuffle_f32x4(low, low2, 0x88);
+    r[4 + j] = (vf)_mm512_shuffle_f32x4(low, low2, 0xdd);
+    r[8 + j] = (vf)_mm512_shuffle_f32x4(high, high2, 0x88);
+    r[12 + j] = (vf)_mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+#elif defined(__AVX2__)
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256d x = _mm256_castps_pd(a[i + j]), y = _mm256_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j] = (vf)_mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    r[4 + j] = (vf)_mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  }
+#else
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+#endif
 }
 
 // Whether every one of n floats is finite; a sum that overflows says no, which costs time alone.

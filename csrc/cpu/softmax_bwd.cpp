@@ -40,78 +40,64 @@ bool may_be_empty(const Backward& f, const float* result) { return f.s.is_unifor
 bool has_no_scores(const Softmax& s, const Place& p, const Allowed& keys, const Rooms& rooms) {
   const int64_t n = keys.end - keys.start;
   if (n == 0) return true;
-  const float top = scores_of(s, p, keys, rooms);
+  const float top = scores_of(s, p, keys, rooms, rooms.values);
   return exponentials<false>(rooms.values, n, top == -kInf ? 0.f : top) == 0.0;
 }
 
-// Sums of a row in float32, kSumElements at a time.
-template <class Value>
-FUSED_ATTN_INLINE double sum_over(int64_t n, Value value) {
+// Sum of a[j] * b[j], or of a[j] without b; NaN or infinite where an addend is.
+double sum_over(const float* a, const float* b, int64_t n) {
   double total = 0.0;
   for (int64_t from = 0; from < n; from += kSumElements) {
-    const int64_t end = smaller_of(from + kSumElements, n);
-    vf sum{};
-    int64_t j = from;
-    for (; j + W <= end; j += W) sum += value(j);
-    float rest = 0.f;
-    for (; j < end; ++j) rest += value(j, 0);
-    total += static_cast<double>(sum_of(sum)) + static_cast<double>(rest);
+    const float *x = a + from, *y = b ? b + from : nullptr;
+    vf sum[2] = {};
+    walk(
+        smaller_of(kSumElements, n - from), [&](int64_t j, int turn) { sum[turn] += y ? load(x + j) * load(y + j) : load(x + j); },
+        [&](int64_t j, int64_t count) {
+          const vf v = load_part(x + j, count, 0.f);
+          sum[1] += y ? v * load_part(y + j, count, 0.f) : v;
+        });
+    total += static_cast<double>(sum_of(sum[0] + sum[1]));
   }
   return total;
 }
 
-struct Product {
-  const float *a, *b;
-  FUSED_ATTN_INLINE vf operator()(int64_t j) const { return load(a + j) * load(b + j); }
-  FUSED_ATTN_INLINE float operator()(int64_t j, int) const { return a[j] * b[j]; }
-};
-
-struct Row {
-  const float* a;
-  FUSED_ATTN_INLINE vf operator()(int64_t j) const { return load(a + j); }
-  FUSED_ATTN_INLINE float operator()(int64_t j, int) const { return a[j]; }
-};
-
-// ds [n] of probabilities p and what arrives, g [n]; NaN that arrives at a masked element goes nowhere.
+// ds [whole vectors of n] of probabilities p and what arrives, g [n]; NaN that arrives at a masked element goes nowhere.
 void differentiate_row(const Allowed& keys, const float* p, const float* g, int64_t n, float* ds) {
-  double inner = sum_over(n, Product{g, p});
-  if (inner - inner == 0.0) {
-    const vf shift = all(static_cast<float>(inner));
-    int64_t j = 0;
-    for (; j + W <= n; j += W) store(ds + j, load(p + j) * (load(g + j) - shift));
-    for (; j < n; ++j) ds[j] = p[j] * (g[j] - static_cast<float>(inner));
-    return;
+  float inner = static_cast<float>(sum_over(g, p, n));
+  if (inner - inner == 0.f) {
+    return walk(
+        n, [&](int64_t j, int) { store(ds + j, load(p + j) * (load(g + j) - inner)); },
+        [&](int64_t j, int64_t count) { store(ds + j, load_part(p + j, count, 0.f) * (load_part(g + j, count, 0.f) - inner)); });
   }
   bool is_empty = true;
-  inner = 0.0;
+  double total = 0.0;
   for (int64_t j = 0; j < n; ++j) {
     if (!keys(keys.start + j)) continue;
-    inner += static_cast<double>(g[j] * p[j]);
+    total += static_cast<double>(g[j] * p[j]);
     is_empty &= p[j] == 0.f;
   }
-  for (int64_t j = 0; j < n; ++j) ds[j] = is_empty || !keys(keys.start + j) ? 0.f : p[j] * (g[j] - static_cast<float>(inner));
+  inner = static_cast<float>(total);
+  for (int64_t j = 0; j < n; ++j) ds[j] = is_empty || !keys(keys.start + j) ? 0.f : p[j] * (g[j] - inner);
 }
 
 // The same of logarithms; g is written to.
 void differentiate_log_row(const Allowed& keys, const float* logs, float* g, int64_t n, float* ds) {
   if (keys.bytes)
     for (int64_t j = 0; j < n; ++j) g[j] = keys.bytes[keys.start + j] ? g[j] : 0.f;
-  const float inner = static_cast<float>(sum_over(n, Row{g}));
+  const float inner = static_cast<float>(sum_over(g, nullptr, n));
   vf some{};
-  int64_t j = 0;
-  for (; j + W <= n; j += W) {
-    const vf p = exp_of(load(logs + j));
-    some += p;
-    store(ds + j, load(g + j) - p * inner);
-  }
-  if (j < n) {
-    float last[W], p[W];
-    store(last, all(-kInf));
-    for (int64_t i = j; i < n; ++i) last[i - j] = logs[i];
-    store(p, exp_of(load(last)));
-    some += load(p);
-    for (int64_t i = j; i < n; ++i) ds[i] = g[i] - p[i - j] * inner;
-  }
+  walk(
+      n,
+      [&](int64_t j, int) {
+        const vf p = exp_of(load(logs + j));
+        some += p;
+        store(ds + j, load(g + j) - p * inner);
+      },
+      [&](int64_t j, int64_t count) {
+        const vf p = exp_of(load_part(logs + j, count, -kInf));
+        some += p;
+        store(ds + j, load_part(g + j, count, 0.f) - p * inner);
+      });
   const bool is_empty = sum_of(some) == 0.f;
   if (!is_empty && inner - inner == 0.f) return;
   for (int64_t i = 0; i < n; ++i) ds[i] = is_empty || !keys(keys.start + i) ? 0.f : ds[i];
@@ -150,7 +136,7 @@ void put_row(const Backward& f, const Place& p, const float* ds, double* sums, f
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
   if (sums && f.shared.columns == 1) {
-    sums[0] += sum_over(kv_len, Row{ds});
+    sums[0] += sum_over(ds, nullptr, kv_len);
   } else if (sums) {
     for (int64_t j = 0; j < kv_len; ++j) sums[j] += static_cast<double>(ds[j]);
   } else if (s.dbias.data) {
@@ -159,9 +145,9 @@ void put_row(const Backward& f, const Place& p, const float* ds, double* sums, f
   if (!s.dx.data) return;
   const float scale = static_cast<float>(s.scale);
   float* to = is_plain(s.dx) ? reinterpret_cast<float*>(row_at(s.dx, p)) : room;
-  int64_t j = 0;
-  for (; j + W <= kv_len; j += W) store(to + j, load(ds + j) * scale);
-  for (; j < kv_len; ++j) to[j] = ds[j] * scale;
+  walk(
+      kv_len, [&](int64_t j, int) { store(to + j, load(ds + j) * scale); },
+      [&](int64_t j, int64_t count) { store_part(to + j, count, load(ds + j) * scale); });
   if (to == room) store_row(row_at(s.dx, p), s.dx.dtype, s.dx.col, kv_len, to);
 }
 
@@ -215,9 +201,9 @@ void backward_block(const Backward& f, const Block& block, double* sums, BlockRo
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
   if (s.is_uniform) block_scores(s, f.order, block, f.dense && is_dense(s.x, s.sizes), rooms);
-  const uint8_t* ok = block_bytes(s.mask, f.order, block, kv_len, rooms.bytes);
-  gather(s.result, f.order, block, kv_len, 0.f, f.dense && is_dense(s.result, s.sizes), rooms.b);
-  gather(s.dout, f.order, block, kv_len, 0.f, f.dense && is_dense(s.dout, s.sizes), rooms.c);
+  const uint8_t* ok = block_bytes(s, f.order, block, f.dense, rooms.bytes);
+  gather(s.result, f.order, block, kv_len, f.dense && is_dense(s.result, s.sizes), rooms.b);
+  gather(s.dout, f.order, block, kv_len, f.dense && is_dense(s.dout, s.sizes), rooms.c);
   if (s.dropout.seed) {
     block_factors(s.dropout, f.order, block, kv_len, rooms.d);
     for (int64_t j = 0; j < block.size(); ++j) rooms.c[j] *= rooms.d[j];
@@ -291,8 +277,9 @@ void add_up(const Backward& f) {
 }
 
 }  // namespace
+}  // namespace fused_attn::cpu
 
-namespace FUSED_ATTN_ISA {
+namespace fused_attn::cpu::FUSED_ATTN_ISA {
 
 int softmax_bwd(const Softmax& s) {
   const int64_t sizes[3] = {s.sizes.batch, s.sizes.heads, s.sizes.q_len}, strides[3] = {s.dbias.batch, s.dbias.head, s.dbias.row};
@@ -327,5 +314,4 @@ int softmax_bwd(const Softmax& s) {
   return f.failed ? kNoMemory : kDone;
 }
 
-}  // namespace FUSED_ATTN_ISA
-}  // namespace fused_attn::cpu
+}  // namespace fused_attn::cpu::FUSED_ATTN_ISA

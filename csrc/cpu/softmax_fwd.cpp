@@ -28,14 +28,70 @@ void put_outside(const Matrix& m, const Place& p, const Allowed& keys, int64_t k
   fill_row(row + keys.end * step, m.dtype, m.col, kv_len - keys.end, value);
 }
 
+// Vectors of a row that stays in registers: what is stored in parts and loaded again at once waits for the store, 200 cycles a row of 17
+// columns.
+constexpr int kShort = 8;
+
+// n columns from x[0] on, V vectors of them; returns the sum of exponentials, 0 where all are -inf, which the caller replaces.
+template <int V>
+float normalise_short(const Forward& f, const float* x, const float* bias, const uint8_t* keep, int64_t n, float* to) {
+  const float scale = static_cast<float>(f.s.scale);
+  const int64_t last = n - (V - 1) * W;
+  const vi first = lanes_below(last);
+  auto allowed = [&](int i) { return keep ? (i < V - 1 ? is_set(keep + i * W) : is_set_part(keep + i * W, last)) : vi{} == 0; };
+  vf v[V], top = all(-kInf), sum{};
+  for (int i = 0; i < V; ++i) {
+    v[i] = (i < V - 1 ? load(x + i * W) : load_part(x + i * W, last, 0.f)) * scale;
+    if (bias) v[i] += i < V - 1 ? load(bias + i * W) : load_part(bias + i * W, last, 0.f);
+    if (keep) v[i] = select(allowed(i), v[i], all(-kInf));
+    if (i == V - 1) v[i] = select(first, v[i], all(-kInf));
+    top = larger(top, v[i]);
+  }
+  const float largest = largest_of(top), shift = largest == -kInf ? 0.f : largest;
+  for (int i = 0; i < V; ++i) {
+    v[i] -= shift;
+    const vf e = exp_of(v[i]);
+    sum += e;
+    if (!f.s.is_log) v[i] = e;
+  }
+  const float total = sum_of(sum), share = 1.f / total, rest = f.s.is_log ? logf(total) : 0.f;
+  for (int i = 0; i < V; ++i) {
+    vf value = f.s.is_log ? v[i] - rest : v[i] * share;
+    if (keep) value = select(allowed(i), value, all(f.s.is_log ? -kInf : 0.f));
+    i < V - 1 ? store(to + i * W, value) : store_part(to + i * W, last, value);
+  }
+  return total;
+}
+
+float normalise_short_row(const Forward& f, const float* x, const float* bias, const uint8_t* keep, int64_t n, float* to) {
+  switch ((n + W - 1) / W) {
+    case 1: return normalise_short<1>(f, x, bias, keep, n, to);
+    case 2: return normalise_short<2>(f, x, bias, keep, n, to);
+    case 3: return normalise_short<3>(f, x, bias, keep, n, to);
+    case 4: return normalise_short<4>(f, x, bias, keep, n, to);
+    case 5: return normalise_short<5>(f, x, bias, keep, n, to);
+    case 6: return normalise_short<6>(f, x, bias, keep, n, to);
+    case 7: return normalise_short<7>(f, x, bias, keep, n, to);
+    default: return normalise_short<8>(f, x, bias, keep, n, to);
+  }
+}
+
 // A row before dropout: to[i] of key keys.start + i. Keys become the whole row where it has none and all of it gets a value.
 void normalise_row(const Forward& f, const Place& p, Allowed& keys, const Rooms& rooms, float* to) {
   const Softmax& s = f.s;
   const int64_t n = keys.end - keys.start;
-  const float largest = n ? scores_of(s, p, keys, rooms) : -kInf, top = largest == -kInf ? 0.f : largest;
-  float* x = rooms.values;
-  const double total = s.is_log ? exponentials<false>(x, n, top) : exponentials<true>(x, n, top);
   const float outside = s.is_log ? -kInf : 0.f;
+  double total = 0.0;
+  float top = 0.f;
+  if (n && n <= kShort * W) {
+    const float* x = columns_of(s.x, p, keys.start, n, rooms.values);
+    const float* bias = s.bias.data ? columns_of(s.bias, p, keys.start, n, rooms.others) : nullptr;
+    if (normalise_short_row(f, x, bias, keys.bytes ? keys.bytes + keys.start : nullptr, n, to) != 0.f) return;
+  } else if (n) {
+    const float largest = scores_of(s, p, keys, rooms, to);
+    top = largest == -kInf ? 0.f : largest;
+    total = s.is_log ? exponentials<false>(to, n, top) : exponentials<true>(to, n, top);
+  }
   if (total == 0.0) {
     if (f.of_empty != outside) keys = {0, s.sizes.kv_len, nullptr};
     fill_row(reinterpret_cast<char*>(to), kFloat, 1, keys.end - keys.start, f.of_empty);
@@ -43,14 +99,14 @@ void normalise_row(const Forward& f, const Place& p, Allowed& keys, const Rooms&
     for (int64_t j = 0; j < n; ++j) to[j] = keys(keys.start + j) ? kNaN : outside;
   } else if (s.is_log) {
     const float rest = static_cast<float>(log(total));
-    int64_t j = 0;
-    for (; j + W <= n; j += W) store(to + j, load(x + j) - top - rest);
-    for (; j < n; ++j) to[j] = x[j] - top - rest;
+    walk(
+        n, [&](int64_t j, int) { store(to + j, load(to + j) - top - rest); },
+        [&](int64_t j, int64_t count) { store_part(to + j, count, load_part(to + j, count, 0.f) - top - rest); });
   } else {
-    const float share = static_cast<float>(1.0 / total);
-    int64_t j = 0;
-    for (; j + W <= n; j += W) store(to + j, load(x + j) * share);
-    for (; j < n; ++j) to[j] = x[j] * share;
+    const float share = 1.f / static_cast<float>(total);
+    walk(
+        n, [&](int64_t j, int) { store(to + j, load(to + j) * share); },
+        [&](int64_t j, int64_t count) { store_part(to + j, count, load_part(to + j, count, 0.f) * share); });
   }
 }
 
@@ -117,7 +173,7 @@ void forward_block(const Forward& f, const Block& block, bool dense, BlockRooms&
   const Softmax& s = f.s;
   const int64_t kv_len = s.sizes.kv_len;
   block_scores(s, f.order, block, dense, rooms);
-  const uint8_t* ok = block_bytes(s.mask, f.order, block, kv_len, rooms.bytes);
+  const uint8_t* ok = block_bytes(s, f.order, block, true, rooms.bytes);
   normalise_block(f, rooms.a, ok, rooms.c, block.end());
   if (s.dropout.seed) {
     scatter(rooms.c, f.order, block, kv_len, s.probs, is_dense(s.probs, s.sizes));
@@ -157,8 +213,9 @@ void forward_tasks(void* context, int64_t worker) {
 }
 
 }  // namespace
+}  // namespace fused_attn::cpu
 
-namespace FUSED_ATTN_ISA {
+namespace fused_attn::cpu::FUSED_ATTN_ISA {
 
 int softmax_fwd(const Softmax& s) {
   const bool outer[3] = {};
@@ -170,5 +227,4 @@ int softmax_fwd(const Softmax& s) {
   return f.failed ? kNoMemory : kDone;
 }
 
-}  // namespace FUSED_ATTN_ISA
-}  // namespace fused_attn::cpu
+}  // namespace fused_attn::cpu::FUSED_ATTN_ISA

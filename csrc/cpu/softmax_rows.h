@@ -127,69 +127,75 @@ FUSED_ATTN_INLINE const float* columns_of(const Matrix& m, const Place& p, int64
   return room;
 }
 
-// scale * x + bias, -inf where masked, padded with -inf to whole vectors; returns the largest, or less where there is a NaN.
-template <bool kBias, bool kKeep>
-float write_scores(const float* x, float scale, const float* bias, const uint8_t* keep, int64_t n, float* to) {
-  vf top0 = all(-kInf), top1 = top0;
+// Walks n columns: whole(j) for every vector, two at a time so that sums can take turns, and part(j, count) for what is left.
+template <class Whole, class Part>
+FUSED_ATTN_INLINE void walk(int64_t n, Whole whole, Part part) {
   int64_t j = 0;
-  auto value = [&](int64_t i) {
-    vf v = load(x + i) * scale;
-    if (kBias) v += load(bias + i);
-    if (kKeep) v = select(is_set(keep + i), v, all(-kInf));
-    store(to + i, v);
-    return v;
-  };
   for (; j + 2 * W <= n; j += 2 * W) {
-    top0 = larger(top0, value(j));
-    top1 = larger(top1, value(j + W));
+    whole(j, 0);
+    whole(j + W, 1);
   }
-  for (; j + W <= n; j += W) top0 = larger(top0, value(j));
-  if (j < n) {
-    float last[W];
-    store(last, all(-kInf));
-    for (int64_t i = j; i < n; ++i)
-      if (!kKeep || keep[i]) last[i - j] = kBias ? x[i] * scale + bias[i] : x[i] * scale;
-    store(to + j, load(last));
-    top1 = larger(top1, load(last));
-  }
-  return largest_of(larger(top0, top1));
+  for (; j + W <= n; j += W) whole(j, 0);
+  if (j < n) part(j, n - j);
 }
 
-// exp(scores - top) of whole vectors, kept in place if asked for; returns their sum, NaN where a score is NaN or +inf and 0 where all are
-// -inf.
+// scale * x + bias, -inf where masked; returns the largest, or less where there is a NaN.
+template <bool kBias, bool kKeep>
+float write_scores(const float* x, float scale, const float* bias, const uint8_t* keep, int64_t n, float* to) {
+  vf top[2] = {all(-kInf), all(-kInf)};
+  walk(
+      n,
+      [&](int64_t j, int turn) {
+        vf v = load(x + j) * scale;
+        if (kBias) v += load(bias + j);
+        if (kKeep) v = select(is_set(keep + j), v, all(-kInf));
+        store(to + j, v);
+        top[turn] = larger(top[turn], v);
+      },
+      [&](int64_t j, int64_t count) {
+        vf v = load_part(x + j, count, 0.f) * scale;
+        if (kBias) v += load_part(bias + j, count, 0.f);
+        if (kKeep) v = select(is_set_part(keep + j, count), v, all(-kInf));
+        store_part(to + j, count, v);
+        top[1] = larger(top[1], load_part(to + j, count, -kInf));
+      });
+  return largest_of(larger(top[0], top[1]));
+}
+
+// exp(scores - top), kept in place if asked for; returns their sum, NaN where a score is NaN or +inf and 0 where all are -inf.
 template <bool kKept>
 double exponentials(float* scores, int64_t n, float top) {
   double total = 0.0;
   for (int64_t from = 0; from < n; from += kSumElements) {
-    const int64_t end = smaller_of(from + kSumElements, padded(n));
-    vf sum0{}, sum1{};
-    int64_t j = from;
-    auto value = [&](int64_t i) {
-      const vf e = exp_of(load(scores + i) - top);
-      if (kKept) store(scores + i, e);
-      return e;
-    };
-    for (; j + 2 * W <= end; j += 2 * W) {
-      sum0 += value(j);
-      sum1 += value(j + W);
-    }
-    if (j < end) sum0 += value(j);
-    total += sum_of(sum0 + sum1);
+    float* x = scores + from;
+    vf sum[2] = {};
+    walk(
+        smaller_of(kSumElements, n - from),
+        [&](int64_t j, int turn) {
+          const vf e = exp_of(load(x + j) - top);
+          if (kKept) store(x + j, e);
+          sum[turn] += e;
+        },
+        [&](int64_t j, int64_t count) {
+          const vf e = exp_of(load_part(x + j, count, -kInf) - top);
+          if (kKept) store_part(x + j, count, e);
+          sum[1] += e;
+        });
+    total += static_cast<double>(sum_of(sum[0] + sum[1]));
   }
   return total;
 }
 
-// A row's scores from keys.start on, in rooms.values.
-inline float scores_of(const Softmax& s, const Place& p, const Allowed& keys, const Rooms& rooms) {
+// A row's scores from keys.start on.
+inline float scores_of(const Softmax& s, const Place& p, const Allowed& keys, const Rooms& rooms, float* to) {
   const int64_t n = keys.end - keys.start;
   const float scale = static_cast<float>(s.scale), *x = columns_of(s.x, p, keys.start, n, rooms.values);
   const uint8_t* bytes = keys.bytes ? keys.bytes + keys.start : nullptr;
   if (!s.bias.data)
-    return bytes ? write_scores<false, true>(x, scale, nullptr, bytes, n, rooms.values)
-                 : write_scores<false, false>(x, scale, nullptr, nullptr, n, rooms.values);
+    return bytes ? write_scores<false, true>(x, scale, nullptr, bytes, n, to)
+                 : write_scores<false, false>(x, scale, nullptr, nullptr, n, to);
   const float* bias = columns_of(s.bias, p, keys.start, n, rooms.others);
-  return bytes ? write_scores<true, true>(x, scale, bias, bytes, n, rooms.values)
-               : write_scores<true, false>(x, scale, bias, nullptr, n, rooms.values);
+  return bytes ? write_scores<true, true>(x, scale, bias, bytes, n, to) : write_scores<true, false>(x, scale, bias, nullptr, n, to);
 }
 
 // What every element of a row without keys becomes.

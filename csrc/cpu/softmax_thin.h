@@ -88,10 +88,31 @@ struct Block {
   int64_t end() const { return padded(size()); }
 };
 
-// Rows of a matrix into `to`; what lies beyond a row's columns is `beyond`.
-inline void gather(const Matrix& m, const Order& order, const Block& block, int64_t kv_len, float beyond, bool dense, float* to) {
+// Rows of `width` elements that lie one behind the other, to `lanes` apart or back: whole lanes are moved at a time, so that what lies
+// beyond a row's width is its neighbour's, until the row after sets it right; the last rows, which have none to do so, move by the element.
+template <class T, int kLanes>
+void move_rows(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t width) {
+  const int64_t whole = larger_of(0, rows - (kLanes + width - 1) / width);
+  for (int64_t i = 0; i < whole; ++i) memcpy(to + i * to_step, from + i * from_step, kLanes * sizeof(T));
+  for (int64_t i = whole; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) to[i * to_step + j] = from[i * from_step + j];
+}
+
+template <class T>
+void move_lanes(int lanes, const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t width) {
+  switch (lanes) {
+    case 4: return move_rows<T, 4>(from, from_step, to, to_step, rows, width);
+    case 8: return move_rows<T, 8>(from, from_step, to, to_step, rows, width);
+    default: return move_rows<T, 16>(from, from_step, to, to_step, rows, width);
+  }
+}
+
+// Rows of a matrix into `to`; what lies beyond a row's columns is nobody's business.
+inline void gather(const Matrix& m, const Order& order, const Block& block, int64_t kv_len, bool dense, float* to) {
   if (dense && block.lanes == kv_len) {
     load_row(row_at(m, block.first), m.dtype, 1, block.size(), to);
+  } else if (dense && m.dtype == kFloat) {
+    move_lanes(block.lanes, reinterpret_cast<const float*>(row_at(m, block.first)), kv_len, to, block.lanes, block.rows, kv_len);
   } else {
     Place p = block.first;
     for (int64_t i = 0; i < block.rows; ++i, order.advance(p)) {
@@ -99,15 +120,15 @@ inline void gather(const Matrix& m, const Order& order, const Block& block, int6
       float* lanes = to + i * block.lanes;
       const int64_t step = m.col * width_of(m.dtype);
       for (int64_t j = 0; j < kv_len; ++j) lanes[j] = load_one(row + j * step, m.dtype);
-      for (int64_t j = kv_len; j < block.lanes; ++j) lanes[j] = beyond;
     }
   }
-  for (int64_t j = block.size(); j < block.end(); ++j) to[j] = beyond;
 }
 
 // The rows' columns of `from` into a matrix.
 inline void scatter(const float* from, const Order& order, const Block& block, int64_t kv_len, const Matrix& m, bool dense) {
   if (dense && block.lanes == kv_len) return store_row(row_at(m, block.first), m.dtype, 1, block.size(), from);
+  if (dense && m.dtype == kFloat)
+    return move_lanes(block.lanes, from, block.lanes, reinterpret_cast<float*>(row_at(m, block.first)), kv_len, block.rows, kv_len);
   Place p = block.first;
   for (int64_t i = 0; i < block.rows; ++i, order.advance(p)) {
     char* row = row_at(m, p);
@@ -116,15 +137,25 @@ inline void scatter(const float* from, const Order& order, const Block& block, i
   }
 }
 
-// Bytes of a block, or nullptr where everything may attend and rows fill their lanes.
-inline const uint8_t* block_bytes(const Mask& mask, const Order& order, const Block& block, int64_t kv_len, uint8_t* room) {
-  const bool is_open = !has_intervals(mask) && mask.keep_count == 0;
+// Bytes of a block, or nullptr where everything may attend and rows fill their lanes. `in_order`: its rows follow one another as a
+// contiguous tensor's do.
+inline const uint8_t* block_bytes(const Softmax& s, const Order& order, const Block& block, bool in_order, uint8_t* room) {
+  const int64_t kv_len = s.sizes.kv_len;
+  const bool is_open = !has_intervals(s.mask) && s.mask.keep_count == 0;
   if (is_open && block.lanes == kv_len) return nullptr;
-  Place p = block.first;
-  for (int64_t i = 0; i < block.rows; ++i, order.advance(p)) {
-    uint8_t* to = room + i * block.lanes;
-    const Allowed keys = is_open ? Allowed{0, kv_len, nullptr} : allowed_of(mask, p, kv_len, to);
-    for (int64_t j = 0; j < block.lanes; ++j) to[j] = keys(j);
+  if (is_open || (in_order && is_dense_keep(s.mask, s.sizes))) {
+    if (is_open) memset(room, 1, static_cast<size_t>(block.size()));
+    else if (block.lanes == kv_len) memcpy(room, keep_of(s.mask, block.first), static_cast<size_t>(block.size()));
+    else move_lanes(block.lanes, keep_of(s.mask, block.first), kv_len, room, block.lanes, block.rows, kv_len);
+    for (int64_t i = 0; i < block.rows; ++i)
+      for (int64_t j = kv_len; j < block.lanes; ++j) room[i * block.lanes + j] = 0;
+  } else {
+    Place p = block.first;
+    for (int64_t i = 0; i < block.rows; ++i, order.advance(p)) {
+      uint8_t* to = room + i * block.lanes;
+      const Allowed keys = allowed_of(s.mask, p, kv_len, to);
+      for (int64_t j = 0; j < block.lanes; ++j) to[j] = keys(j);
+    }
   }
   for (int64_t j = block.size(); j < block.end(); ++j) room[j] = 0;
   return room;
@@ -138,12 +169,12 @@ struct BlockRooms {
 
 // scale * x + bias of a block, in rooms.a.
 inline void block_scores(const Softmax& s, const Order& order, const Block& block, bool dense, BlockRooms& rooms) {
-  gather(s.x, order, block, s.sizes.kv_len, -kInf, dense, rooms.a);
+  gather(s.x, order, block, s.sizes.kv_len, dense, rooms.a);
   const float scale = static_cast<float>(s.scale);
   if (scale != 1.f)
     for (int64_t j = 0; j < block.size(); ++j) rooms.a[j] *= scale;
   if (!s.bias.data) return;
-  gather(s.bias, order, block, s.sizes.kv_len, 0.f, false, rooms.b);
+  gather(s.bias, order, block, s.sizes.kv_len, false, rooms.b);
   for (int64_t j = 0; j < block.size(); ++j) rooms.a[j] += rooms.b[j];
 }
 

@@ -75,6 +75,9 @@ class CpuBackend:
     def attention_fwd(self, call: LoweredAttention) -> Forward:
         return attention_blocks.attention_fwd(call)[0] if attention_native.takes(call) else attention.attention_fwd(call)
 
+    def attention_out(self, call: LoweredAttention) -> Tensor:
+        return attention_blocks.attention_out(call) if attention_native.takes(call) else attention.attention_fwd(call).out
+
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
         return attention_blocks.attention_fwd(call, request)[1] if attention_native.takes(call) else attention.attention_aux(call, request)
 

@@ -17,6 +17,11 @@ from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 
 
+def attention_out(call: LoweredAttention) -> Tensor:
+    """The output alone."""
+    return attention_native.attention_out(call) if _is_readable(call) else attention_fwd(call)[0].out
+
+
 def attention_fwd(call: LoweredAttention, request: AuxRequest = NOTHING) -> tuple[Forward, AuxTensors]:
     """See ``attention_native.attention_fwd``."""
     if _is_readable(call):
