@@ -65,8 +65,10 @@ def attention_aux(call: LoweredAttention, request: AuxRequest) -> AuxTensors:
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
     """Gradients of q, k, v, the sinks and the modifications' tensors; None where not needed."""
-    if incoming.dout is not None and flash.suits_backward(call, forward, incoming):
-        return flash.backward(call, forward, incoming.dout, needs)
+    if incoming.dout is not None and flash.suits_backward(call, forward, incoming, needs):
+        grads = flash.backward(call, forward, incoming.dout, needs)
+        if grads is not None:
+            return grads
     backward = _Backward.of(call, incoming, needs)
     for tile in backward.work.plan:
         backward.add(tile)
@@ -110,7 +112,7 @@ def _masked(scores: Tensor, tile: Tile) -> Tensor:
 
 def _careful_scores(work: Operands, tile: Tile) -> tuple[Tensor, Tensor]:
     """Scores and pairs of ``_scores``; a row whose scores are all -inf has no allowed pair."""
-    allowed = tile.allowed()
+    allowed = tile.allowed(work.q.device)
     scores = _modified(work, tile, ~allowed)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     if bool((empty & allowed).any()):

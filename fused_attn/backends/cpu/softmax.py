@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fused_attn.backends.cpu.tiles import Limits, MaskTiles
+from fused_attn.backends.cpu.mask_tiles import Limits, MaskTiles
 from fused_attn.dropout import keep_factor
 from fused_attn.lowering import LoweredSoftmax, Range, stat_dtype
 from fused_attn.score_mods import SCORE_MODS
