@@ -77,12 +77,13 @@ class _Operands:
         batches, (h0, h1), _, keys = block.region
         return tensor[slice(*batches), h0 // self.groups : h1 // self.groups, slice(*keys)]
 
-    def additive(self, block: Block) -> Tensor | None:
-        """What the block adds to its scores, [n, groups, rows, keys] with stride 0 where it repeats."""
-        if block.additive is None:
-            return None
-        whole = block.additive.expand([end - start for start, end in block.region])
+    def spread(self, block: Block, values: Tensor) -> Tensor:
+        """[batch|1, heads|1, rows|1, ...] of a block as [n, groups, rows, ...], with stride 0 where it repeats."""
+        whole = values.expand([end - start for start, end in block.region][: values.dim()])
         return whole if self.groups == 1 else whole.unflatten(1, (-1, self.groups)).flatten(0, 1)
+
+    def _additive(self, block: Block) -> Tensor | None:
+        return None if block.additive is None else self.spread(block, block.additive)
 
     def write_rows(self, target: Tensor, block: Block, values: Tensor) -> None:
         """Puts [n, groups, rows, ...] into its place in [batch, heads, q_len, ...]."""
@@ -101,14 +102,14 @@ class _Operands:
     def attended(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block's output and lse, [n, groups, rows, dim] and [n, groups, rows]; lse of a row without keys is not told."""
         q, k, v = self.rows(self.q, block), self.keys(self.k, block), self.keys(self.v, block)
-        return _flash(q, k, v, 0.0, block.is_causal, attn_mask=self.additive(block), scale=self.call.terms.scale)  # type: ignore[no-any-return]
+        return _flash(q, k, v, 0.0, block.is_causal, attn_mask=self._additive(block), scale=self.call.terms.scale)  # type: ignore[no-any-return]
 
     def differentiated(self, block: Block, dout: Tensor, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the block's q, k and v, from its part of dout and of the output and lse."""
         dout = dout if dout.stride(3) == 1 else dout.contiguous()
         q, k, v = self.rows(self.q, block), self.keys(self.k, block), self.keys(self.v, block)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            dout, q, k, v, *result, 0.0, block.is_causal, attn_mask=self.additive(block), scale=self.call.terms.scale
+            dout, q, k, v, *result, 0.0, block.is_causal, attn_mask=self._additive(block), scale=self.call.terms.scale
         )
 
 
@@ -128,9 +129,9 @@ def forward(call: LoweredAttention) -> Forward | None:
         if _may_lose_nan(block, bool(call.terms.mods)):
             return None
         part, part_lse = work.attended(block)
-        additive = work.additive(block)
-        if additive is not None:
-            part_lse.masked_fill_(additive.amax(-1) == -torch.inf, -torch.inf)
+        # The kernel gives rows without keys an lse of 0; looking for these first saves reading everything that was added once more.
+        if block.additive is not None and bool((part_lse == 0).any() | part_lse.isnan().any()):
+            part_lse.masked_fill_(work.spread(block, block.additive.amax(-1) == -torch.inf), -torch.inf)
         work.write_rows(out, block, part)
         work.write_rows(lse, block, part_lse)
     return Forward(out, lse, no_stats(lse)) if _is_sound(call, out, lse) else None
