@@ -1,6 +1,6 @@
 """Which backend runs a problem: the order, the choice, and the explanation of it.
 
-``auto`` takes the first of cuda, triton, cpu, eager whose refusal list is empty and that is not reluctant. An explicit backend runs or raises
+``auto`` takes the first of cuda, triton, cpu, blocked, eager whose refusal list is empty and that is not reluctant. An explicit backend runs or raises
 ``UnsupportedError`` with every reason; it never falls back.
 """
 
@@ -30,6 +30,7 @@ _BUILT_IN = {
     "cuda": "fused_attn.backends.cuda:CudaBackend",
     "triton": "fused_attn.backends.triton:TritonBackend",
     "cpu": "fused_attn.backends.cpu:CpuBackend",
+    "blocked": "fused_attn.backends.cpu.blocked:BlockedBackend",
 }
 _registered: dict[str, Backend] = {}
 
@@ -191,6 +192,10 @@ def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     return notes
 
 
+def _nothing(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    return []
+
+
 def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     """Asks every backend, in order."""
     rows = []
@@ -207,5 +212,6 @@ def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
         notes.append(f"{type(normalizer).__name__} takes whole rows: what it builds on is the fused masked softmax")
     if chosen != EAGER and problem.requires_grad:
         notes.append("double backward recomputes through eager and needs O(q_len * kv_len) memory")
-    notes += [] if chosen == EAGER else [*_mask_notes(problem, chosen), *_composition_notes(problem)]
+    if chosen != EAGER:
+        notes += [*getattr(get(chosen), "notes", _nothing)(problem), *_mask_notes(problem, chosen), *_composition_notes(problem)]
     return Explanation(chosen, tuple(rows), tuple(notes))

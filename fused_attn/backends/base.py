@@ -79,7 +79,7 @@ class Backend(Protocol):
     ``needs`` says which of (q, k, v, sinks, *mod_tensors) or (scores, *mod_tensors) want a gradient; the result has one entry
     for each, None where not wanted. Results are laid out by the rule of ``layout.py``; row statistics are the backend's own
     business, but their shape must be ``stats_shape``. A backend that has ``evaluates_rules = True`` gets masks with rules, evaluated
-    region by region; any other gets them as ``keep``.
+    region by region; any other gets them as ``keep``. One with ``notes(problem)``, a list of sentences, has ``explain`` show them.
     """
 
     name: str

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
+from fused_attn.backends.cpu import devices
 from fused_attn.backends.cpu.flash_blocks import ADDED, Block, Blocks
 from fused_attn.backends.cpu.tiles import is_finite
 from fused_attn.checks import has_finite_products
@@ -40,7 +41,7 @@ def suits(call: LoweredAttention) -> bool:
     terms, (q, k, v) = call.terms, (call.q, call.k, call.v)
     if terms.scoring is not None or terms.normalizer is not None or terms.sinks is not None or terms.dropout is not None:
         return False
-    if q.device.type != "cpu" or any(m.name not in ADDED or m.layout is not None for m in terms.mods):
+    if not devices.at_hand(q) or any(m.name not in ADDED or m.layout is not None for m in terms.mods):
         return False
     if q.shape[3] != v.shape[3] or not q.stride(3) == k.stride(3) == v.stride(3) == 1 or 0 in (q.numel(), k.numel()):
         return False
@@ -102,7 +103,7 @@ class _Operands:
     def attended(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block's output and lse, [n, groups, rows, dim] and [n, groups, rows]; lse of a row without keys is not told."""
         q, k, v = self.rows(self.q, block), self.keys(self.k, block), self.keys(self.v, block)
-        return _flash(q, k, v, 0.0, block.is_causal, attn_mask=self._additive(block), scale=self.call.terms.scale)  # type: ignore[no-any-return]
+        return _flash(q, k, v, 0.0, block.is_causal, attn_mask=self._additive(block), scale=self.call.terms.scale)
 
     def differentiated(self, block: Block, dout: Tensor, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the block's q, k and v, from its part of dout and of the output and lse."""
@@ -123,18 +124,22 @@ def forward(call: LoweredAttention) -> Forward | None:
 
     None where the result would not be right: NaN, or a row of scores of -inf alone, of which the kernel makes NaN.
     """
-    work, blocks = _Operands(call), Blocks(call, stat_dtype(call.q.dtype))
-    out, lse = empty_out(call.q, call.v.shape[3]), call.q.new_empty(call.shape[:3], dtype=work.dtype)
+    work, blocks, results = _Operands(call), Blocks(call, stat_dtype(call.q.dtype)), None
     for block in blocks:
         if _may_lose_nan(block, bool(call.terms.mods)):
             return None
-        part, part_lse = work.attended(block)
+        out, lse = work.attended(block)
         # The kernel gives rows without keys an lse of 0; looking for these first saves reading everything that was added once more.
-        if block.additive is not None and bool((part_lse == 0).any() | part_lse.isnan().any()):
-            part_lse.masked_fill_(work.spread(block, block.additive.amax(-1) == -torch.inf), -torch.inf)
-        work.write_rows(out, block, part)
-        work.write_rows(lse, block, part_lse)
-    return Forward(out, lse, no_stats(lse)) if _is_sound(call, out, lse) else None
+        if block.additive is not None and not bool((lse.abs() > 0).all()):
+            lse.masked_fill_(work.spread(block, block.additive.amax(-1) == -torch.inf), -torch.inf)
+        if out.shape == call.q.shape and out.dtype == call.q.dtype:
+            results = out, lse.contiguous()
+            continue
+        results = results or (empty_out(call.q, call.v.shape[3]), call.q.new_empty(call.shape[:3], dtype=work.dtype))
+        for target, part in zip(results, (out, lse), strict=True):
+            work.write_rows(target, block, part)
+    assert results is not None
+    return Forward(*results, no_stats(results[1])) if _is_sound(call, *results) else None
 
 
 def _is_sound(call: LoweredAttention, out: Tensor, lse: Tensor) -> bool:
@@ -159,18 +164,25 @@ def suits_backward(call: LoweredAttention, result: Forward, incoming: Incoming, 
 def backward(call: LoweredAttention, result: Forward, dout: Tensor, needs: tuple[bool, ...]) -> Gradients | None:
     """Gradients of q, k and v, and None for sinks and modifications; None where a modification's NaN would reach them."""
     work, blocks = _Operands(call), Blocks(call, stat_dtype(call.q.dtype))
-    lse, dout = result.lse.masked_fill(result.lse == -torch.inf, 0.0), dout.to(work.dtype)
-    dq = torch.empty_like(call.q)
-    dk, dv = (torch.zeros_like(t, dtype=work.dtype) for t in (call.k, call.v))
+    grads: tuple[Tensor, Tensor, Tensor] | None = None
+    lse, dout = result.lse, dout.to(work.dtype)
+    if not call.terms.mask.is_trivial or call.terms.mods:
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
     for block in blocks:
         # What was rounded to 16 bits is too coarse for the sum of out * dout, from which every score's gradient is subtracted.
-        stored = (work.rows(result.out, block), work.rows(lse, block))
-        of_rows = stored if call.q.dtype == work.dtype else (work.attended(block)[0], stored[1])
-        grads = work.differentiated(block, work.rows(dout, block), of_rows)
-        work.write_rows(dq, block, grads[0])
-        work.add_keys(dk, block, grads[1])
-        work.add_keys(dv, block, grads[2])
-    if call.terms.mods and not is_finite(dq, dk, dv):
+        of_rows = work.rows(result.out, block) if call.q.dtype == work.dtype else work.attended(block)[0]
+        parts = work.differentiated(block, work.rows(dout, block), (of_rows, work.rows(lse, block)))
+        if parts[0].shape == call.q.shape and work.groups == 1:
+            grads = parts
+            continue
+        dk, dv = (grads[1:]) if grads else (torch.zeros_like(t, dtype=work.dtype) for t in (call.k, call.v))
+        grads = (grads[0] if grads else torch.empty_like(call.q)), dk, dv
+        work.write_rows(grads[0], block, parts[0])
+        work.add_keys(grads[1], block, parts[1])
+        work.add_keys(grads[2], block, parts[2])
+    assert grads is not None
+    if call.terms.mods and not is_finite(*grads):
         return None
-    dk, dv = (laid_out_like(g.to(t.dtype), t) for g, t in ((dk, call.k), (dv, call.v)))
-    return *(g if need else None for g, need in zip((dq, dk, dv), needs, strict=False)), *(None for _ in call.terms.parameters)
+    inputs = (call.q, call.k, call.v)
+    found = (laid_out_like(g.to(t.dtype), t) if need else None for g, t, need in zip(grads, inputs, needs, strict=False))
+    return *found, *(None for _ in call.terms.parameters)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_attn.backends.cpu.mask_tiles import MaskTiles, Region
 from fused_attn.backends.cpu.tiles import TILE
 from fused_attn.lowering import LoweredAttention, Range
-from fused_attn.score_mods import SCORE_MODS, ALiBi, Bias
+from fused_attn.score_mods import ALiBi, Bias
 
 ROOM = 1 << 22
 MAX_ROWS, MIN_ROWS, NARROW_ROWS = 512, 256, 128
@@ -85,9 +85,9 @@ class Blocks:
         return name == Bias.name and tensors[0].dtype == self.dtype and (tensors[0].shape[3] == 1 or tensors[0].stride(3) == 1)
 
     def __iter__(self) -> Iterator[Block]:
-        (batch, heads, q_len, kv_len), is_grouped = self.call.shape, self.call.q.shape[1] != self.call.k.shape[1]
+        _, heads, q_len, kv_len = self.call.shape
         if self.is_whole:
-            for batches in self._batches(is_grouped and self.is_single):
+            for batches in self._batches(self.is_single and heads != self.call.k.shape[1]):
                 region = (batches, (0, heads), (0, q_len), (0, kv_len))
                 yield Block(region, self._added(region, (kv_len, 0)), self.is_causal)
             return

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fused_attn.backends.cpu import devices
 from fused_attn.lowering import Grid, KernelMask, Range
 from fused_attn.mask_rules import Pairs, evaluated, extent, filled
 
@@ -22,9 +23,7 @@ def _exact(columns: Range, dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=8)
-def _window_limit(
-    sides: tuple[int | None, int | None], rows: int, columns: Range, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _window_limit(sides: tuple[int | None, int | None], rows: int, columns: Range, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The limit of a plain window, [1, 1, rows, columns], columns counted from the first row's position.
 
     Blocks along the diagonal, heads and later calls share it. Indices are doubled, so that the centre of a key is one of them.
@@ -109,10 +108,13 @@ class MaskTiles:
 
     def trimmed(self, region: Region, full: Range) -> tuple[Range, Range]:
         """The region's keys without leading and trailing ones that ``keep`` or a rule denies to all its rows, and its full part."""
-        if not self.mask.has_pairs or self.grid.device.type != "cpu":  # elsewhere every answer would wait for the device
-            return region[3], full if not self.mask.has_pairs else (region[3][1], region[3][0])
-        keep = self._pairs(region).view(torch.uint8)
-        (k0, k1), columns = region[3], keep.amax((0, 1, 2)).expand(region[3][1] - region[3][0])
+        if not self.mask.has_pairs:
+            return region[3], full
+        (k0, k1), pairs = region[3], self._pairs(region)
+        if not devices.at_hand(pairs):
+            return (k0, k1), (k1, k0)
+        keep = pairs.view(torch.uint8)
+        columns = keep.amax((0, 1, 2)).expand(k1 - k0)
         found = columns.nonzero()
         if found.shape[0] == 0:
             return (k0, k0 + 1), (k1, k0)

@@ -1,4 +1,4 @@
-"""How the cpu backend cuts attention's score array into tiles: a block of query rows against the keys that any of them reaches."""
+"""How attention's score array is cut into tiles: a block of query rows against the keys that any of them reaches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fused_attn.backends.cpu import devices
 from fused_attn.backends.cpu.mask_tiles import Limits, MaskTiles, Region
 from fused_attn.checks import has_finite_products
-from fused_attn.lowering import LoweredAttention, Range, stat_dtype
+from fused_attn.lowering import LoweredAttention, stat_dtype
 from fused_attn.score_mods import SCORE_MODS, Bias
 from fused_attn.scoring import SCORINGS
 
 # Elements of one temporary, 2 MB of float32. Forward/backward of float32 B1 H8 L2048 D64 on one core: 2^18 186/435 ms, 2^19 160/370,
 # 2^20 165/395.
 TILE = 1 << 19
+# The same on other devices, 16 MB of float32: an operation shall last longer than its launch (chosen by the size, not by a sweep).
+DEVICE_TILE = 1 << 22
 # Query rows of a tile; same case: 32 rows 215/458 ms, 64 rows 181/415, 128 rows 167/394, 256 rows 160/370.
 MAX_ROWS, MIN_ROWS = 256, 16
 # Elements of a tile of a scoring's own code, which may hold head_dim values for each of them.
@@ -118,8 +121,8 @@ class Plan:
     @property
     def largest(self) -> int:
         """Elements of the largest tile."""
-        scoring = self.call.terms.scoring
-        return TILE if scoring is None or scoring.layout is None else SCORED
+        scoring, is_cpu = self.call.terms.scoring, devices.at_hand(self.call.q)
+        return SCORED if scoring is not None and scoring.layout is not None else TILE if is_cpu else DEVICE_TILE
 
     @property
     def is_small(self) -> bool:
@@ -185,7 +188,7 @@ class Plan:
         if self.all_heads:
             return rows, kv_heads, groups
         size = rows * min(kv_len, widest + rows)
-        fits = max(1, TILE // size)
+        fits = max(1, self.largest // size)
         return rows, max(1, min(kv_heads, fits // groups)), min(groups, fits)
 
 
