@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,8 +53,14 @@ PAIRS = [
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks of rows and of heads at a length that takes no time."""
-    for name, value in {"TILE": 0, "ROOM": 2 * 32 * LENGTH, "MAX_ROWS": 64, "MIN_ROWS": 32, "NARROW_ROWS": 16}.items():
+    for name, value in {"TILE": 1, "ROOM": 2 * 32 * LENGTH, "MAX_ROWS": 64, "MIN_ROWS": 32, "NARROW_ROWS": 16}.items():
         monkeypatch.setattr(flash_blocks, name, value)
+
+
+def _watched(seen: list[str], name: str, run: Callable[..., Any], *args: Any) -> Any:
+    result = run(*args)
+    seen.extend([name] * (result is not None))
+    return result
 
 
 @pytest.fixture
@@ -61,13 +68,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The passes that torch's kernel computed."""
     seen: list[str] = []
     for name in ("forward", "backward"):
-
-        def watched(*args: Any, run: Callable[..., Any] = getattr(flash, name), name: str = name) -> Any:
-            result = run(*args)
-            seen.extend([name] * (result is not None))
-            return result
-
-        monkeypatch.setattr(flash, name, watched)
+        monkeypatch.setattr(flash, name, partial(_watched, seen, name, getattr(flash, name)))
     return seen
 
 
@@ -83,13 +84,13 @@ def held_to_the_error_rule(mask: str, mods: str, kv_heads: int, dtype: torch.dty
     assert violations(inputs, got) == []
 
 
-@pytest.mark.parametrize(("mask", "mods"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("mask", "mods"), PAIRS)
 def test_blocks_hold_the_error_rule(mask: str, mods: str, small_blocks: None, kernels: list[str]) -> None:
     held_to_the_error_rule(mask, mods, 2 if mods == "none" else HEADS, torch.float32)
     assert kernels == ["forward", "backward"]
 
 
-@pytest.mark.parametrize(("mask", "mods"), [("dense-of-all", "alibi"), ("documents", "none"), ("none", "bias")], ids="-".join)
+@pytest.mark.parametrize(("mask", "mods"), [("dense-of-all", "alibi"), ("documents", "none"), ("none", "bias")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_other_dtypes_and_grouped_heads(
@@ -156,13 +157,13 @@ def test_rows_without_a_finite_score_are_empty(small_blocks: None, kernels: list
     assert all(bool(t.isfinite().all()) for t in others) and kernels == ["forward", "backward"]
 
 
-def test_a_lonely_key_gives_its_row_no_score_gradient() -> None:
-    """The kernel's backward would leave the rounding of a difference."""
-    q, k, v = (t.requires_grad_() for t in qkv())
-    for mask in (fa.SlidingWindow(0, 0), fa.Documents(POSITIONS)):
-        out = fa.attention(q, k, v, mask=mask, backend="blocked")
-        dq, dk = torch.autograd.grad(out, (q, k), torch.randn_like(out))
-        assert not dq.count_nonzero() and not dk.count_nonzero()
+@pytest.mark.parametrize("mask", ["one key", "few keys", "not the last keys"])
+def test_masks_that_leave_little(mask: str, kernels: list[str]) -> None:
+    """A row's only key has a score gradient of 0, of which the kernel's backward leaves a rounding."""
+    kept = {"one key": fa.SlidingWindow(0, 0), "few keys": fa.Documents(POSITIONS // 3), "not the last keys": fa.Dense(POSITIONS < 140)}
+    inputs = inputs_of(*qkv(), mask=kept[mask])
+    assert violations(inputs, evaluate(lambda p: call(p, "blocked"), inputs, ("out",), ("q", "k", "v"))) == []
+    assert kernels == ["forward", "backward"]
 
 
 class Strict(TorchFunctionMode):
@@ -186,7 +187,7 @@ def another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "DEVICE_TILE", 1 << 14)
 
 
-@pytest.mark.parametrize(("mask", "mods"), PAIRS[::2], ids="-".join)
+@pytest.mark.parametrize(("mask", "mods"), PAIRS[::2])
 def test_tiles_of_another_device_hold_the_error_rule(mask: str, mods: str, another_device: None, kernels: list[str]) -> None:
     inputs = inputs_of(*qkv(), mask=MASKS[mask](), score_mods=MODS[mods]())
     with Strict():

