@@ -53,7 +53,7 @@ PAIRS = [
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks of rows and of heads at a length that takes no time."""
-    for name, value in {"TILE": 1, "ROOM": 2 * 32 * LENGTH, "MAX_ROWS": 64, "MIN_ROWS": 32, "NARROW_ROWS": 16}.items():
+    for name, value in {"TILE": 1, "ROOM": 2 * 32 * LENGTH, "MAX_ROWS": 64, "FEW_ROWS": 32, "NARROW_ROWS": 16}.items():
         monkeypatch.setattr(flash_blocks, name, value)
 
 

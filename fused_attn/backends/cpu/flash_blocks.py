@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.cpu.mask_tiles import MaskTiles, Region
-from fused_attn.backends.cpu.tiles import TILE
+from fused_attn.backends.cpu.tiles import MIN_ROWS, TILE
 from fused_attn.lowering import LoweredAttention, Range
 from fused_attn.score_mods import ALiBi, Bias
 
@@ -22,8 +22,8 @@ from fused_attn.score_mods import ALiBi, Bias
 # fifteen busy processes: L2048 2^20 895/2541, 2^21 752/2170, 2^22 448/1497; L4096 5168/15444, 3412/11303, 2209/6582.
 ROOM = 1 << 22
 # Query rows of a block of a mask of intervals. Causal and lengths, same case, L2048: one thread, 256 rows 48/159, 512 55/176, 1024 54/174; busy,
-# 256 rows 2412/6352, 512 972/3265, 1024 1446/3384. Other blocks have as many as fit, but keep 256, for which heads make room.
-MAX_ROWS, MIN_ROWS = 512, 256
+# 256 rows 2412/6352, 512 972/3265, 1024 1446/3384. Other blocks have as many as fit, and heads are parted before there are fewer than 256.
+MAX_ROWS, FEW_ROWS = 512, 256
 # The same where rows reach few keys; windows of 16 and 64 keys each side, L2048, one thread: 64 rows 10.3/26.6 and 13.7/37.3, 128 rows 10.3/29.0
 # and 12.7/37.6, 256 rows 13.2/40.3 and 15.7/46.4.
 NARROW_ROWS = 128
@@ -124,9 +124,11 @@ class Blocks:
         """Query rows and query heads of a block."""
         (_, heads, q_len, kv_len), mask = self.call.shape, self.call.terms.mask
         groups, rows = heads // self.call.k.shape[1], MAX_ROWS if mask.has_intervals else ROOM
-        while rows > MIN_ROWS and rows * min(kv_len, widest + rows) * self.heads > ROOM:
+        while rows > FEW_ROWS and rows * min(kv_len, widest + rows) * self.heads > ROOM:
             rows //= 2
         while rows > NARROW_ROWS and mask.has_intervals and rows > widest // 2:
+            rows //= 2
+        while rows > MIN_ROWS and rows * min(kv_len, widest + rows) > ROOM:
             rows //= 2
         fits = max(1, ROOM // (rows * min(kv_len, widest + rows))) // groups * groups
         return min(rows, q_len), heads if self.heads == 1 else max(groups, min(heads, fits))

@@ -185,4 +185,5 @@ class MaskTiles:
         centre = torch.arange(1, 2 * (columns[1] - columns[0]) + 1, 2, dtype=exact, device=self.grid.device)
         ends = ((t if t.shape[0] == 1 else t[batches])[:, queries, None] - columns[0] for t in self.intervals)
         start, end = (t.mul(2).to(exact)[:, None] for t in ends)
-        return torch.minimum(centre - start, end - centre).to(self.dtype)
+        inside = centre - start
+        return torch.minimum(inside, end - centre, out=inside).to(self.dtype)
