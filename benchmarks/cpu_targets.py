@@ -22,6 +22,7 @@ from benchmarks.busy import neighbours
 from benchmarks.cpu_cases import CPU, KINDS, KINDS_AGAIN, LENGTHS, SOFTMAX, Attention, Job
 from benchmarks.environment import ROOT, describe
 from benchmarks.overhead import Call, costs
+from fused_attn.backends.cpu import library as cpu_library
 from fused_attn.testing.measure import Effort, interleaved
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "targets.json"
@@ -127,11 +128,7 @@ def _host_cost(call: Call, seconds: float) -> HostCost:
 
 def library() -> str:
     """The instruction set of the CPU library's kernels, or why there is none."""
-    try:
-        from fused_attn.backends.cpu import library as found
-    except ImportError:
-        return "none: this version has no CPU library"
-    return found.isa() or f"none: {found.failure()}"
+    return cpu_library.isa() or f"none: {cpu_library.failure()}"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

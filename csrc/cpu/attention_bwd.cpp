@@ -28,6 +28,9 @@ struct Plan {
     for (int64_t m = 0; m < call.mod_count; ++m) columns += call.mods[m].col_grad != nullptr;
   }
 
+  // Whether an item has a key head to itself, and its dk and dv need not be added to anything.
+  bool is_whole() const { return group * parts == 1; }
+
   const Attention& call;
   int64_t group, parts, rows, key_width, width, columns = 0;
 };
@@ -37,7 +40,7 @@ struct Sums {
 
   bool begin(const Plan& plan) {
     const Sizes& s = plan.call.sizes;
-    return (!plan.width || keys.begin(s.batch * s.kv_heads, plan.group * plan.parts, s.kv_len, plan.width)) &&
+    return (!plan.width || plan.is_whole() || keys.begin(s.batch * s.kv_heads, plan.group * plan.parts, s.kv_len, plan.width)) &&
            (!plan.columns || columns.begin(s.batch * s.heads, plan.parts, plan.columns * s.kv_len, 1)) &&
            (!plan.call.weight_grad || weights.begin(s.batch * s.heads, plan.parts, s.head_dim, 1));
   }
@@ -49,6 +52,7 @@ class Worker {
     tile_.reserve(arena_, call_, plan.rows);
     if (call_.dq.data && !call_.weight.data) keys_.reserve(arena_, call_.k, sizes_.kv_len, sizes_.head_dim);
     dq_ = arena_.take<float>(plan.rows * padded(sizes_.head_dim));
+    if (plan.is_whole()) whole_ = reinterpret_cast<Part*>(arena_.take<char>(OrderedSums::bytes(sizes_.kv_len, plan.width)));
     if (call_.weight.data) {
       spare_keys_ = arena_.take<float>(kTile * padded(sizes_.head_dim));
       spare_weight_ = arena_.take<float>(padded(sizes_.head_dim));
@@ -79,7 +83,9 @@ class Worker {
     r0_ = part * plan_.rows;
     r1_ = smaller_of(sizes_.q_len, r0_ + plan_.rows);
     reach();
-    Part* const keys = plan_.width ? sums_.keys.make(first_, last_) : nullptr;
+    Part* const keys = !plan_.width ? nullptr
+                       : whole_     ? OrderedSums::clear(whole_, first_, last_, plan_.width)
+                                    : sums_.keys.make(first_, last_);
     Part* const columns = plan_.columns ? sums_.columns.make(0, plan_.columns * sizes_.kv_len) : nullptr;
     Part* const weights = call_.weight_grad ? sums_.weights.make(0, sizes_.head_dim) : nullptr;
     failed_ = (plan_.width && !keys) || (plan_.columns && !columns) || (call_.weight_grad && !weights);
@@ -90,8 +96,12 @@ class Worker {
       differentiate();
     }
     const int64_t head = b_ * sizes_.heads + h_;
-    if (keys)
-      if (Part* whole = sums_.keys.add(pair_, number, keys)) write_keys(whole);
+    if (keys && whole_) write_keys(keys);
+    if (keys && !whole_)
+      if (Part* whole = sums_.keys.add(pair_, number, keys)) {
+        write_keys(whole);
+        free(whole);
+      }
     if (columns)
       if (Part* whole = sums_.columns.add(head, part, columns)) write_columns(whole, head);
     if (weights)
@@ -239,7 +249,6 @@ class Worker {
       if (call_.dv.data) write_row(call_.dv, kv_head, row, sizes_.value_dim, from + plan_.key_width, 1.f);
       if (call_.dk.data) write_row(call_.dk, kv_head, row, sizes_.head_dim, from, scale);
     }
-    free(whole);
   }
 
   void write_columns(Part* whole, int64_t head) {
@@ -262,6 +271,7 @@ class Worker {
   int64_t pair_ = -1, b_ = 0, h_ = 0, r0_ = 0, r1_ = 0, q0_ = 0, rows_ = 0, first_ = 0, last_ = 0;
   float *dq_, *to_keys_ = nullptr, *to_columns_ = nullptr, *to_weight_ = nullptr;
   float *spare_keys_ = nullptr, *spare_weight_ = nullptr, *room_ = nullptr;
+  Part* whole_ = nullptr;
   bool failed_ = false;
 };
 

@@ -10,7 +10,8 @@ constexpr int64_t kGradientRows = 48;  // query rows of a tile of the backward: 
 // Rows of a tile lie this far apart: powers of two would put a column of them into one set of the first-level cache.
 constexpr int64_t kTileRow = kTile + 16;
 
-// p = exp(scale * sums - top) / sum.
+// p = exp(scale * sums - top) / sum. The scaled sum is rounded as the forward rounds it: scores of 1e9 contracted into one rounding were
+// off by 32, and p was e^32 instead of 1.
 struct StoreProbability {
   float* p;
   vf scale;
@@ -23,7 +24,7 @@ struct StoreProbability {
     for (int r = 0; r < M; ++r) {
       const vf m = all(base[i + r]), f = all(inverse[i + r]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) store(p + (i + r) * kTileRow + j + n * W, exp_of(acc[r][n] * scale - m) * f);
+      for (int n = 0; n < N; ++n) store(p + (i + r) * kTileRow + j + n * W, exp_of(rounded(acc[r][n] * scale) - m) * f);
     }
   }
 };

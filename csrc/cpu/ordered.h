@@ -34,13 +34,19 @@ class OrderedSums {
     free(waiting_);
   }
 
-  // A part with zeros in rows first .. last; nullptr where there is no memory.
-  Part* make(int64_t first, int64_t last) const {
-    Part* part = static_cast<Part*>(aligned_alloc(64, (64 + static_cast<size_t>(rows_ * width_) * 4 + 63) / 64 * 64));
-    if (!part) return nullptr;
+  static int64_t bytes(int64_t rows, int64_t width) { return (64 + rows * width * 4 + 63) / 64 * 64; }
+
+  // A part of which rows first .. last are there, and zeros.
+  static Part* clear(Part* part, int64_t first, int64_t last, int64_t width) {
     part->first = first, part->last = last;
-    if (first < last) memset(part->data() + first * width_, 0, static_cast<size_t>((last - first) * width_) * 4);
+    if (first < last) memset(part->data() + first * width, 0, static_cast<size_t>((last - first) * width) * 4);
     return part;
+  }
+
+  // The same in memory of its own; nullptr where there is none.
+  Part* make(int64_t first, int64_t last) const {
+    Part* part = static_cast<Part*>(aligned_alloc(64, static_cast<size_t>(bytes(rows_, width_))));
+    return part ? clear(part, first, last, width_) : nullptr;
   }
 
   // Hands a part over. The whole sum, the caller's to free, where that was the last part missing; else nullptr.

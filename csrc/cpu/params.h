@@ -68,8 +68,9 @@ struct Attention {
   Matrix sinks;  // [1, heads, 1, 1]
   Dropout dropout;
   Matrix q, k, v, out;
-  Matrix wide;             // float32 copy of out, kept where 16 bits would cost the sinks' gradient its accuracy; the backward's out, then
-  float *lse, *top, *sum;  // [batch, heads, q_len]: log of the sum, largest score, sum of exp(score - top), sinks included; the forward's may be missing
+  Matrix wide;  // float32 copy of out, kept where 16 bits would cost the sinks' gradient its accuracy; the backward's out, then
+  float *lse, *top,
+      *sum;  // [batch, heads, q_len]: log of the sum, largest score, sum of exp(score - top), sinks included; the forward's may be missing
   // Given out besides by the forward.
   Matrix probs, scores;
   float *max_scores, *entropy;  // [batch, heads, q_len]

@@ -38,6 +38,17 @@ FUSED_ATTN_INLINE vf all(float x) { return x - vf{}; }
 FUSED_ATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
 FUSED_ATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_mem*>(p) = x; }
 FUSED_ATTN_INLINE vf select(vi where, vf a, vf b) { return where ? a : b; }
+// x itself, which the compiler may not join with what comes before or after: a product that is rounded here is rounded before it is added.
+FUSED_ATTN_INLINE vf rounded(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
 // -1 where the byte is not 0.
 FUSED_ATTN_INLINE vi is_set(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -220,6 +231,63 @@ FUSED_ATTN_INLINE vf tanh_of(vf x) {
   p = p * x2 + -3.33332819422e-1f;
   const vf near = p * x2 * x + x, t = exp_of(size * -2.f), far = (1.f - t) / (1.f + t);
   return select(size < 0.625f, near, select(x < 0.f, -far, far));
+}
+
+// W rows of W numbers become columns.
+FUSED_ATTN_INLINE void transpose(vf (&r)[W]) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)r[i], (__m512)r[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)r[i], (__m512)r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  // b[4 i + j] holds column 4 lane + j of rows 4 i ..; the lanes of four of them change places.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x44), high = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xee);
+    const __m512 low2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44), high2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xee);
+    r[j] = (vf)_mm512_shuffle_f32x4(low, low2, 0x88);
+    r[4 + j] = (vf)_mm512_shuffle_f32x4(low, low2, 0xdd);
+    r[8 + j] = (vf)_mm512_shuffle_f32x4(high, high2, 0x88);
+    r[12 + j] = (vf)_mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+#elif defined(__AVX2__)
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256d x = _mm256_castps_pd(a[i + j]), y = _mm256_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j] = (vf)_mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    r[4 + j] = (vf)_mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  }
+#else
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+#endif
 }
 
 // Whether every one of n floats is finite; a sum that overflows says no, which costs time alone.

@@ -49,8 +49,7 @@ def takes(call: LoweredAttention) -> bool:
     terms, q = call.terms, call.q
     if not library.isa() or q.dtype == torch.float64:
         return False
-    sizes = (q.shape[3], call.v.shape[3])
-    if not (min(sizes) >= 1 and max(sizes) <= MAX_HEAD_DIM) or len(terms.mods) > MAX_MODS:
+    if not (1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= call.v.shape[3] <= MAX_HEAD_DIM) or len(terms.mods) > MAX_MODS:
         return False
     if terms.normalizer is not None and terms.normalizer.name != Sigmoid.name:
         return False
@@ -227,9 +226,11 @@ class _Fields:
     """``struct Attention`` of a call, whose tensors stay alive with it."""
 
     def __init__(self, call: LoweredAttention, grads: list[_Gradient] | None = None) -> None:
-        terms, (batch, heads, q_len, kv_len) = call.terms, call.shape
+        terms = call.terms
         q, k, v = self.alive = [addressable(call.q), addressable(call.k), addressable(call.v)]
-        dtype, kv_heads, head_dim, value_dim = DTYPES[q.dtype], k.shape[1], q.shape[3], v.shape[3]
+        batch, heads, q_len, head_dim = q.shape
+        _, kv_heads, kv_len, value_dim = v.shape
+        dtype = DTYPES[q.dtype]
         sizes = ints[8](batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, torch.get_num_threads())
         if terms.holds_tensors:
             of_terms = self._fields_of_terms(call, grads)
