@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
@@ -23,14 +24,18 @@ class CpuBackend(BlockedBackend):
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
         """On the library no problem is too small: eager / cpu was 1.3 and more from 2^9 scores on, whatever was asked for (2 threads, head_dim 64)."""
-        if isinstance(problem, SoftmaxProblem) or attention_native.takes_problem(problem):
+        if isinstance(problem, SoftmaxProblem) or (library.isa() and attention_native.takes_problem(problem)):
             return None
         return small_problem(problem)
 
     def notes(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-        """Why there is no compiled library to run the problem."""
+        """Why the compiled library does not run the problem."""
         target = problem.target
         failure = library.failure() if target is None else "" if target.library else library.NOT_BUILT
+        if not failure and isinstance(problem, AttentionProblem) and not attention_native.takes_problem(problem):
+            failure = attention_native.LIMITS
+        if not failure and isinstance(problem, SoftmaxProblem) and torch.float64 in {t.dtype for t in problem.inputs}:
+            failure = softmax_native.LIMITS
         return [f"{failure}; plain torch operations run instead"] if failure else []
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:

@@ -36,6 +36,7 @@ from fused_attn.score_mods import ALiBi, Bias, Level, SoftCap
 from fused_attn.scoring import Additive, Scoring
 
 MAX_HEAD_DIM = 512
+LIMITS = f"the CPU library takes float32, float16 and bfloat16, head sizes to {MAX_HEAD_DIM}, and modifications, scorings and normalizers of the package"
 # ``kMaxMods`` and ``enum ModKind``.
 MAX_MODS = 8
 KINDS = {Bias.name: 0, SoftCap.name: 1, ALiBi.name: 2, Level.name: 3}
@@ -49,13 +50,18 @@ def takes(call: LoweredAttention) -> bool:
     """Whether the library computes the call; nothing that a compiler's fake tensors could not answer is asked."""
     terms = call.terms
     owners = (terms.scoring, terms.normalizer)
-    if not _takes_sizes(call.q, call.v) or len(terms.mods) > MAX_MODS or (owners != (None, None) and not _takes_owners(*owners)):
+    if (
+        not library.isa()
+        or not _takes_sizes(call.q, call.v)
+        or len(terms.mods) > MAX_MODS
+        or (owners != (None, None) and not _takes_owners(*owners))
+    ):
         return False
     return all(mod.name in KINDS and mod.layout is None for mod in terms.mods)
 
 
 def takes_problem(problem: AttentionProblem) -> bool:
-    """Whether it will compute a problem that is not in normal form yet."""
+    """Whether it would compute a problem that is not in normal form yet, here or where it is built."""
     modifiers = problem.modifiers
     scoring = modifiers.scoring if modifiers.scoring is not None and not modifiers.scoring.lowers else None
     kernels = [name for mod in modifiers.score_mods for name in mod.kernels or (mod.name,)]
@@ -69,7 +75,7 @@ def takes_problem(problem: AttentionProblem) -> bool:
 
 
 def _takes_sizes(q: Tensor, v: Tensor) -> bool:
-    return bool(library.isa()) and q.dtype != torch.float64 and 1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM
+    return q.dtype != torch.float64 and 1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM
 
 
 def _takes_owners(scoring: Scoring | KernelScore | None, normalizer: Normalizer | KernelScore | None) -> bool:
