@@ -42,8 +42,10 @@ class CpuBackend(BlockedBackend):
         return attention_blocks.attention_fwd(call)[0] if attention_native.takes(call) else super().attention_fwd(call)
 
     def attention_out(self, call: LoweredAttention) -> Tensor:
-        """The output, for who wants nothing else."""
-        return attention_blocks.attention_out(call) if attention_native.takes(call) else super().attention_fwd(call).out
+        """The output, for who wants nothing else; of a class that derives from this one, what its own forward gives."""
+        if type(self) is CpuBackend and attention_native.takes(call):
+            return attention_blocks.attention_out(call)
+        return self.attention_fwd(call).out
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
         if attention_native.takes(call):
@@ -51,11 +53,11 @@ class CpuBackend(BlockedBackend):
         return super().attention_aux(call, forward, request)
 
     def attention_fwd_aux(self, call: LoweredAttention, request: AuxRequest) -> tuple[Forward, AuxTensors]:
-        """Both in one pass of the library."""
-        if attention_native.takes(call):
+        """Both in one pass of the library; of a class that derives from this one, what its own two give."""
+        if type(self) is CpuBackend and attention_native.takes(call):
             return attention_blocks.attention_fwd(call, request)
-        forward = super().attention_fwd(call)
-        return forward, super().attention_aux(call, forward, request)
+        forward = self.attention_fwd(call)
+        return forward, self.attention_aux(call, forward, request)
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
         if forward.stats.dim() == 4 and attention_native.takes(call):

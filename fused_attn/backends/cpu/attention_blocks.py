@@ -56,21 +56,35 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     if _is_readable(call):
         return attention_native.attention_bwd(call, forward, incoming, needs)
     inputs = (call.q, call.k, call.v, *call.terms.parameters)
-    parts = [
-        attention_native.attention_bwd(part, _forward_of(forward, rows), _incoming_of(incoming, rows), needs, is_part=True)
-        for rows, part in _parts(call)
-    ]
-    by_rows = [
-        True,
-        False,
-        False,
-        False,
-        *(t.shape[2] != 1 and entry.name != "additive" for entry in call.terms.entries for t in entry.tensors),
-    ]
-    return tuple(
-        None if t is None or grads[0] is None else _joined(list(grads), t, has_rows)
-        for grads, t, has_rows in zip(zip(*parts, strict=True), inputs, by_rows, strict=True)
-    )
+    by_rows = [True, False, False, False, *(t.shape[2] != 1 for entry in call.terms.entries for t in entry.tensors)]
+    found = [_Joined(t, has_rows) for t, has_rows in zip(inputs, by_rows, strict=True)]
+    for rows, part in _parts(call):
+        grads = attention_native.attention_bwd(part, _forward_of(forward, rows), _incoming_of(incoming, rows), needs, is_part=True)
+        for whole, grad in zip(found, grads, strict=True):
+            whole.add(grad)
+    return tuple(whole.finished() for whole in found)
+
+
+class _Joined:
+    """A gradient from those of the blocks: their rows one after another, or their sum."""
+
+    def __init__(self, tensor: Tensor | None, has_rows: bool) -> None:
+        self.tensor, self.has_rows, self.parts = tensor, has_rows, list[Tensor]()
+
+    def add(self, grad: Tensor | None) -> None:
+        if grad is None:
+            return
+        if self.has_rows or not self.parts:
+            self.parts.append(grad)
+        else:
+            self.parts[0] += grad
+
+    def finished(self) -> Tensor | None:
+        """In the tensor's dtype and layout; None where nobody wants it."""
+        if not self.parts or self.tensor is None:
+            return None
+        whole = torch.cat(self.parts, 2) if self.has_rows else self.parts[0]
+        return laid_out_like(whole.to(self.tensor.dtype), self.tensor)
 
 
 def _is_readable(call: LoweredAttention) -> bool:
@@ -95,11 +109,3 @@ def _forward_of(forward: Forward, rows: slice) -> Forward:
 def _incoming_of(incoming: Incoming, rows: slice) -> Incoming:
     arriving = [getattr(incoming, f.name) for f in fields(Incoming)]
     return Incoming(*(None if t is None else t[:, :, rows] for t in arriving))
-
-
-def _joined(grads: list[Tensor], tensor: Tensor, has_rows: bool) -> Tensor:
-    """A gradient from those of the blocks, in the tensor's dtype and layout."""
-    whole = torch.cat(grads, 2) if has_rows else grads[0]
-    for grad in () if has_rows else grads[1:]:
-        whole += grad
-    return laid_out_like(whole.to(tensor.dtype), tensor)
