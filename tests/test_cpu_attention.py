@@ -145,6 +145,31 @@ def test_a_nan_sink_leaves_the_largest_score(cpu_build: str) -> None:
     assert out[:, 0, 1:].isnan().all() and bool((out[:, :, 0] == 0).all()) and out[:, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("sink", [NAN, INF, -INF, 3.0])
+def test_a_sink_beside_no_scores(sink: float, cpu_build: str) -> None:
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (50, 140, 140))
+    bias = fa.Bias(torch.randn(1, 1, 50, 140).masked_fill(torch.arange(50)[:, None] == 7, -INF))
+    inputs = inputs_of(q, k, v, mask=fa.Causal(), q_offset=-4, score_mods=(bias,), sinks=torch.tensor([sink]))
+    right = evaluate(budget.eager.attention, in_double(inputs), DIFFERENTIABLE)
+    got = evaluate(lambda p: call(p, "cpu"), inputs, DIFFERENTIABLE)
+    for name in got:
+        problem = loops.differences(got[name], right[name], 1e-3, is_gradient=name.startswith("d"))
+        assert not problem, f"{name}: {problem}"
+
+
+@pytest.mark.parametrize("through", ["out", "scores"])
+def test_a_row_of_minus_infinity_is_empty_under_a_sigmoid(through: str, cpu_build: str) -> None:
+    leaves = [torch.randn(1, 1, n, 8, requires_grad=True) for n in (3, 20, 20)]
+    bias = torch.zeros(3, 1).index_fill(0, torch.tensor([1]), -INF).requires_grad_()
+    v = leaves[2].detach().index_fill(2, torch.tensor([5]), INF).requires_grad_()
+    request = fa.AuxRequest(scores=True)
+    out, aux = fa.attention(*leaves[:2], v, normalizer=fa.Sigmoid(), score_mods=(fa.Bias(bias),), return_aux=request, backend="cpu")
+    assert bool((out[0, 0, 1] == 0).all())
+    given = out if through == "out" else aux.scores
+    dq, dbias = torch.autograd.grad(given, (leaves[0], bias), torch.full_like(given, INF))
+    assert bool((dq[0, 0, 1] == 0).all()) and float(dbias[1]) == 0 and not dq[0, 0, 0].isfinite().all()
+
+
 def test_a_nan_shows_in_the_largest_score_of_a_sigmoid(cpu_build: str) -> None:
     q, k, v = (torch.randn(1, 1, n, 16) for n in (5, 40, 40))
     k[0, 0, 3] = NAN

@@ -178,7 +178,8 @@ class Worker {
     sum = most == -kInf && keys == 0.f ? 0.f : keys + (sink == -kInf ? 0.f : std::exp(sink - top));
     const bool broken = sum != sum;
     factor_[i] = sum == 0.f ? 0.f : 1.f / sum;
-    if (call_.lse) keep(r, top, sum, sum == 0.f ? top : top + std::log(sum));
+    // A sink without scores beside it is the row's lse; one that is infinite or NaN leaves NaN.
+    if (call_.lse) keep(r, top, sum, sum != 0.f ? top + std::log(sum) : top == -kInf ? top : top + (top - top));
     if (call_.max_scores) call_.max_scores[r] = broken && has_nan(i) ? kNaN : most;
     if (broken) break_row(i);
     // Sum of p (log of the whole sum - (score - top)), where the keys' own share is less than 1 beside a sink.
@@ -205,9 +206,12 @@ class Worker {
         nans += select(x == x, vf{}, all(1.f));
       }
     }
-    factor_[i] = 1.f;
-    if (call_.lse) keep(r, 0.f, 1.f, -kInf);
-    if (call_.max_scores) call_.max_scores[r] = sum_of(nans) == 0.f ? largest_of(load(top_ + i * W)) : kNaN;
+    const bool has_nans = sum_of(nans) != 0.f;
+    const float most = largest_of(load(top_ + i * W));
+    // A row whose scores are all -inf is an empty one.
+    factor_[i] = most == -kInf && !has_nans ? 0.f : 1.f;
+    if (call_.lse) keep(r, 0.f, factor_[i], -kInf);
+    if (call_.max_scores) call_.max_scores[r] = has_nans ? kNaN : most;
     give_out(i, 1.f);
   }
 
