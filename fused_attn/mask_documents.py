@@ -50,7 +50,10 @@ def _are_runs(ids: Tensor, counted: Tensor) -> Tensor:
 
 def _at_queries(per_key: Tensor, grid: Grid, outside: int) -> Tensor:
     """Values [batch|1, kv_len] of the keys at the queries' positions, [batch|1, q]; ``outside`` where a query lies beyond the keys."""
-    position, length = grid.positions, per_key.shape[1]
+    length = per_key.shape[1]
+    if isinstance(grid.q_offset, int) and grid.q_offset == 0 and grid.ranges[2] == (0, length) and per_key.shape[0] == 1:
+        return per_key
+    position = grid.positions
     rows = torch.broadcast_shapes(position.shape[:1], per_key.shape[:1])[0]
     position, per_key = position.expand(rows, -1), per_key.expand(rows, -1)
     if length == 0:

@@ -132,7 +132,7 @@ def cells(feature: Feature) -> list[str]:
 
 
 # What a backend says of tensors on the other kind of device is in the table above this one.
-ELSEWHERE = ("it runs on", "tensors are on the CPU")
+ELSEWHERE = ("it runs on", "tensors are on the CPU", "can run, but only when asked for: the cpu backend")
 
 
 def table() -> str:

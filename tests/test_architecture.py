@@ -310,7 +310,9 @@ def test_the_cpu_library_stands_by_itself(path):
         assert included != "cpu/choice.h" or path.name == "library.cpp", "kernels do not choose"
     assert not re.search(r"#include <(torch|ATen|c10|omp)|^#pragma omp", text, re.M)
     if path.suffix == ".cpp" and path.name not in build_cpu.ONCE:
-        assert re.search(r"FUSED_ATTN_ISA(::| \{)", text) and "namespace {" in text, "kernels are a file's own, passes are their instruction set's"
+        assert re.search(r"FUSED_ATTN_ISA(::| \{)", text) and "namespace {" in text, (
+            "kernels are a file's own, passes are their instruction set's"
+        )
 
 
 def native_layer(name):

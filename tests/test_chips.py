@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import fused_attn as fa
 from fused_attn import backends
 from fused_attn.backends import base, cuda, triton
 from fused_attn.backends.triton import config
+from fused_attn.normalizers import TopK
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 pytestmark = pytest.mark.quick
@@ -73,8 +75,15 @@ def test_hopper_without_the_native_library(on: Callable[..., None], monkeypatch:
     monkeypatch.setattr(cuda, "_failure", lambda: "the native library is not built")
     assert backends.resolve(attention(), "auto") == backends.explain(attention()).chosen == "triton"
     monkeypatch.setattr(triton, "_INSTALLED", False)
-    with pytest.warns(UserWarning, match="falls back to eager"):
-        assert backends.resolve(attention(), "auto") == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve(attention(), "auto") == backends.explain(attention()).chosen == "blocked"
+
+
+def test_what_takes_quadratic_memory_on_a_gpu_says_so(on: Callable[..., None]) -> None:
+    on(HOPPER)
+    with pytest.warns(UserWarning, match="falls back to eager, which needs O.* TopK takes whole rows of scores"):
+        assert backends.resolve(attention(normalizer=TopK(2)), "auto") == "eager"
 
 
 def test_hopper_takes_cuda_for_float32_and_the_softmax(on: Callable[..., None]) -> None:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_attn as fa
 from fused_attn import fingerprint
-from fused_attn.backends import cpu
+from fused_attn.backends.cpu import blocked
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
@@ -27,8 +27,8 @@ SOFTMAX_OPTIONS = {"mask": None, "scale": 1.5, "bias": None, "dim": -1, "log": F
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch):
     """The boundary is the subject, so nothing may go around it: uncompiled calls this small would run on eager, with other bits."""
-    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_MASKED_GRAD"):
-        monkeypatch.setattr(cpu, limit, 0)
+    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_ADDED", "EAGER_ADDED_GRAD", "EAGER_MASKED_GRAD"):
+        monkeypatch.setattr(blocked, limit, 0)
     torch._dynamo.reset()
     torch.manual_seed(0)
 

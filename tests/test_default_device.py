@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fused_attn as fa
-from fused_attn.backends.cpu import tiles
+from fused_attn.backends.cpu import mask_tiles
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
 from fused_attn.score_mods import ScoreMod
@@ -102,16 +102,16 @@ def test_softmax_under_another_default_device(backend: str, elsewhere: Callable[
 
 @pytest.mark.quick
 def test_what_is_kept_does_not_remember_the_default_device(elsewhere: Callable[[], Any]) -> None:
-    tiles._window_limit.cache_clear()
+    mask_tiles._window_limit.cache_clear()
     with elsewhere():
         evaluated({"mask": fa.SlidingWindow(4, 1)}, "cpu")
-    assert tiles._window_limit.cache_info().currsize > 0
+    assert mask_tiles._window_limit.cache_info().currsize > 0
     same(evaluated({"mask": fa.SlidingWindow(4, 1)}, "cpu"), evaluated({"mask": fa.SlidingWindow(4, 1)}, "cpu"))
 
 
 @pytest.mark.quick
 def test_what_is_kept_in_inference_mode_serves_training() -> None:
-    tiles._window_limit.cache_clear()
+    mask_tiles._window_limit.cache_clear()
     q = torch.randn(1, 2, 33, 8, requires_grad=True)
     with torch.inference_mode():
         fa.attention(q, q, q, mask=fa.SlidingWindow(4, 1), backend="cpu")

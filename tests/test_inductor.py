@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fused_attn as fa
 from fused_attn import fingerprint
-from fused_attn.backends import cpu
+from fused_attn.backends.cpu import blocked
 from fused_attn.integrations.sdpa import patched
 from fused_attn.nn import MultiheadAttention, d2l
 
@@ -25,8 +25,8 @@ README = Path(fa.__file__).parents[1] / "README.md"
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_MASKED_GRAD"):
-        monkeypatch.setattr(cpu, limit, 0)  # uncompiled calls this small would run on eager, with other bits
+    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_ADDED", "EAGER_ADDED_GRAD", "EAGER_MASKED_GRAD"):
+        monkeypatch.setattr(blocked, limit, 0)  # uncompiled calls this small would run on eager, with other bits
     torch._dynamo.reset()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fused_attn as fa
 from fused_attn import layout
-from fused_attn.backends import cpu
+from fused_attn.backends.cpu import blocked
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 from fused_attn.testing import EVERYTHING
 
@@ -214,8 +214,8 @@ def evaluated(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor,
     ids=lambda x: {True: "dynamic", False: "static"}.get(x, x),
 )
 def test_the_default_compiler_runs_every_layout(how: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_MASKED_GRAD"):
-        monkeypatch.setattr(cpu, limit, 0)  # uncompiled calls this small would run on eager, with other bits
+    for limit in ("EAGER_MODIFIED", "EAGER_MODIFIED_GRAD", "EAGER_ADDED", "EAGER_ADDED_GRAD", "EAGER_MASKED_GRAD"):
+        monkeypatch.setattr(blocked, limit, 0)  # uncompiled calls this small would run on eager, with other bits
     compiled = torch.compile(several, fullgraph=True, dynamic=dynamic)
     bias, lengths = torch.randn(HEADS, LENGTH, LENGTH).mT.requires_grad_(), torch.tensor([20, 7])
     q, k, v = qkv(how, torch.float32)

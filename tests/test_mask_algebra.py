@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import fused_attn as fa
 from fused_attn import backends, mask_rules
-from fused_attn.backends.cpu import tiles
+from fused_attn.backends.cpu import flash_blocks, tiles
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.masks import Mask, from_mask_mod
 from fused_attn.testing import EVERYTHING, check_inputs, inputs_of, vocabulary
@@ -365,6 +365,7 @@ def test_tensors_of_rules_must_not_change_before_backward() -> None:
 def test_memory_without_an_interval_form(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small blocks, so that temporaries of a block are small beside a byte per pair at a length that takes no minute.
     monkeypatch.setattr(tiles, "TILE", 1 << 15)
+    monkeypatch.setattr(flash_blocks, "ROOM", 1 << 15)
     monkeypatch.setattr(mask_rules, "BLOCK", 1 << 15)
     length = 2560
     q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))

@@ -277,11 +277,12 @@ void add_up(const Backward& f) {
 }
 
 }  // namespace
-}  // namespace fused_attn::cpu
 
-namespace fused_attn::cpu::FUSED_ATTN_ISA {
+namespace FUSED_ATTN_ISA {
+int softmax_bwd(const Softmax& s);
+}
 
-int softmax_bwd(const Softmax& s) {
+int FUSED_ATTN_ISA::softmax_bwd(const Softmax& s) {
   const int64_t sizes[3] = {s.sizes.batch, s.sizes.heads, s.sizes.q_len}, strides[3] = {s.dbias.batch, s.dbias.head, s.dbias.row};
   const int64_t kv_len = s.sizes.kv_len;
   bool outer[3], shared = s.dbias.data && kv_len > 1 && s.dbias.col == 0;
@@ -314,4 +315,4 @@ int softmax_bwd(const Softmax& s) {
   return f.failed ? kNoMemory : kDone;
 }
 
-}  // namespace fused_attn::cpu::FUSED_ATTN_ISA
+}  // namespace fused_attn::cpu

@@ -213,11 +213,12 @@ void forward_tasks(void* context, int64_t worker) {
 }
 
 }  // namespace
-}  // namespace fused_attn::cpu
 
-namespace fused_attn::cpu::FUSED_ATTN_ISA {
+namespace FUSED_ATTN_ISA {
+int softmax_fwd(const Softmax& s);
+}
 
-int softmax_fwd(const Softmax& s) {
+int FUSED_ATTN_ISA::softmax_fwd(const Softmax& s) {
   const bool outer[3] = {};
   const Order order(s.sizes, outer);
   const int64_t step = larger_of(1, kTaskElements / s.sizes.kv_len), count = (order.count() + step - 1) / step;
@@ -227,4 +228,4 @@ int softmax_fwd(const Softmax& s) {
   return f.failed ? kNoMemory : kDone;
 }
 
-}  // namespace fused_attn::cpu::FUSED_ATTN_ISA
+}  // namespace fused_attn::cpu

@@ -1,6 +1,6 @@
 """Which backend runs a problem: the order, the choice, and the explanation of it.
 
-``auto`` takes the first of cuda, triton, cpu, eager whose refusal list is empty and that is not reluctant. An explicit backend runs or raises
+``auto`` takes the first of cuda, triton, cpu, blocked, eager whose refusal list is empty and that is not reluctant. An explicit backend runs or raises
 ``UnsupportedError`` with every reason; it never falls back.
 """
 
@@ -31,6 +31,7 @@ _BUILT_IN = {
     "cuda": "fused_attn.backends.cuda:CudaBackend",
     "triton": "fused_attn.backends.triton:TritonBackend",
     "cpu": "fused_attn.backends.cpu:CpuBackend",
+    "blocked": "fused_attn.backends.cpu.blocked:BlockedBackend",
 }
 _registered: dict[str, Backend] = {}
 
@@ -198,6 +199,10 @@ def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     if request is not None and problem.requires_grad and (request.max_scores or request.column_sums or request.entropy):
         notes.append("gradients of max_scores, column_sums and entropy recompute through the definition, O(block * kv_len) memory")
     return notes
+
+
+def _nothing(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+    return []
 
 
 def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:

@@ -103,7 +103,7 @@ class CudaBackend:
         reasons = transform_refusal(problem) + capability_refusal(problem)
         dtype = problem.inputs[0].dtype
         if dtype not in _DTYPES:
-            reasons.append(f"{str(dtype).removeprefix('torch.')} is computed by cpu and eager only")
+            reasons.append(f"{str(dtype).removeprefix('torch.')} is computed by cpu, blocked and eager only")
         if isinstance(problem, AttentionProblem):
             sizes = (problem.q.shape[-1], problem.v.shape[-1])
             if not all(1 <= size <= MAX_HEAD_DIM for size in sizes):

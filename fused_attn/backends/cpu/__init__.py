@@ -1,103 +1,74 @@
-"""The cpu backend: plain torch operations on tiles that stay in cache, O(length) memory."""
+"""The cpu backend: the library of ``csrc/cpu`` where it is there and takes the call, else plain torch operations on blocks; O(length) memory."""
 
 from __future__ import annotations
-
-from math import prod
 
 import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.backends.base import (
-    AuxTensors,
-    Forward,
-    Gradients,
-    Incoming,
-    authored_refusals,
-    composition_refusals,
-    device_type,
-    transform_refusal,
-)
-from fused_attn.backends.cpu import attention, attention_blocks, attention_native, library, softmax, softmax_native
-from fused_attn.checks import is_traced
+from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming, device_type
+from fused_attn.backends.cpu import attention_blocks, attention_native, library, softmax_native
+from fused_attn.backends.cpu.blocked import BlockedBackend, small_problem
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
-from fused_attn.scoring import Additive
-
-# Scores (batch * heads * q_len * kv_len) up to which eager's few large operations beat tiles whose own cost is per operation, in time
-# eager / tiles at 2 threads, float32, head_dim 64: modifications, sinks or dropout without gradients 0.6 at 2^9, 0.92 to 1.16 at 2^17,
-# 1.01 to 1.9 at 2^19; with gradients 0.45 to 0.7 up to 2^15, 0.66 to 1.2 at 2^19, 1.02 to 1.75 at 2^21. Tensor masks with gradients
-# 0.56 to 0.74 at 2^11, 0.72 to 0.85 at 2^13, 0.99 to 1.14 at 2^15; without gradients, and plain windows, tiles are never behind.
-EAGER_MODIFIED = 1 << 17
-EAGER_MODIFIED_GRAD = 1 << 19
-EAGER_MASKED_GRAD = 1 << 13
-# The same for additive attention in scores times head_dim, which is what it computes; one thread, head_dim 16 and 64: 0.64 at 2^13, 0.8 at
-# 2^15, 1.14 at 2^17, 1.55 to 5.8 from 2^18 on; with gradients 0.45 at 2^15, 0.6 at 2^17, 0.87 to 1.04 at 2^19, 1.3 at 2^20, 1.7 to 2.5 beyond.
-EAGER_ADDITIVE = 1 << 16
-EAGER_ADDITIVE_GRAD = 1 << 19
-_TOO_SMALL = "eager is faster on a problem this small"
 
 
-class CpuBackend:
+class CpuBackend(BlockedBackend):
     """Every mask, score modification, sink, dropout and auxiliary output, on CPU tensors; see ``base.Backend``."""
 
     name = "cpu"
-    evaluates_rules = True
 
     def refusals(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         device = device_type(problem)
-        reasons = [] if device == "cpu" else [f"it runs on CPU tensors only, not on {device}"]
-        return reasons + transform_refusal(problem) + authored_refusals(problem) + composition_refusals(problem)
+        return [*([] if device == "cpu" else [f"it runs on CPU tensors only, not on {device}"]), *super().refusals(problem)]
 
     def reluctance(self, problem: AttentionProblem | SoftmaxProblem) -> str | None:
-        """On small problems eager is faster; a compiler or tracer had better see one operation than choices by size."""
-        terms = problem.modifiers
-        if isinstance(problem, SoftmaxProblem) or torch.compiler.is_compiling() or is_traced():
+        """On the library no problem is too small: eager / cpu was 1.3 and more from 2^9 scores on, whatever was asked for (2 threads, head_dim 64)."""
+        if isinstance(problem, SoftmaxProblem) or (library.isa() and attention_native.takes_problem(problem)):
             return None
-        if isinstance(terms.scoring, Additive):
-            limit = EAGER_ADDITIVE_GRAD if problem.requires_grad else EAGER_ADDITIVE
-            return _TOO_SMALL if prod(problem.shape) * problem.q.shape[3] <= limit else None
-        scored = terms.scoring is not None and (not terms.scoring.lowers or bool(terms.scoring.kernels))
-        if terms.score_mods or scored or terms.sinks is not None or terms.dropout is not None or terms.normalizer is not None:
-            limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED
-        elif terms.mask is not None and not terms.mask.positional and problem.requires_grad:
-            limit = EAGER_MASKED_GRAD
-        else:
-            return None
-        return _TOO_SMALL if prod(problem.shape) <= limit else None
+        return small_problem(problem)
 
     def notes(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-        """Why there is no compiled library to run the problem."""
+        """Why the compiled library does not run the problem."""
         target = problem.target
         failure = library.failure() if target is None else "" if target.library else library.NOT_BUILT
+        if not failure and isinstance(problem, AttentionProblem) and not attention_native.takes_problem(problem):
+            failure = attention_native.LIMITS
+        if not failure and isinstance(problem, SoftmaxProblem) and torch.float64 in {t.dtype for t in problem.inputs}:
+            failure = softmax_native.LIMITS
         return [f"{failure}; plain torch operations run instead"] if failure else []
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
-        return attention_blocks.attention_fwd(call)[0] if attention_native.takes(call) else attention.attention_fwd(call)
+        return attention_blocks.attention_fwd(call)[0] if attention_native.takes(call) else super().attention_fwd(call)
 
     def attention_out(self, call: LoweredAttention) -> Tensor:
-        return attention_blocks.attention_out(call) if attention_native.takes(call) else attention.attention_fwd(call).out
+        """The output, for who wants nothing else."""
+        return attention_blocks.attention_out(call) if attention_native.takes(call) else super().attention_fwd(call).out
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
-        return attention_blocks.attention_fwd(call, request)[1] if attention_native.takes(call) else attention.attention_aux(call, request)
+        if attention_native.takes(call):
+            return attention_blocks.attention_fwd(call, request)[1]
+        return super().attention_aux(call, forward, request)
 
     def attention_fwd_aux(self, call: LoweredAttention, request: AuxRequest) -> tuple[Forward, AuxTensors]:
+        """Both in one pass of the library."""
         if attention_native.takes(call):
             return attention_blocks.attention_fwd(call, request)
-        return attention.attention_fwd(call), attention.attention_aux(call, request)
+        forward = super().attention_fwd(call)
+        return forward, super().attention_aux(call, forward, request)
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
         if forward.stats.dim() == 4 and attention_native.takes(call):
             return attention_blocks.attention_bwd(call, forward, incoming, needs)
-        return attention.attention_bwd(call, forward, incoming, needs)
+        return super().attention_bwd(call, forward, incoming, needs)
 
     def stats_shape(self, call: LoweredAttention) -> tuple[int, ...]:
-        return attention_native.stats_shape(call) if attention_native.takes(call) else (0,)
+        return attention_native.stats_shape(call) if attention_native.takes(call) else super().stats_shape(call)
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
-        return softmax_native.softmax_fwd(call) if softmax_native.takes(call) else softmax.softmax_fwd(call)
+        return softmax_native.softmax_fwd(call) if softmax_native.takes(call) else super().softmax_fwd(call)
 
     def softmax_bwd(self, call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple[bool, ...]) -> Gradients:
         if softmax_native.takes(call):
             return softmax_native.softmax_bwd(call, result, dout, needs)
-        return softmax.softmax_bwd(call, result, dout, needs)
+        return super().softmax_bwd(call, result, dout, needs)

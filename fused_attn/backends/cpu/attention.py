@@ -1,4 +1,4 @@
-"""Attention on the CPU, tile by tile in plain torch operations; O(length) memory, forward, auxiliary outputs and backward.
+"""Attention tile by tile in plain torch operations; O(length) memory, forward, auxiliary outputs and backward.
 
 The backward recomputes every row's maximum and sum as the forward did, so it is exact where a stored lse would lose log S next to
 huge logits.
@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_attn.allowed_products import sum_over_allowed
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors, Forward, Gradients, Incoming
-from fused_attn.backends.cpu import flash
+from fused_attn.backends.cpu import devices, flash
 from fused_attn.backends.cpu.leaves import Leaves, own_scores, vectors
 from fused_attn.backends.cpu.tiles import Operands, Tile
 from fused_attn.dropout import keep_factor
@@ -65,8 +65,10 @@ def attention_aux(call: LoweredAttention, request: AuxRequest) -> AuxTensors:
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
     """Gradients of q, k, v, the sinks and the modifications' tensors; None where not needed."""
-    if incoming.dout is not None and flash.suits_backward(call, forward, incoming):
-        return flash.backward(call, forward, incoming.dout, needs)
+    if incoming.dout is not None and flash.suits_backward(call, forward, incoming, needs):
+        grads = flash.backward(call, forward, incoming.dout, needs)
+        if grads is not None:
+            return grads
     backward = _Backward.of(call, incoming, needs)
     for tile in backward.work.plan:
         backward.add(tile)
@@ -110,10 +112,10 @@ def _masked(scores: Tensor, tile: Tile) -> Tensor:
 
 def _careful_scores(work: Operands, tile: Tile) -> tuple[Tensor, Tensor]:
     """Scores and pairs of ``_scores``; a row whose scores are all -inf has no allowed pair."""
-    allowed = tile.allowed()
+    allowed = tile.allowed(work.q.device)
     scores = _modified(work, tile, ~allowed)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
-    if bool((empty & allowed).any()):
+    if devices.some(empty & allowed):
         allowed &= ~empty
         scores = _modified(work, tile, ~allowed)
     return scores, allowed
@@ -149,9 +151,9 @@ def _normalise(scores: Tensor) -> Tensor:
     torch.softmax takes 0.5 ns per element whatever the values; exp_ alone takes 1.1, and 2.5 to 13 where it meets -inf or denormals.
     """
     top = scores.amax(-1, keepdim=True)
-    torch.softmax(scores, -1, out=scores)
+    devices.softmax_(scores)
     empty = top == -torch.inf
-    if bool(empty.any()):
+    if devices.some(empty):
         scores.masked_fill_(empty, 0.0)
     return top
 
@@ -317,7 +319,7 @@ class _Backward:
         if self.work.call.terms.normalizer is not None:
             dscores = dprobs.mul_(probs).mul_(1 - probs)
         else:
-            dscores = torch._softmax_backward_data(dprobs, probs, -1, self.work.dtype, grad_input=dprobs)
+            dscores = devices.softmax_backward_(dprobs, probs)
         if self.incoming.dlse is not None:
             dscores.addcmul_(probs, self.incoming.dlse[tile.rows][..., None])
         _clear_masked(dscores, allowed)

@@ -30,11 +30,13 @@ from fused_attn.backends.cpu.arguments import (
 from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import empty_out
 from fused_attn.lowering import KernelMask, LoweredAttention
-from fused_attn.normalizers import Sigmoid
+from fused_attn.normalizers import Normalizer, Sigmoid
+from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import ALiBi, Bias, Level, SoftCap
-from fused_attn.scoring import Additive
+from fused_attn.scoring import Additive, Scoring
 
 MAX_HEAD_DIM = 512
+LIMITS = f"the CPU library takes float32, float16 and bfloat16, head sizes to {MAX_HEAD_DIM}, and modifications, scorings and normalizers of the package"
 # ``kMaxMods`` and ``enum ModKind``.
 MAX_MODS = 8
 KINDS = {Bias.name: 0, SoftCap.name: 1, ALiBi.name: 2, Level.name: 3}
@@ -46,17 +48,39 @@ _NOTHING = AuxTensors()
 
 def takes(call: LoweredAttention) -> bool:
     """Whether the library computes the call; nothing that a compiler's fake tensors could not answer is asked."""
-    terms, q = call.terms, call.q
-    if not library.isa() or q.dtype == torch.float64:
-        return False
-    sizes = (q.shape[3], call.v.shape[3])
-    if not (min(sizes) >= 1 and max(sizes) <= MAX_HEAD_DIM) or len(terms.mods) > MAX_MODS:
-        return False
-    if terms.normalizer is not None and terms.normalizer.name != Sigmoid.name:
-        return False
-    if terms.scoring is not None and terms.scoring.name != Additive.name:
+    terms = call.terms
+    owners = (terms.scoring, terms.normalizer)
+    if (
+        not library.isa()
+        or not _takes_sizes(call.q, call.v)
+        or len(terms.mods) > MAX_MODS
+        or (owners != (None, None) and not _takes_owners(*owners))
+    ):
         return False
     return all(mod.name in KINDS and mod.layout is None for mod in terms.mods)
+
+
+def takes_problem(problem: AttentionProblem) -> bool:
+    """Whether it would compute a problem that is not in normal form yet, here or where it is built."""
+    modifiers = problem.modifiers
+    scoring = modifiers.scoring if modifiers.scoring is not None and not modifiers.scoring.lowers else None
+    kernels = [name for mod in modifiers.score_mods for name in mod.kernels or (mod.name,)]
+    kernels += [] if modifiers.scoring is None else modifiers.scoring.kernels
+    return (
+        _takes_sizes(problem.q, problem.v)
+        and _takes_owners(scoring, modifiers.normalizer)
+        and len(kernels) < MAX_MODS
+        and set(kernels) <= KINDS.keys()
+    )
+
+
+def _takes_sizes(q: Tensor, v: Tensor) -> bool:
+    return q.dtype != torch.float64 and 1 <= q.shape[3] <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM
+
+
+def _takes_owners(scoring: Scoring | KernelScore | None, normalizer: Normalizer | KernelScore | None) -> bool:
+    """Of what is no dot product and no softmax."""
+    return (scoring is None or scoring.name == Additive.name) and (normalizer is None or normalizer.name == Sigmoid.name)
 
 
 def stats_shape(call: LoweredAttention) -> tuple[int, ...]:
@@ -227,9 +251,11 @@ class _Fields:
     """``struct Attention`` of a call, whose tensors stay alive with it."""
 
     def __init__(self, call: LoweredAttention, grads: list[_Gradient] | None = None) -> None:
-        terms, (batch, heads, q_len, kv_len) = call.terms, call.shape
+        terms = call.terms
         q, k, v = self.alive = [addressable(call.q), addressable(call.k), addressable(call.v)]
-        dtype, kv_heads, head_dim, value_dim = DTYPES[q.dtype], k.shape[1], q.shape[3], v.shape[3]
+        batch, heads, q_len, head_dim = q.shape
+        _, kv_heads, kv_len, value_dim = v.shape
+        dtype = DTYPES[q.dtype]
         sizes = ints[8](batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, torch.get_num_threads())
         if terms.holds_tensors:
             of_terms = self._fields_of_terms(call, grads)

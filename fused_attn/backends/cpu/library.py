@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fused_attn import build_cpu
 
@@ -124,6 +125,11 @@ def isas() -> tuple[str, ...]:
     return (_state or _current()).isas
 
 
+@functools.cache
+def _passes(library: ctypes.CDLL, name: str) -> Any:
+    return getattr(library, f"fused_attn_cpu_{name}")
+
+
 def run(name: str, fields: bytes) -> None:
     """Runs a pass of the library on the struct that its C function takes.
 
@@ -132,7 +138,7 @@ def run(name: str, fields: bytes) -> None:
     """
     library = load()
     assert library is not None
-    if getattr(library, f"fused_attn_cpu_{name}")(fields):
+    if _passes(library, name)(fields):
         raise MemoryError(
             f"{name} must have memory for its threads' tiles, O(length) each; got none. Use fewer threads or shorter sequences."
         )

@@ -1,4 +1,4 @@
-"""Masked softmax on the CPU: chunks of rows that stay in cache while they are scaled, masked and normalised in place."""
+"""Masked softmax: chunks of rows that stay in cache while they are scaled, masked and normalised in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fused_attn.backends.cpu.tiles import Limits, MaskTiles
+from fused_attn.backends.cpu import devices
+from fused_attn.backends.cpu.mask_tiles import Limits, MaskTiles
 from fused_attn.dropout import keep_factor
 from fused_attn.lowering import LoweredSoftmax, Range, stat_dtype
 from fused_attn.score_mods import SCORE_MODS
@@ -137,10 +138,11 @@ def _normalised(call: LoweredSoftmax, chunk: Chunk, target: Tensor) -> Tensor:
         else:
             scores, is_mine = (scores if is_mine else room.copy_(scores)), True
             torch.minimum(scores[..., columns], limit, out=scores[..., columns])
-    if call.log:
-        torch.log_softmax(scores, -1, out=room)
+    normalise = torch.log_softmax if call.log else torch.softmax
+    if devices.at_hand(room):
+        normalise(scores, -1, out=room)
     else:
-        torch.softmax(scores, -1, out=room)
+        room.copy_(normalise(scores, -1))
     # An empty row, and a NaN wherever it came from, make the whole row NaN: only then is there more to do.
     if bool(room[..., 0].sum().isnan()):
         _normalise_carefully(call, chunk, room)
@@ -160,7 +162,7 @@ def _normalise_carefully(call: LoweredSoftmax, chunk: Chunk, room: Tensor) -> No
     top = scores.amax(-1, keepdim=True)
     empty = top == -torch.inf
     scores.masked_fill_(empty, 0.0)
-    (torch.log_softmax if call.log else torch.softmax)(scores, -1, out=scores)
+    scores.copy_((torch.log_softmax if call.log else torch.softmax)(scores, -1))
     scores.masked_fill_(empty, _of_empty_rows(call))
     for columns, limit in chunk.limits:
         scores[..., columns].masked_fill_((limit < 0) & ~empty, -torch.inf if call.log else 0.0)

@@ -23,6 +23,8 @@ from fused_attn.backends.cpu.arguments import (
 from fused_attn.backends.cpu.blocks import terms_of_rows, written_blocks
 from fused_attn.lowering import LoweredSoftmax, Range
 
+LIMITS = "the CPU library takes float32, float16 and bfloat16"
+
 
 def takes(call: LoweredSoftmax) -> bool:
     """Whether the library is there and computes the call: in float32, so neither scores nor bias may be float64."""
@@ -93,10 +95,9 @@ def _parts(call: LoweredSoftmax) -> Iterator[tuple[Range | None, LoweredSoftmax]
 
 def _run(name: str, call: LoweredSoftmax, matrices: bytes, alive: list[Tensor]) -> None:
     """One pass on ``struct Softmax``, of which ``matrices`` are what stands last: x, out, probs, result, dout, dx, dbias."""
-    terms, loaded = call.terms, library.load()
-    keeps, biases = keeps_of(terms.mask), _biases(call)
+    terms, biases = call.terms, _biases(call)
+    keeps = keeps_of(terms.mask)
     assert keeps is not None
-    assert loaded is not None
     batch, heads, q_len, kv_len = call.scores.shape
     bias = addressable(biases[0]) if biases else None
     fields = (
@@ -108,7 +109,4 @@ def _run(name: str, call: LoweredSoftmax, matrices: bytes, alive: list[Tensor]) 
         ints[2](call.log, call.uniform_empty),
         matrices,
     )
-    if getattr(loaded, f"fused_attn_cpu_softmax_{name}")(b"".join(fields)):
-        raise MemoryError(
-            f"masked softmax must have room for some rows of {kv_len} keys per thread; got none. Free memory or use fewer threads."
-        )
+    library.run(f"softmax_{name}", b"".join(fields))

@@ -50,7 +50,7 @@ class TritonBackend:
         reasons = transform_refusal(problem) + capability_refusal(problem)
         dtype = problem.inputs[0].dtype
         if dtype == torch.float64:
-            reasons.append("float64 is computed by cpu and eager only")
+            reasons.append("float64 is computed by cpu, blocked and eager only")
         if isinstance(problem, AttentionProblem):
             reasons += _head_size_refusals(problem)
         return reasons + _scoring_refusals(problem) + _mod_refusals(problem) + composition_refusals(problem)
