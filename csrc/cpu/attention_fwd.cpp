@@ -145,8 +145,9 @@ class Worker {
     float top = most, sum = 0.f;
     const float sink = call_.sinks.data ? load_one(at(call_.sinks, 0, h_, 0, 0), call_.sinks.dtype) : -kInf;
     if (!(sink <= top)) top = sink == sink && top == top ? sink : kNaN;
-    const vf base = all(top == -kInf ? 0.f : top);
-    vf even{}, odd{}, moments{};
+    // Of a row without scores the sink, be it NaN, makes no exponential.
+    const vf base = all(most == -kInf ? 0.f : top);
+    vf even{}, odd{}, mass{}, moments{};
     for (int64_t t = first_; t < last_; ++t) {
       if (kinds_[t] == kNone) continue;
       float* const s = scores_at(i, t);
@@ -154,7 +155,9 @@ class Worker {
       if (call_.entropy)
         for (int64_t j = 0; j < n; j += W) {
           const vf x = load(s + j) - base;
-          moments += select(x > -kInf, x * exp_of(x), vf{});
+          const vf y = small_exp_of(x);
+          mass += y;
+          moments += select(x > -kInf, x * y, vf{});
         }
       int64_t j = 0;
       for (; j + 2 * W <= n; j += 2 * W) {
@@ -175,12 +178,12 @@ class Worker {
     sum = most == -kInf && keys == 0.f ? 0.f : keys + (sink == -kInf ? 0.f : std::exp(sink - top));
     const bool broken = sum != sum;
     factor_[i] = sum == 0.f ? 0.f : 1.f / sum;
-    if (call_.lse) keep(r, top, sum, sum == 0.f ? top : top + std::log(sum));
-    if (call_.max_scores) call_.max_scores[r] = broken && most != kInf ? kNaN : most;
-    if (broken && call_.max_scores && most == kInf && has_nan(i)) call_.max_scores[r] = kNaN;
+    // A sink without scores beside it is the row's lse; one that is infinite or NaN leaves NaN.
+    if (call_.lse) keep(r, top, sum, sum != 0.f ? top + std::log(sum) : top == -kInf ? top : top + (top - top));
+    if (call_.max_scores) call_.max_scores[r] = broken && has_nan(i) ? kNaN : most;
     if (broken) break_row(i);
     // Sum of p (log of the whole sum - (score - top)), where the keys' own share is less than 1 beside a sink.
-    if (call_.entropy) call_.entropy[r] = sum == 0.f ? 0.f : (std::log(sum) * keys - sum_of(moments)) / sum;
+    if (call_.entropy) call_.entropy[r] = sum == 0.f ? 0.f : (std::log(sum) * sum_of(mass) - sum_of(moments)) / sum;
     give_out(i, factor_[i]);
   }
 
@@ -193,31 +196,23 @@ class Worker {
   // The sigmoid normaliser: every score's own weight.
   void weigh(int64_t i, int64_t r) {
     const vf bias = all(static_cast<float>(call_.sigmoid_bias));
+    vf nans{};
     for (int64_t t = first_; t < last_; ++t) {
       if (kinds_[t] == kNone) continue;
       float* const s = scores_at(i, t);
       for (int64_t j = 0; j < padded(keys_of(t)); j += W) {
         const vf x = load(s + j) + bias, e = exp_of(x > 0.f ? -x : x);
         store(s + j, (x > 0.f ? all(1.f) : e) / (1.f + e));
+        nans += select(x == x, vf{}, all(1.f));
       }
     }
-    factor_[i] = 1.f;
-    if (call_.lse) keep(r, 0.f, 1.f, -kInf);
-    if (call_.max_scores) call_.max_scores[r] = largest_of(load(top_ + i * W));
-    if (call_.entropy) call_.entropy[r] = surprise(i);
+    const bool has_nans = sum_of(nans) != 0.f;
+    const float most = largest_of(load(top_ + i * W));
+    // A row whose scores are all -inf is an empty one.
+    factor_[i] = most == -kInf && !has_nans ? 0.f : 1.f;
+    if (call_.lse) keep(r, 0.f, factor_[i], -kInf);
+    if (call_.max_scores) call_.max_scores[r] = has_nans ? kNaN : most;
     give_out(i, 1.f);
-  }
-
-  // -sum of p log p of a row of weights.
-  float surprise(int64_t i) {
-    float sum = 0.f;
-    for (int64_t t = first_; t < last_; ++t) {
-      for (int64_t j = 0; kinds_[t] != kNone && j < keys_of(t); ++j) {
-        const float p = scores_at(i, t)[j];
-        if (p != 0.f) sum -= p * std::log(p);
-      }
-    }
-    return sum;
   }
 
   // Whether an allowed score of the row is NaN.

@@ -220,6 +220,16 @@ FUSED_ATTN_INLINE vf exp_of(vf x) {
 #endif
 }
 
+// exp_of for x <= 0 with gradual underflow on every CPU, below 2 ulp.
+FUSED_ATTN_INLINE vf small_exp_of(vf x) {
+#if defined(__AVX512F__)
+  return exp_of(x);
+#else
+  const vf root = exp_of(x * 0.5f);
+  return select(x < -87.f, root * root, exp_of(x));
+#endif
+}
+
 // tanh below 1.5 ulp, exactly 1 where float32 says so, NaN stays NaN: a polynomial with Cephes' coefficients up to 0.625, (1 - t) / (1 + t)
 // with t = exp(-2 |x|) beyond.
 FUSED_ATTN_INLINE vf tanh_of(vf x) {

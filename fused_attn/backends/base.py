@@ -117,7 +117,8 @@ def sink_gradient(call: LoweredAttention, stats: Tensor, delta: Tensor) -> Tenso
     assert sinks is not None
     top, total = stats[:2]
     logits = sinks.float()[:, None]
-    p = torch.where(total == 0, (logits > -torch.inf).float(), torch.exp(logits - top) / total)
+    alone = torch.exp(logits - logits).masked_fill(logits == -torch.inf, 0.0)  # 1; NaN of a sink that is infinite or NaN
+    p = torch.where(total == 0, alone, torch.exp(logits - top) / total)
     return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 

@@ -269,12 +269,13 @@ class _Backward:
             if work.call.terms.entries:
                 probs = work.buffer("probs", tile).view(tile.shape).copy_(probs)
                 leaves = self._leaves(tile, None if allowed is None else ~allowed)
+        empty = None if self.incoming.dscores is None else (probs == -torch.inf).all(-1, keepdim=True)
         share = _turn_into_probabilities(work, tile, probs)
         _clear_masked(probs, allowed)
         dprobs = self._dprobs(tile, probs, allowed)
         if self.dsinks is not None and share is not None:
             self._add_dsinks(tile, (probs, dprobs), share)
-        dscores = self._dscores(tile, probs, dprobs, allowed)
+        dscores = self._dscores(tile, (probs, dprobs), allowed, empty)
         sources = (dscores,) if leaves is None else self._through_entries(tile, leaves, dscores)
         if work.call.terms.scoring is None:
             self._add_products(tile, sources[0], allowed)
@@ -314,8 +315,9 @@ class _Backward:
             arriving.add_(self.incoming.dlse[tile.rows][..., None])
         self.dsinks[tile.index[1]] += arriving.mul_(share).sum((0, 2, 3))
 
-    def _dscores(self, tile: Tile, probs: Tensor, dprobs: Tensor, allowed: Tensor | None) -> Tensor:
+    def _dscores(self, tile: Tile, pair: tuple[Tensor, Tensor], allowed: Tensor | None, empty: Tensor | None) -> Tensor:
         """Gradient of the modified scores: probs * (dprobs - sum(probs * dprobs)) and what arrives at lse and scores directly."""
+        probs, dprobs = pair
         if self.work.call.terms.normalizer is not None:
             dscores = dprobs.mul_(probs).mul_(1 - probs)
         else:
@@ -328,7 +330,7 @@ class _Backward:
             _clear_masked(direct, allowed)
             for columns, limit in tile.limits if allowed is None else ():
                 direct[..., columns].masked_fill_(limit < 0, 0.0)
-            dscores.add_(direct)
+            dscores.add_(direct if empty is None else direct.masked_fill_(empty, 0.0))
         return dscores
 
     def _leaves(self, tile: Tile, hidden: Tensor | None) -> Leaves:
