@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fused_attn as fa
-from fused_attn.backends.cpu import library
+from fused_attn.backends.cpu import blocks, library
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem
@@ -322,3 +322,41 @@ def test_memory_grows_with_the_length_alone(cpu_build: str) -> None:
     variables = {"FUSED_ATTN_CPU": cpu_build, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", MEMORY], env={**os.environ, **variables}, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64 * 1024
+
+
+def test_a_batch_slice_has_the_bits_of_a_batch_of_one(cpu_build: str) -> None:
+    """Work is cut by what one sequence says: 600 queries are several blocks of the forward and parts of the backward."""
+    q, k, v, incoming = (torch.randn(3, h, 600, 16) for h in (4, 2, 2, 4))
+    ends = torch.tensor([600, 17, 300])
+
+    def run(batch: slice) -> tuple[Tensor, ...]:
+        leaves = [t[batch].clone().requires_grad_() for t in (q, k, v)]
+        # Blocks of torch operations begin where a batch's own keys do, and torch sums columns from there.
+        request = fa.AuxRequest(column_sums=cpu_build != "off", entropy=True)
+        out, aux = fa.attention(*leaves, mask=fa.ValidLengths(ends[batch]), backend="cpu", return_aux=request)
+        statistics = [t for t in (aux.column_sums, aux.entropy) if t is not None]
+        return out, *statistics, *torch.autograd.grad(out, leaves, incoming[batch])
+
+    for whole, alone in zip(run(slice(None)), run(slice(2, 3)), strict=True):
+        assert torch.equal(whole[2:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_that_are_written_out_in_blocks(dtype: torch.dtype, cpu_build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that blocks share are added up, the others put one below another."""
+    monkeypatch.setattr(blocks, "WRITTEN", 1 << 12)
+    mask = fa.Causal() | ~fa.SlidingWindow(20, 30) | fa.KeyPadding(torch.rand(2, 130) < 0.3)
+    mods = (fa.Bias(torch.randn(1, 4, 130, 130)), fa.SoftCap(3.0), fa.Bias(torch.randn(1, 4, 1, 130).to(dtype)))
+    vectors = (torch.randn(2, 4, 130, 16).to(dtype) for _ in range(3))
+    options = {"mask": mask, "score_mods": mods, "sinks": torch.randn(4), "dropout": fa.Dropout(0.2, seed=1)}
+    check_inputs(inputs_of(*vectors, **options), "cpu", DIFFERENTIABLE)
+
+
+def test_a_bool_may_be_any_byte(cpu_build: str) -> None:
+    """A view of other bytes as bool: torch takes all but 0 as true."""
+    q, k, v = torch.randn(3, 1, 2, 40, 16).unbind(0)
+    keep = torch.rand(40, 40) < 0.5
+    odd = (keep.to(torch.uint8) * torch.randint(1, 256, (40, 40), dtype=torch.uint8)).view(torch.bool)
+    for backend in ("cpu", "blocked"):
+        torch.testing.assert_close(fa.attention(q, k, v, mask=odd, backend=backend), fa.attention(q, k, v, mask=keep, backend="eager"))
+        torch.testing.assert_close(fa.masked_softmax(q @ k.mT, odd, backend=backend), fa.masked_softmax(q @ k.mT, keep, backend="eager"))

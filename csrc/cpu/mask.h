@@ -44,6 +44,12 @@ FUSED_ATTN_INLINE uint64_t word_at(const char* p) {
   return w;
 }
 
+// 1 in every byte that is not 0: torch's bool may hold any byte, and reads all but 0 as true.
+FUSED_ATTN_INLINE uint64_t ones_of(uint64_t word) {
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7fu;
+  return ((((word & kLow) + kLow) | word) >> 7) & 0x0101010101010101u;
+}
+
 // The rows q0 .. q0 + rows of one (batch, head).
 class BlockMask {
  public:
@@ -112,10 +118,10 @@ class BlockMask {
     int64_t j = 0;
     if (keep.col == 1)
       for (; j + 8 <= n; j += 8) {
-        const uint64_t both = word_at(reinterpret_cast<char*>(to) + j) & word_at(p + j);
+        const uint64_t both = word_at(reinterpret_cast<char*>(to) + j) & ones_of(word_at(p + j));
         memcpy(to + j, &both, 8);
       }
-    for (; j < n; ++j) to[j] &= p[j * keep.col];
+    for (; j < n; ++j) to[j] &= p[j * keep.col] != 0;
   }
 
   // Stops at the first byte of the other kind.
@@ -127,7 +133,7 @@ class BlockMask {
       uint64_t any = 0, every = 0x0101010101010101u;
       int64_t j = 0;
       if (keep.col == 1)
-        for (; j + 8 <= columns; j += 8) any |= word_at(p + j), every &= word_at(p + j);
+        for (; j + 8 <= columns; j += 8) any |= word_at(p + j), every &= ones_of(word_at(p + j));
       for (; j < columns; ++j) any |= static_cast<uint64_t>(p[j * keep.col]), every &= p[j * keep.col] ? ~uint64_t{0} : 0;
       some |= any != 0;
       all &= every == 0x0101010101010101u;

@@ -18,11 +18,10 @@ from fused_attn.backends.base import (
     device_type,
     transform_refusal,
 )
-from fused_attn.backends.cpu import attention, softmax
+from fused_attn.backends.cpu import attention, flash_blocks, softmax
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
-from fused_attn.score_mods import ALiBi, Bias, DecayBias
 from fused_attn.scoring import Additive
 
 # Scores (batch * heads * q_len * kv_len) up to which eager's few large operations beat tiles whose own cost is per operation, in time
@@ -40,7 +39,6 @@ EAGER_ADDED_GRAD = 1 << 15
 # 2^15, 1.14 at 2^17, 1.55 to 5.8 from 2^18 on; with gradients 0.45 at 2^15, 0.6 at 2^17, 0.87 to 1.04 at 2^19, 1.3 at 2^20, 1.7 to 2.5 beyond.
 EAGER_ADDITIVE = 1 << 16
 EAGER_ADDITIVE_GRAD = 1 << 19
-_ADDED = (Bias, ALiBi, DecayBias)
 _TOO_SMALL = "eager is faster on a problem this small"
 
 
@@ -68,7 +66,8 @@ def _are_computed(problem: AttentionProblem) -> bool:
     """Whether there are modifications that torch's flash kernel does not take as a sum."""
     mods = problem.modifiers.score_mods
     is_flash = device_type(problem) == "cpu" and problem.q.shape[3] == problem.v.shape[3]
-    return bool(mods) and not (is_flash and all(isinstance(m, _ADDED) and not any(t.requires_grad for t in m.tensors) for m in mods))
+    added = all(set(m.kernels or (m.name,)) <= set(flash_blocks.ADDED) and not any(t.requires_grad for t in m.tensors) for m in mods)
+    return bool(mods) and not (is_flash and added)
 
 
 class BlockedBackend:

@@ -163,7 +163,7 @@ class MaskTiles:
             return
         if self.mask.has_pairs:
             pairs = self._pairs((*region[:3], columns))
-            target.copy_(pairs.view(torch.int8).sub(1)).mul_(torch.finfo(self.dtype).max).mul_(2.0)
+            target.copy_(pairs.logical_not().view(torch.int8).neg_()).mul_(torch.finfo(self.dtype).max).mul_(2.0)
         if self.mask.has_intervals:
             inside = self._inside(region, columns).mul_(torch.inf).clamp_(max=0.0)
             target.copy_(inside) if not self.mask.has_pairs else torch.minimum(target, inside, out=target)
