@@ -11,6 +11,9 @@ namespace {
 // Floats of scores that stay in a second-level cache of 1 MB beside panels of keys and rows of values. Measured with 1 core, head size 64:
 // 200, 400 and 800 KB are alike to 3 % up to 2048 keys; at 4096, 800 KB costs 6 %.
 constexpr int64_t kCached = 400 * 1024 / 4;
+// Query rows of a block whose rows have intervals of keys: the fewer, the less they reach together. Against 96: eight documents of 1024
+// keys 0.86, windows 0.95 of the time, causal 0.98 at 1024 and 1.00 at 2048.
+constexpr int64_t kNarrowRows = 48;
 // Keys below which a task is not worth a thread: scores of a problem that one thread does in about 20 us.
 constexpr int64_t kWorthThread = 8192;
 
@@ -23,6 +26,7 @@ struct Plan {
     // A reach begins anywhere in its first tile.
     s_row = smaller_of(tiles_of(s.kv_len), tiles_of(reach) + 1) * kTile + 16;
     rows = smaller_of(larger_of(kCached / s_row / kGroup * kGroup, kGroup), kMostRows);
+    if (has_intervals(call.mask)) rows = smaller_of(rows, kNarrowRows);
     if (rows > s.q_len) rows = s.q_len;
     blocks = (s.q_len + rows - 1) / rows;
     // Column sums are summed over all blocks of a head, in parts whose number depends on the head's own size alone.
