@@ -148,7 +148,7 @@ def explain(
         >>> print(explain(q, q, q).chosen)
         cpu
         >>> explain(q.half(), q.half(), q.half(), on="sm_90").chosen, explain(q, q, q, on="sm_90").chosen
-        ('triton', 'eager')
+        ('triton', 'blocked')
     """
     options = {
         "mask": mask,

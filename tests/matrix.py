@@ -52,7 +52,7 @@ BEFORE_TORCH = "## torch\n"
 
 
 def sources() -> str:
-    """A hash of what decides the compiled code, without comments, docstrings and spaces."""
+    """A hash of what decides the compiled code, without comments, docstrings, sentences and spaces."""
     digest = hashlib.sha256()
     for path in sorted((*(ROOT / "fused_attn" / "backends" / "triton").rglob("*.py"), ROOT / "tests" / "aot.py")):
         digest.update("".join(_code(path.read_text())).encode())
@@ -68,10 +68,19 @@ def _code(text: str) -> Iterator[str]:
         if isinstance(node, documented) and ast.get_docstring(node) is not None
         for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
     }
-    comments = dict(t.start for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT)
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    comments = dict(t.start for t in tokens if t.type == tokenize.COMMENT)
+    # What refusals say to people; later Pythons take f-strings apart, so those count.
+    sentences: dict[int, list[str]] = {}
+    for token in tokens:
+        if token.type == tokenize.STRING and " " in token.string and token.string[0] in "\"'":
+            sentences.setdefault(token.start[0], []).append(token.string)
     for number, line in enumerate(text.splitlines(), 1):
         if number not in docstrings:
-            yield "".join(line[: comments.get(number)].split())
+            code = line[: comments.get(number)]
+            for sentence in sentences.get(number, []):
+                code = code.replace(sentence, "", 1)
+            yield "".join(code.split())
 
 
 def complaints(chip: int, kernels: list[dict[str, Any]]) -> list[str]:

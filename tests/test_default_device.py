@@ -104,9 +104,9 @@ def test_softmax_under_another_default_device(backend: str, elsewhere: Callable[
 def test_what_is_kept_does_not_remember_the_default_device(elsewhere: Callable[[], Any]) -> None:
     mask_tiles._window_limit.cache_clear()
     with elsewhere():
-        evaluated({"mask": fa.SlidingWindow(4, 1)}, "cpu")
+        evaluated({"mask": fa.SlidingWindow(4, 1)}, "blocked")
     assert mask_tiles._window_limit.cache_info().currsize > 0
-    same(evaluated({"mask": fa.SlidingWindow(4, 1)}, "cpu"), evaluated({"mask": fa.SlidingWindow(4, 1)}, "cpu"))
+    same(evaluated({"mask": fa.SlidingWindow(4, 1)}, "blocked"), evaluated({"mask": fa.SlidingWindow(4, 1)}, "blocked"))
 
 
 @pytest.mark.quick
@@ -114,8 +114,8 @@ def test_what_is_kept_in_inference_mode_serves_training() -> None:
     mask_tiles._window_limit.cache_clear()
     q = torch.randn(1, 2, 33, 8, requires_grad=True)
     with torch.inference_mode():
-        fa.attention(q, q, q, mask=fa.SlidingWindow(4, 1), backend="cpu")
-    torch.autograd.grad(fa.attention(q, q, q, mask=fa.SlidingWindow(4, 1), backend="cpu").sum(), q)
+        fa.attention(q, q, q, mask=fa.SlidingWindow(4, 1), backend="blocked")
+    torch.autograd.grad(fa.attention(q, q, q, mask=fa.SlidingWindow(4, 1), backend="blocked").sum(), q)
 
 
 FIRST_USES = {

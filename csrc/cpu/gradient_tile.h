@@ -29,21 +29,27 @@ struct StoreProbability {
   }
 };
 
-// ds = p * (sums - delta).
+// ds = p * (sums - delta). A row's only key gets what arrives at lse alone: sums and delta are the same number there, made in different
+// orders. `only`: its probability, 1, or 2 where a row has more keys.
+FUSED_ATTN_INLINE vf softmax_gradient(vf p, vf sums, vf delta, vf only, vf dlse) {
+  const vf difference = sums - delta;
+  return select(p == only, difference * 0.f + dlse, p * difference);  // a NaN that arrives stays one
+}
+
 struct StoreGradient {
   float* ds;
-  const float *p, *delta;
+  const float *p, *delta, *only, *dlse;
 
   FUSED_ATTN_INLINE void before(int64_t, int64_t, int) const {}
   template <int M, int N>
   FUSED_ATTN_INLINE void operator()(int64_t i, int64_t j, vf (&acc)[M][N]) const {
 #pragma GCC unroll 16
     for (int r = 0; r < M; ++r) {
-      const vf d = all(delta[i + r]);
+      const vf d = all(delta[i + r]), o = all(only[i + r]), l = all(dlse[i + r]);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         const int64_t here = (i + r) * kTileRow + j + n * W;
-        store(ds + here, load(p + here) * (acc[r][n] - d));
+        store(ds + here, softmax_gradient(load(p + here), acc[r][n], d, o, l));
       }
     }
   }
@@ -90,6 +96,8 @@ class GradientTile {
     base_ = arena.take<float>(rows);
     inverse_ = arena.take<float>(rows);
     delta_ = arena.take<float>(rows);
+    only_ = arena.take<float>(rows);
+    dlse_ = arena.take<float>(rows);
     out_ = arena.take<float>(padded(s.value_dim));
   }
 
@@ -114,10 +122,12 @@ class GradientTile {
     for (int64_t i = 0; i < rows; i += kGradientRows) sum_probs(i, smaller_of(kGradientRows, rows - i));
     for (int64_t i = 0; i < rows; ++i) {
       const bool dead = inverse_[i] == 0.f;
-      float delta = dead ? 0.f : delta_[i] + sum_out(r0 + i);
       // Of a row without scores the sink alone hears.
-      if (call_->dlse.data && call_->top[first + i] != -kInf) delta -= load_one(at(call_->dlse, b_, h, r0 + i, 0), call_->dlse.dtype);
+      const bool hears = call_->dlse.data && call_->top[first + i] != -kInf;
+      dlse_[i] = hears ? load_one(at(call_->dlse, b_, h, r0 + i, 0), call_->dlse.dtype) : 0.f;
+      const float delta = (dead ? 0.f : delta_[i] + sum_out(r0 + i)) - dlse_[i];
       delta_[i] = dead ? 0.f : delta;
+      only_[i] = call_->sum[first + i] == 1.f && has_one_key(r0 + i) ? 1.f : 2.f;
       if (call_->delta) call_->delta[first + i] = delta;
     }
   }
@@ -194,6 +204,20 @@ class GradientTile {
     return sum;
   }
 
+  // Whether a row has one allowed key and no sink beside it.
+  bool has_one_key(int64_t row) {
+    if (call_->sinks.data && load_one(at(call_->sinks, 0, h_, 0, 0), call_->sinks.dtype) != -kInf) return false;
+    const Interval keys = interval_of(call_->mask, b_, row, call_->sizes.kv_len);
+    if (call_->mask.keep_count == 0 || keys.end - keys.start <= 1) return keys.end - keys.start == 1;
+    mask_.begin(call_->mask, b_, h_, row, 1, call_->sizes.kv_len);
+    int64_t count = 0;
+    for (int64_t t = keys.start / kTile; count < 2 && t < tiles_of(keys.end); ++t) {
+      mask_.row(0, t * kTile, keys_of(t), allowed);
+      for (int64_t j = 0; j < kTile; ++j) count += allowed[j];
+    }
+    return count == 1;
+  }
+
   // Adds probs . dprobs over the allowed keys to delta of rows i0 .. i0 + rows.
   void sum_probs(int64_t i0, int64_t rows) {
     if (!call_->dprobs.data) return;
@@ -264,7 +288,7 @@ class GradientTile {
     const int64_t n = keys_of(t), depth = call_->sizes.value_dim;
     float* const to = ds + i0 * kTileRow;
     if (is_simple_) {
-      StoreGradient emit{to, p + i0 * kTileRow, delta_ + (q0_ - r0_ + i0)};
+      StoreGradient emit{to, p + i0 * kTileRow, delta_ + (q0_ - r0_ + i0), only_ + (q0_ - r0_ + i0), dlse_ + (q0_ - r0_ + i0)};
       multiply_panels(rows, depth, dout + i0 * dout_row, dout_row, values_.tile(t), padded(n), emit);
       if (kind == kMixed)
         for (int64_t i = 0; i < rows; ++i) clear_masked(to + i * kTileRow, n, allowed + (i0 + i) * kTile);
@@ -292,7 +316,7 @@ class GradientTile {
     float *const weights = p + i * kTileRow, *const g = ds + i * kTileRow;
     const float* const z = call_->dropout.seed ? dropout_row(call_->dropout, b_, h_, row, t * kTile, kTile, room_) : nullptr;
     const float* const further = call_->dprobs.data ? padded_row(call_->dprobs, row, t, column_) : nullptr;
-    const vf d = all(delta_[row - r0_]);
+    const vf d = all(delta_[row - r0_]), o = all(only_[row - r0_]), l = all(dlse_[row - r0_]);
     const bool dead = inverse_[row - r0_] == 0.f;
     for (int64_t j = 0; j < n; j += W) {
       const vf w = load(weights + j);
@@ -302,7 +326,7 @@ class GradientTile {
         store(weights + j, w * load(z + j));
       }
       if (further) x += load(further + j);
-      store(g + j, dead ? vf{} : call_->is_sigmoid ? w * (1.f - w) * x : w * (x - d));
+      store(g + j, dead ? vf{} : call_->is_sigmoid ? w * (1.f - w) * x : softmax_gradient(w, x, d, o, l));
     }
     if (!call_->dscores.data || dead) return;
     const float* const direct = padded_row(call_->dscores, row, t, column_);
@@ -316,7 +340,7 @@ class GradientTile {
   Scorer scorer_;
   BlockMask mask_;
   int64_t b_ = 0, h_ = 0, r0_ = 0, q0_ = 0, rows_ = 0;
-  float *room_, *base_, *inverse_, *delta_, *out_;
+  float *room_, *base_, *inverse_, *delta_, *only_, *dlse_, *out_;
   float column_[kTile];
 };
 

@@ -52,10 +52,10 @@ class DotProductAttention(Weighing):
         >>> import torch
         >>> layer = DotProductAttention(dropout=0.5).eval()
         >>> q, k, v = torch.randn(2, 1, 3), torch.ones(2, 10, 3), torch.arange(40.0).view(1, 10, 4).repeat(2, 1, 1)
-        >>> layer(q, k, v, torch.tensor([2, 6]))
-        tensor([[[ 2.0000,  3.0000,  4.0000,  5.0000]],
+        >>> layer(q, k, v, torch.tensor([2, 6])).round(decimals=3)
+        tensor([[[ 2.,  3.,  4.,  5.]],
         <BLANKLINE>
-                [[10.0000, 11.0000, 12.0000, 13.0000]]])
+                [[10., 11., 12., 13.]]])
         >>> layer.attention_weights.shape
         torch.Size([2, 1, 10])
     """
