@@ -141,6 +141,14 @@ inline void store_row(char* p, int64_t dtype, int64_t step, int64_t n, const flo
   for (; i < n; ++i) store_one(p + i * bytes, dtype, from[i]);
 }
 
+// Writes one byte of every page of n elements that are about to be written: pages that are new come from the kernel one after another,
+// which costs it a fifth less than a page now and then between other work (67 million new elements, one core: 119 ms of system time against
+// 97).
+inline void touch_pages(char* p, int64_t dtype, int64_t step, int64_t n) {
+  if (step != 1) return;
+  for (int64_t byte = 0; byte < n * width_of(dtype); byte += 4096) *static_cast<volatile char*>(p + byte) = 0;
+}
+
 // Columns j .. j + n of a row as float32: where they lie if they can be read there, else copied into `room`. Reading ends at column j + n.
 inline const float* row_of(const Matrix& m, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n, float* room) {
   const char* p = at(m, b, h, i, j);

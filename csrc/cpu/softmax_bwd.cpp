@@ -152,6 +152,7 @@ void put_row(const Backward& f, const Place& p, const float* ds, double* sums, f
 }
 
 void backward_rows(const Backward& f, int64_t first, int64_t last, double* sums, const Rooms& rooms) {
+  if (f.s.dx.data) touch_rows(f.s.dx, f.order, first, last, f.s.sizes.kv_len);
   Place p = f.order.at(first);
   for (int64_t r = first; r < last; ++r, f.order.advance(p)) {
     row_gradient(f, p, rooms);

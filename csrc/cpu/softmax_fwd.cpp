@@ -207,6 +207,7 @@ void forward_tasks(void* context, int64_t worker) {
       forward_thin(f, first, last);
       continue;
     }
+    touch_rows(f.s.out, f.order, first, last, f.s.sizes.kv_len);
     Place p = f.order.at(first);
     for (int64_t r = first; r < last; ++r, f.order.advance(p)) forward_row(f, p, rooms);
   }

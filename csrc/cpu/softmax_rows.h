@@ -119,6 +119,12 @@ struct Rooms {
   }
 };
 
+// New pages of a task's rows all at once.
+inline void touch_rows(const Matrix& m, const Order& order, int64_t first, int64_t last, int64_t kv_len) {
+  Place p = order.at(first);
+  for (int64_t r = first; r < last; ++r, order.advance(p)) touch_pages(row_at(m, p), m.dtype, m.col, kv_len);
+}
+
 // Columns from .. from + n of a row as float32: where they lie, or in `room`.
 FUSED_ATTN_INLINE const float* columns_of(const Matrix& m, const Place& p, int64_t from, int64_t n, float* room) {
   const char* row = row_at(m, p) + from * m.col * width_of(m.dtype);
