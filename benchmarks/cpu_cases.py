@@ -185,7 +185,9 @@ class Attention:
         """Of the tiles of ``TILE``, those in which any pair is kept."""
         assert self.keep is not None
         rows, keys = TILE
-        keep = self.keep.expand(1, 1, self.length, self.length)[0, 0].unflatten(0, (-1, rows)).unflatten(2, (-1, keys))
+        whole = self.keep.expand(1, 1, self.length, self.length)[0, 0]
+        padded = torch.nn.functional.pad(whole, (0, -self.length % keys, 0, -self.length % rows))
+        keep = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, keys))
         return float(keep.any(3).any(1).float().mean())
 
     def _calls(self, mode: str) -> dict[str, Call]:
