@@ -25,12 +25,15 @@ from fused_attn.problem import AttentionProblem, SoftmaxProblem
 from fused_attn.scoring import Additive
 
 # Scores (batch * heads * q_len * kv_len) up to which eager's few large operations beat tiles whose own cost is per operation, in time
-# eager / tiles at 2 threads, float32, head_dim 64: modifications, sinks or dropout without gradients 0.6 at 2^9, 0.92 to 1.16 at 2^17,
-# 1.01 to 1.9 at 2^19; with gradients 0.45 to 0.7 up to 2^15, 0.66 to 1.2 at 2^19, 1.02 to 1.75 at 2^21. Tensor masks with gradients
-# 0.56 to 0.74 at 2^11, 0.72 to 0.85 at 2^13, 0.99 to 1.14 at 2^15; without gradients, and plain windows, tiles are never behind.
-EAGER_MODIFIED = 1 << 17
-EAGER_MODIFIED_GRAD = 1 << 19
+# eager / tiles at 2 quiet threads, float32, head_dim 64 (benchmarks/results/cpu/targets.json). Modifications, sinks or dropout without gradients:
+# 0.6 at 2^9, 0.70 at 2^18, 0.85 to 0.94 at 2^22, 1.2 to 1.9 at 2^24; with gradients 0.45 to 0.54 at 2^18, 0.65 to 0.94 at 2^22, 1.0 to 1.5 at 2^24.
+# Tensor masks with gradients 0.56 to 0.74 at 2^11, 0.72 to 0.85 at 2^13, 0.99 to 1.14 at 2^15; without gradients, and plain windows, tiles are
+# never behind. Beyond 2^21 eager's arrays, 8 MB each, are what a backend of O(length) memory is there to avoid.
+EAGER_MODIFIED = 1 << 20
+EAGER_MODIFIED_GRAD = 1 << 21
 EAGER_MASKED_GRAD = 1 << 13
+# Where probabilities or scores are given out, which are as large: 0.44 at 2^18, 0.65 at 2^22, 1.26 at 2^24; with gradients 0.71, 0.85, 1.37.
+EAGER_GIVEN = 1 << 22
 # Modifications that only add and want no gradient run on torch's flash kernel on the CPU; one thread, eager / that: 0.91 to 1.36 at 2^14, 1.03 to
 # 1.48 at 2^15, 1.27 to 1.51 at 2^17; with gradients 0.72 to 0.94 at 2^14, 0.97 to 1.08 at 2^15, 1.1 to 1.35 at 2^16.
 EAGER_ADDED = 1 << 14
@@ -51,7 +54,9 @@ def small_problem(problem: AttentionProblem | SoftmaxProblem) -> str | None:
         limit = EAGER_ADDITIVE_GRAD if problem.requires_grad else EAGER_ADDITIVE
         return _TOO_SMALL if prod(problem.shape) * problem.q.shape[3] <= limit else None
     scored = terms.scoring is not None and (not terms.scoring.lowers or bool(terms.scoring.kernels))
-    if scored or terms.sinks is not None or terms.dropout is not None or terms.normalizer is not None or _are_computed(problem):
+    if problem.aux is not None and (problem.aux.probs or problem.aux.scores):
+        limit = EAGER_GIVEN
+    elif scored or terms.sinks is not None or terms.dropout is not None or terms.normalizer is not None or _are_computed(problem):
         limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED
     elif terms.score_mods:
         limit = EAGER_ADDED_GRAD if problem.requires_grad else EAGER_ADDED
