@@ -209,3 +209,12 @@ def test_who_takes_what_on_another_device() -> None:
     x = torch.empty(1, 8, 1024, 64)
     on_cpu = fa.explain(x, x, x, score_mods=(fa.SoftCap(3.0),))
     assert on_cpu.chosen == "cpu" and "only when asked for" in {row.backend: row.reason for row in on_cpu.rows}["blocked"]
+
+
+def test_a_scale_beyond_float32() -> None:
+    """torch's products refuse a factor that their dtype cannot hold; scores of infinities are eager's."""
+    q = torch.randn(1, 2, 9, 16)
+    for mods in ((), (fa.SoftCap(3.0),)):
+        outs = [fa.attention(q, q, q, scale=1e39, score_mods=mods, backend=backend) for backend in ("blocked", "cpu", "eager")]
+        torch.testing.assert_close(outs[0], outs[2], equal_nan=True)
+        torch.testing.assert_close(outs[1], outs[2], equal_nan=True)

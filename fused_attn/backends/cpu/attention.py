@@ -7,6 +7,7 @@ huge logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -92,7 +93,10 @@ def _raw_scores(work: Operands, tile: Tile) -> Tensor:
     scoring = work.call.terms.scoring
     if scoring is not None:
         return scores.view(tile.shape).copy_(own_scores(work, tile, vectors(work, tile), scoring.tensors))
-    torch.baddbmm(scores, work.rows(work.q, tile), work.k[tile.keys].mT, beta=0, alpha=work.call.terms.scale, out=scores)
+    factor = work.scale if isfinite(work.scale) else 1.0  # an infinite one would meet zeros inside the product
+    torch.baddbmm(scores, work.rows(work.q, tile), work.k[tile.keys].mT, beta=0, alpha=factor, out=scores)
+    if factor != work.scale:
+        scores.mul_(work.scale)
     return scores.view(tile.shape)
 
 
@@ -355,7 +359,7 @@ class _Backward:
             self.dk[tile.keys] += grads[1].reshape(self.dk[tile.keys].shape)
 
     def _add_products(self, tile: Tile, dscores: Tensor, allowed: Tensor | None) -> None:
-        work, scale = self.work, self.work.call.terms.scale
+        work, scale = self.work, self.work.scale
         matrices, pairs, q, k = work.matrices(dscores, tile), work.matrices(allowed, tile), work.rows(work.q, tile), work.k[tile.keys]
         if self.dk is not None:
             if pairs is None:

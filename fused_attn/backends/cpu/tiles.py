@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from math import isfinite
+from math import copysign, inf, isfinite
 from typing import overload
 
 import torch
@@ -204,6 +204,9 @@ class Operands:
         self.k, self.v = self._matrices(call.k), self._matrices(call.v)
         self.is_careful = (self.plan.masks is not None and not _is_tame(call)) or self._may_break(arriving)
         self.buffers: dict[str, Tensor] = {}
+        # torch refuses a factor of a product that its dtype cannot hold; as a number it would become infinite.
+        scale = call.terms.scale
+        self.scale = scale if abs(scale) <= torch.finfo(self.dtype).max else copysign(inf, scale)
 
     def _may_break(self, arriving: tuple[Tensor | None, ...]) -> bool:
         """Whether any score, gradient or product of values may be NaN or infinite: then products are taken over allowed pairs alone."""
