@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel, get_platform
@@ -82,6 +83,11 @@ class BdistWheel(bdist_wheel):
         if self.get_finalized_command("build_py").holds_library:
             platform = get_platform(self.bdist_dir).replace("-", "_").replace(".", "_")
         return python, abi, platform
+
+    def write_wheelfile(self, *args: Any, **kwargs: Any) -> None:
+        # Only now: a wheel that is not pure from the start would be tagged for one Python.
+        self.root_is_pure = not self.get_finalized_command("build_py").holds_library
+        super().write_wheelfile(*args, **kwargs)
 
 
 setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})

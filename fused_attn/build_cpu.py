@@ -67,7 +67,10 @@ def find_compiler() -> Compiler:
     Raises:
         BuildError: there is none, or it does not run.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX must be a command line; got {os.environ['CXX']!r} ({error}). Write it as for a shell.") from None
     command = named or next(([name] for name in COMPILERS if shutil.which(name)), [])
     if not command or shutil.which(command[0]) is None:
         found = f"CXX names {command[0]}, which is not there" if command else "found none on PATH"
@@ -75,7 +78,9 @@ def find_compiler() -> Compiler:
     try:
         said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, errors="replace").stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"the C++ compiler must run; {command[0]} gave: {error}. Repair it, or name another one in CXX.") from None
+        raise BuildError(
+            f"the C++ compiler must run; {command[0]} gave: {str(error).rstrip('.')}. Repair it, or name another one in CXX."
+        ) from None
     return Compiler(tuple(command), said.partition("\n")[0])
 
 
@@ -155,6 +160,10 @@ class _Build:
             unfinished.unlink(missing_ok=True)
             raise BuildError(
                 f"{self.compiler.command[0]} must {what}; it said: {_said(done)}. Repair what it names, or name another in CXX."
+            )
+        if not unfinished.is_file():
+            raise BuildError(
+                f"{self.compiler.command[0]} must {what}; it reported success and wrote nothing. Name another compiler in CXX."
             )
         unfinished.replace(target)
         return done.stderr.strip()

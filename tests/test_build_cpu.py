@@ -311,3 +311,12 @@ def test_make_builds_it_before_it_is_used(target: str) -> None:
     (built,) = [i for i, step in enumerate(steps) if step == ".none/bin/python -m fused_attn build --cpu || true"]
     used = [i for i, step in enumerate(steps) if re.match(r"\.none/bin/python -m (?:pytest|benchmarks|fused_attn demo)", step)]
     assert used and built < min(used)
+
+
+def test_what_is_no_compiler_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "'unbalanced")
+    with pytest.raises(build_cpu.BuildError, match="CXX must be a command line"):
+        build_cpu.find_compiler()
+    idle = build_cpu._Build(build_cpu.Compiler(("true",), "says nothing"), tmp_path, tmp_path, False)
+    with pytest.raises(build_cpu.BuildError, match="reported success and wrote nothing"):
+        idle.run("compile unit.cpp", tmp_path / "unit.o")

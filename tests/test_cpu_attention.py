@@ -360,3 +360,17 @@ def test_a_bool_may_be_any_byte(cpu_build: str) -> None:
     for backend in ("cpu", "blocked"):
         torch.testing.assert_close(fa.attention(q, k, v, mask=odd, backend=backend), fa.attention(q, k, v, mask=keep, backend="eager"))
         torch.testing.assert_close(fa.masked_softmax(q @ k.mT, odd, backend=backend), fa.masked_softmax(q @ k.mT, keep, backend="eager"))
+
+
+@pytest.mark.parametrize("dim", [8, 33, 80])
+def test_a_weight_of_one_has_no_score_gradient(dim: int, cpu_build: str) -> None:
+    """To the bit, as in the definition: sums over the output and over the values are made in one order. Saturated rows, and a row with one score above -inf."""
+    q, k, v, incoming = torch.randn(4, 1, 2, 70, dim).unbind(0)
+    leaves = [(q * 1e4).requires_grad_(), (k * 1e4).requires_grad_(), v.requires_grad_()]
+    for grad in torch.autograd.grad(fa.attention(*leaves, backend="cpu"), leaves[:2], incoming):
+        assert grad.abs().max() == 0
+    bias = torch.full((70, 70), -INF).triu(1).requires_grad_()
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = fa.attention(*leaves, score_mods=(fa.Bias(bias),), backend="cpu")
+    dq, dbias = torch.autograd.grad(out, (leaves[0], bias), incoming)
+    assert dq[:, :, 0].abs().max() == 0 and dbias[0].abs().max() == 0

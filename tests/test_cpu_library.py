@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +63,7 @@ def test_the_environment_chooses(
 def test_it_says_why_there_is_none(tmp_path: Path) -> None:
     assert library._find(tmp_path / "none.so").failure == "the CPU library is not built (python -m fused_attn build --cpu)"
     (tmp_path / build_cpu.FAILURE).write_text("g++ was not there.\n")
-    assert library._find(tmp_path / "other.so").failure.endswith("; the build during installation failed: g++ was not there.")
+    assert library._find(tmp_path / "other.so").failure.endswith("; the build during installation failed: g++ was not there")
     (tmp_path / "text.so").write_text("no library")
     (tmp_path / "empty.so").touch()
     for name in ("text.so", "empty.so"):
@@ -108,3 +111,12 @@ def test_info_and_explain_say_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_the_build_that_a_test_chose_is_in_force(cpu_build: str) -> None:
     assert library.isa() == ("" if cpu_build == library.OFF else cpu_build)
     assert (library.load() is None) == (cpu_build == library.OFF)
+
+
+def test_the_variable_that_names_no_file_is_named(tmp_path: Path) -> None:
+    """Building anew would change nothing."""
+    said = subprocess.run(
+        [sys.executable, "-c", "from fused_attn.backends.cpu import library; print(library.failure())"],
+        env={**os.environ, "FUSED_ATTN_CPU_LIBRARY": str(tmp_path)}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert f"FUSED_ATTN_CPU_LIBRARY must name a CPU library; got {tmp_path}, which is no file" in said

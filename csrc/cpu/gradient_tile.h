@@ -98,7 +98,7 @@ class GradientTile {
     delta_ = arena.take<float>(rows);
     only_ = arena.take<float>(rows);
     dlse_ = arena.take<float>(rows);
-    out_ = arena.take<float>(padded(s.value_dim));
+    out_ = arena.take<float>(kChains * padded(s.value_dim));
   }
 
   void begin_pair(int64_t b, int64_t kv_head) {
@@ -120,12 +120,13 @@ class GradientTile {
     }
     if (call_->is_sigmoid) return;
     for (int64_t i = 0; i < rows; i += kGradientRows) sum_probs(i, smaller_of(kGradientRows, rows - i));
+    for (int64_t i = 0; i < rows; i += kChains) sum_out(i, smaller_of(kChains, rows - i));
     for (int64_t i = 0; i < rows; ++i) {
       const bool dead = inverse_[i] == 0.f;
       // Of a row without scores the sink alone hears.
       const bool hears = call_->dlse.data && call_->top[first + i] != -kInf;
       dlse_[i] = hears ? load_one(at(call_->dlse, b_, h, r0 + i, 0), call_->dlse.dtype) : 0.f;
-      const float delta = (dead ? 0.f : delta_[i] + sum_out(r0 + i)) - dlse_[i];
+      const float delta = (dead ? 0.f : delta_[i]) - dlse_[i];
       delta_[i] = dead ? 0.f : delta;
       only_[i] = call_->sum[first + i] == 1.f && has_one_key(r0 + i) ? 1.f : 2.f;
       if (call_->delta) call_->delta[first + i] = delta;
@@ -189,19 +190,22 @@ class GradientTile {
  private:
   bool is_dead(int64_t i) const { return inverse_[q0_ - r0_ + i] == 0.f; }
 
-  // dout . out of a row.
-  float sum_out(int64_t row) {
-    if (!call_->dout.data) return 0.f;
-    const Matrix &g = call_->dout, &o = call_->out;
-    const int64_t width = call_->sizes.value_dim;
-    load_row(at(o, b_, h_, row, 0), o.dtype, o.col, width, out_);
-    load_row(at(g, b_, h_, row, 0), g.dtype, g.col, width, dout);
-    vf s{};
-    int64_t d = 0;
-    for (; d + W <= width; d += W) s += load(out_ + d) * load(dout + d);
-    float sum = sum_of(s);
-    for (; d < width; ++d) sum += out_[d] * dout[d];
-    return sum;
+  // Rows whose sums are made side by side: each is one chain of additions.
+  static constexpr int64_t kChains = 4;
+
+  // Adds dout . out to delta of rows i0 .. i0 + rows, in the order in which the product with the values adds: where one key has all the
+  // weight, out is its value, and its gradient the difference of two equal numbers.
+  void sum_out(int64_t i0, int64_t rows) {
+    if (!call_->dout.data) return;
+    const int64_t width = call_->sizes.value_dim, stride = padded(width);
+    for (int64_t i = 0; i < rows; ++i) {
+      load_row(at(call_->out, b_, h_, r0_ + i0 + i, 0), call_->out.dtype, call_->out.col, width, out_ + i * stride);
+      load_row(at(call_->dout, b_, h_, r0_ + i0 + i, 0), call_->dout.dtype, call_->dout.col, width, dout + i * stride);
+    }
+    float sums[kChains] = {};
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t i = 0; i < kChains; ++i) sums[i] = added(sums[i], dout[i * stride + d], out_[i * stride + d]);
+    for (int64_t i = 0; i < rows; ++i) delta_[i0 + i] += sums[i];
   }
 
   // Whether a row has one allowed key and no sink beside it.

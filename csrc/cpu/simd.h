@@ -81,6 +81,15 @@ FUSED_ATTN_INLINE vf smaller(vf a, vf b) {
 #endif
 }
 
+// sum + a * b with as many roundings as products of vectors have: one where the processor can, since compilers contract those.
+FUSED_ATTN_INLINE float added(float sum, float a, float b) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 // The nearest whole number, for |x| < 2^22.
 FUSED_ATTN_INLINE vf whole(vf x) {
 #if defined(__AVX512F__)

@@ -55,7 +55,7 @@ def _open(path: Path) -> ctypes.CDLL:
     """The library with its signatures; OSError says why it is none."""
     if not _is_whole(path):
         raise OSError("the file ends too early")
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path.resolve()))  # a bare name would be looked for in the loader's folders
     try:
         for name in ("isas", "isa", "sources"):
             getattr(library, f"fused_attn_cpu_{name}").restype = ctypes.c_char_p
@@ -68,9 +68,13 @@ def _open(path: Path) -> ctypes.CDLL:
 @functools.cache
 def _find(path: Path) -> _State:
     """The library of a path with nothing chosen yet, one object however often it is asked for."""
+    if not path.is_file() and os.environ.get("FUSED_ATTN_CPU_LIBRARY"):
+        return _State(
+            None, f"FUSED_ATTN_CPU_LIBRARY must name a CPU library; got {path}, which is no file (unset it, or build there with --out)"
+        )
     if not path.is_file():
         left = path.with_name(build_cpu.FAILURE)
-        reason = f"; the build during installation failed: {left.read_text().strip()}" if left.is_file() else ""
+        reason = f"; the build during installation failed: {left.read_text().strip().rstrip('.')}" if left.is_file() else ""
         return _State(None, f"{NOT_BUILT}{reason}")
     try:
         library = _open(path)
