@@ -205,6 +205,7 @@ def test_gradients_and_their_gradients(name):
     assert torch.autograd.gradgradcheck(call, tensors)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", MODS)
 def test_compiled_and_exported(name):
     torch._dynamo.reset()  # one function of the package is compiled anew for every class

@@ -432,6 +432,7 @@ def test_no_weights_before_a_call_nor_in_copies() -> None:
         assert other(x, x, x).equal(layer(x, x, x))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", ["dot product", "additive", "multi-head"])
 def test_compiled_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # Dynamo knows torch's functions by identity, and looked at poisoned memory's the first time
