@@ -220,6 +220,7 @@ def test_parts_make_up_the_whole(along: str, backend: str, device: torch.device)
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("along", ["heads", "keys"])
 def test_parts_under_a_compiler(along: str, kernel_backend: str, device: torch.device) -> None:
     dropout = fa.Dropout(0.3, 5)
