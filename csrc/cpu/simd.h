@@ -207,7 +207,7 @@ FUSED_ATTN_INLINE vf exp_of(vf x) {
   x = larger(all(-104.f), x);
 #else
   const vi tiny = x < -87.3f;
-  x = larger(all(-87.3f), x);
+  x = smaller(all(88.f), larger(all(-87.3f), x));  // masked pairs may lie above their row's largest score
 #endif
   const vf n = whole(x * 1.44269504088896341f);
   vf r = x - n * 0.693359375f;
@@ -224,8 +224,8 @@ FUSED_ATTN_INLINE vf exp_of(vf x) {
 #else
   // A NaN has no whole number to convert; it passes through y.
   const vf known = select(x == x, n, vf{});
-  const vi power = __builtin_convertvector(known, vi) << 23;
-  return select(tiny, vf{}, select(x == x, (vf)((vi)y + power), y));
+  const vu power = (vu) __builtin_convertvector(known, vi) << 23;
+  return select(tiny, vf{}, select(x == x, (vf)((vu)y + power), y));
 #endif
 }
 
