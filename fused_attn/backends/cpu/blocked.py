@@ -34,6 +34,7 @@ EAGER_MODIFIED_GRAD = 1 << 21
 EAGER_MASKED_GRAD = 1 << 13
 # Where probabilities are given out, which are as large (scores that go on to the next layer are kept once, which eager does not): 0.44 at 2^18, 0.65 at 2^22, 1.26 at 2^24; with gradients 0.71, 0.85, 1.37.
 EAGER_GIVEN = 1 << 22
+EAGER_SCORES = 1 << 17
 # Modifications that only add and want no gradient run on torch's flash kernel on the CPU; one thread, eager / that: 0.91 to 1.36 at 2^14, 1.03 to
 # 1.48 at 2^15, 1.27 to 1.51 at 2^17; with gradients 0.72 to 0.94 at 2^14, 0.97 to 1.08 at 2^15, 1.1 to 1.35 at 2^16.
 EAGER_ADDED = 1 << 14
@@ -54,8 +55,8 @@ def small_problem(problem: AttentionProblem | SoftmaxProblem) -> str | None:
         limit = EAGER_ADDITIVE_GRAD if problem.requires_grad else EAGER_ADDITIVE
         return _TOO_SMALL if prod(problem.shape) * problem.q.shape[3] <= limit else None
     scored = terms.scoring is not None and (not terms.scoring.lowers or bool(terms.scoring.kernels))
-    if problem.aux is not None and problem.aux.probs and not problem.aux.scores:
-        limit = EAGER_GIVEN
+    if problem.aux is not None and (problem.aux.probs or problem.aux.scores):
+        limit = EAGER_SCORES if problem.aux.scores else EAGER_GIVEN
     elif scored or terms.sinks is not None or terms.dropout is not None or terms.normalizer is not None or _are_computed(problem):
         limit = EAGER_MODIFIED_GRAD if problem.requires_grad else EAGER_MODIFIED
     elif terms.score_mods:
