@@ -3,7 +3,7 @@
 #include "cpu/attention.h"
 #include "cpu/gradient_tile.h"
 #include "cpu/ordered.h"
-#include "cpu/threads.h"
+#include "cpu/region.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -275,37 +275,13 @@ class Worker {
   bool failed_ = false;
 };
 
-struct Region {
-  const Plan& plan;
-  Sums& sums;
-  Tasks& tasks;
-  size_t bytes;
-  int status;
-};
-
-void run(void* context, int64_t worker) {
-  Region& region = *static_cast<Region*>(context);
-  char* const memory = static_cast<char*>(scratch(region.bytes));
-  if (!memory) return __atomic_store_n(&region.status, kNoMemory, __ATOMIC_RELAXED);
-  Worker work(region.plan, region.sums, memory);
-  work.run(region.tasks, worker);
-  if (work.failed()) __atomic_store_n(&region.status, kNoMemory, __ATOMIC_RELAXED);
-}
-
 }  // namespace
 
 int FUSED_ATTN_ISA::attention_bwd(const Attention& call) {
   const Plan plan(call);
   Sums sums;
   if (!sums.begin(plan)) return kNoMemory;
-  const Sizes& s = call.sizes;
-  const int64_t count = s.batch * s.heads * plan.parts;
-  const int64_t worthy = s.batch * s.heads * s.q_len * s.kv_len / kWorthThread + 1;
-  const int64_t threads = smaller_of(smaller_of(call.threads, count), worthy);
-  Tasks tasks(count, threads);
-  Region region{plan, sums, tasks, Worker(plan, sums, nullptr).bytes(), kDone};
-  parallel(threads, run, &region);
-  return region.status;
+  return run_region<Worker>(plan, sums, call.sizes.batch * call.sizes.heads * plan.parts, kWorthThread);
 }
 
 }  // namespace fused_attn::cpu

@@ -3,12 +3,13 @@
 // products.
 #include "cpu/attention.h"
 #include "cpu/gradient_tile.h"
-#include "cpu/threads.h"
+#include "cpu/region.h"
 
 namespace fused_attn::cpu {
 namespace {
 
 constexpr int64_t kItemRows = 5 * kGradientRows;  // as many as make packing keys and values for every sharer cheap: 4 % at 2048 keys
+constexpr int64_t kWorthThread = 512;             // as attention_bwd's, whose tiles these are
 
 struct Plan {
   explicit Plan(const Attention& call) : call(call), mod(call.mods[call.place]) {
@@ -23,11 +24,17 @@ struct Plan {
   int64_t batches, heads, blocks;  // of the bias
 };
 
+// Items share no sums.
+struct Nothing {};
+
 class Worker {
  public:
-  Worker(const Plan& plan, char* memory) : plan_(plan), call_(plan.call), arena_(memory) { tile_.reserve(arena_, call_, kItemRows); }
+  Worker(const Plan& plan, const Nothing&, char* memory) : plan_(plan), call_(plan.call), arena_(memory) {
+    tile_.reserve(arena_, call_, kItemRows);
+  }
 
   size_t bytes() const { return static_cast<size_t>(arena_.used()); }
+  bool failed() const { return false; }
 
   void run(Tasks& tasks, int64_t worker) {
     const Sizes& s = call_.sizes;
@@ -76,29 +83,12 @@ class Worker {
   int64_t r0_ = 0, r1_ = 0;
 };
 
-struct Region {
-  const Plan& plan;
-  Tasks& tasks;
-  size_t bytes;
-  int status;
-};
-
-void run(void* context, int64_t worker) {
-  Region& region = *static_cast<Region*>(context);
-  char* const memory = static_cast<char*>(scratch(region.bytes));
-  if (!memory) return __atomic_store_n(&region.status, kNoMemory, __ATOMIC_RELAXED);
-  Worker(region.plan, memory).run(region.tasks, worker);
-}
-
 }  // namespace
 
 int FUSED_ATTN_ISA::attention_bwd_bias(const Attention& call) {
   const Plan plan(call);
-  const int64_t count = plan.batches * plan.heads * plan.blocks, threads = smaller_of(call.threads, count);
-  Tasks tasks(count, threads);
-  Region region{plan, tasks, Worker(plan, nullptr).bytes(), kDone};
-  parallel(threads, run, &region);
-  return region.status;
+  const Nothing nothing;
+  return run_region<Worker>(plan, nothing, plan.batches * plan.heads * plan.blocks, kWorthThread);
 }
 
 }  // namespace fused_attn::cpu

@@ -2,8 +2,8 @@
 // row has one maximum and one sum; probabilities and statistics are written on the way, from the same numbers as the output.
 #include "cpu/attention.h"
 #include "cpu/ordered.h"
+#include "cpu/region.h"
 #include "cpu/scores.h"
-#include "cpu/threads.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -327,23 +327,6 @@ class Worker {
   bool failed_ = false;
 };
 
-struct Region {
-  const Plan& plan;
-  OrderedSums& sums;
-  Tasks& tasks;
-  size_t bytes;
-  int status;
-};
-
-void run(void* context, int64_t worker) {
-  Region& region = *static_cast<Region*>(context);
-  char* const memory = static_cast<char*>(scratch(region.bytes));
-  if (!memory) return __atomic_store_n(&region.status, kNoMemory, __ATOMIC_RELAXED);
-  Worker work(region.plan, region.sums, memory);
-  work.run(region.tasks, worker);
-  if (work.failed()) __atomic_store_n(&region.status, kNoMemory, __ATOMIC_RELAXED);
-}
-
 }  // namespace
 
 int FUSED_ATTN_ISA::attention_fwd(const Attention& call) {
@@ -351,13 +334,7 @@ int FUSED_ATTN_ISA::attention_fwd(const Attention& call) {
   OrderedSums sums;
   const Sizes& s = call.sizes;
   if (call.column_sums && !sums.begin(s.batch * s.heads, plan.parts, s.kv_len, 1)) return kNoMemory;
-  const int64_t count = s.batch * s.heads * plan.parts;
-  const int64_t worthy = s.batch * s.heads * s.q_len * s.kv_len / kWorthThread + 1;
-  const int64_t threads = smaller_of(smaller_of(call.threads, count), worthy);
-  Tasks tasks(count, threads);
-  Region region{plan, sums, tasks, Worker(plan, sums, nullptr).bytes(), kDone};
-  parallel(threads, run, &region);
-  return region.status;
+  return run_region<Worker>(plan, sums, s.batch * s.heads * plan.parts, kWorthThread);
 }
 
 }  // namespace fused_attn::cpu

@@ -159,7 +159,6 @@ class GradientTile {
   }
   const float* key_panels(int64_t t) { return keys_.tile(t); }
   const Scorer& scorer() const { return scorer_; }
-  float delta_of(int64_t row) const { return delta_[row - r0_]; }
 
   // Fills p (after dropout) and ds of the block and tile t, and `allowed` where it is mixed; 0 in masked pairs, up to a whole vector.
   void make(int64_t t, Kind kind) {

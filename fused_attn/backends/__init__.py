@@ -201,10 +201,6 @@ def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     return notes
 
 
-def _nothing(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
-    return []
-
-
 def explain(problem: AttentionProblem | SoftmaxProblem) -> Explanation:
     """Asks every backend, in order."""
     rows = []
