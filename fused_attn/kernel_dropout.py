@@ -59,3 +59,17 @@ def place(dropout: KernelDropout) -> tuple[int, ...]:
     A function, for Dynamo of torch 2.10 knows no properties of named tuples.
     """
     return (*dropout.origin, *(dropout.extent or _OWN))
+
+
+def of_later_queries(dropout: KernelDropout | None, start: int, shape: Sizes) -> KernelDropout | None:
+    """The dropout of the queries from ``start`` on of a call of that shape; a function as ``place`` is.
+
+    Example:
+        >>> import torch
+        >>> of_later_queries(KernelDropout(0.5, torch.tensor(0)), 2, (1, 2, 3, 4)).origin
+        (0, 0, 2, 0)
+    """
+    if dropout is None:
+        return None
+    b, h, first, kv = dropout.origin
+    return dropout._replace(origin=(b, h, first + start, kv), extent=dropout.extent or shape)

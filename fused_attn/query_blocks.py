@@ -16,6 +16,7 @@ from fused_attn import autograd
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.backends import eager
 from fused_attn.checks import captured
+from fused_attn.kernel_dropout import of_later_queries
 from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Terms, stat_dtype
@@ -133,10 +134,7 @@ class _Block:
         kv_start, kv_end = (None if t is None else t[:, self.start : end] for t in (mask.kv_start, mask.kv_end))
         keep = mask.keep if mask.keep is None or mask.keep.shape[2] == 1 else mask.keep[:, :, self.start : end]
         rules = tuple(_Later(rule, whole, self.start) for rule in mask.rules)
-        dropout = terms.dropout
-        if dropout is not None:
-            b, h, first, kv = dropout.origin
-            dropout = dropout._replace(origin=(b, h, first + self.start, kv), extent=dropout.extent or self.call.shape)
+        dropout = of_later_queries(terms.dropout, self.start, self.call.shape)
         form = KernelMask(mask.left, mask.right, kv_start, kv_end, keep, rules)
         offset = terms.q_offset.to(torch.int64) if isinstance(terms.q_offset, Tensor) else terms.q_offset
         return replace(terms, mask=form, q_offset=offset + self.start, dropout=dropout)

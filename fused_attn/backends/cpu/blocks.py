@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from fused_attn.kernel_dropout import KernelDropout
+from fused_attn.kernel_dropout import of_later_queries
 from fused_attn.lowering import Grid, KernelMask, Range, Terms
 from fused_attn.mask_rules import Pairs, extent, filled
 
@@ -17,13 +18,6 @@ WRITTEN = 1 << 22
 
 def _rows_of(tensor: Tensor, dim: int, rows: Range) -> Tensor:
     return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, rows[0], rows[1] - rows[0])
-
-
-def _dropout_of(dropout: KernelDropout | None, grid: Grid, start: int) -> KernelDropout | None:
-    if dropout is None:
-        return None
-    b, h, q, k = dropout.origin
-    return dropout._replace(origin=(b, h, q + start, k), extent=dropout.extent or grid.shape)
 
 
 def terms_of_rows(terms: Terms, grid: Grid, rows: Range, keep: Tensor) -> Terms:
@@ -36,13 +30,14 @@ def terms_of_rows(terms: Terms, grid: Grid, rows: Range, keep: Tensor) -> Terms:
         keep: what the mask's stored tensor and its rules allow of those rows.
     """
     mask, (start, _) = terms.mask, rows
+    offset = terms.q_offset.to(torch.int64) if isinstance(terms.q_offset, Tensor) else terms.q_offset
     limits = [None if t is None else _rows_of(t, 1, rows) for t in (mask.kv_start, mask.kv_end)]
     return replace(
         terms,
         mask=KernelMask(mask.left, mask.right, limits[0], limits[1], keep),
-        q_offset=terms.q_offset + start,
+        q_offset=offset + start,
         mods=tuple([replace(m, tensors=tuple([_rows_of(t, 2, rows) for t in m.tensors])) for m in terms.mods]),
-        dropout=_dropout_of(terms.dropout, grid, start),
+        dropout=of_later_queries(terms.dropout, start, grid.shape),
     )
 
 
