@@ -1,0 +1,55 @@
+"""The online softmax of one 64-row block, whose exponentials cost one multiply-add each."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..masks import query_shift
+from ..score_mods import apply
+
+# What a tile's mask may cut: once every row has started, the ends alone.
+NOTHING, END_ONLY, BOTH_ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
+@gluon.jit
+def cut(s, place, count):
+    """s where 0 <= place < count, else -inf.
+
+    Written in PTX: LLVM makes a vector of the comparisons, and ptxas keeps that as bits (827 instead of 628 instructions in a masked trip
+    at head size 128).
+    """
+    asm: gl.constexpr = "{.reg .pred in; setp.lt.u32 in, $2, $3; selp.f32 $0, $1, 0fFF800000, in;}"
+    return gl.inline_asm_elementwise(asm, "=f,f,r,r", [s, place, count], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def tile_scores(s, i, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
+    """Scores [64, BN] of key tile ``i`` in the unit that ``score.factor`` belongs to; row = (b, h, row indices, start, end)."""
+    b, h, rows, start, end = row
+    cols = i * BN + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
+    if not score.raw:
+        s = s * score.scale
+    if len(score.functions) > 0:
+        inside = (rows < sizes.q_len)[:, None] & (cols < sizes.kv_len)[None, :]
+        at = (b, h, rows[:, None], (rows + query_shift(mask, b))[:, None], cols[None, :], inside)
+        s = apply(s, score, at, len(score.functions))
+    if MASK == END_ONLY:
+        s = cut(s, cols[None, :], end[:, None])
+    if MASK == BOTH_ENDS:
+        # One unsigned comparison for both ends: what lies before the start is huge.
+        s = cut(s, cols[None, :] - start[:, None], gl.maximum(end - start, 0)[:, None])
+    return s
+
+
+@gluon.jit
+def online(s, hi, l, factor, SAFE: gl.constexpr):
+    """Probabilities [64, BN] against the rows' new bases, those bases, the sums, and what the old accumulator must be multiplied by.
+
+    A base is the rounded product hi = fl(max * factor), so that an exponential costs one FMA. Its rounding multiplies a whole row and
+    cancels in O / l, as long as it stays small (``store.LIMIT``). SAFE where a row may have met no score above -inf.
+    """
+    new = gl.maximum(hi, gl.max(s, 1) * factor)
+    base = gl.where(new == float("-inf"), 0.0, new) if SAFE else new
+    # Times -1 becomes part of the FMA; a minus sign is 0 - x, an addition of its own.
+    p = gl.exp2(gl.fma(s, factor, base[:, None] * -1.0))
+    alpha = gl.exp2(hi - base)
+    return p, new, gl.fma(l, alpha, gl.sum(p, 1)), alpha
