@@ -6,48 +6,29 @@ Within a trip the softmax of tile n runs beside the product P V of tile n - 1.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..masks import row_intervals
 from .bounds import block_bounds, tile_reach
-from .compat import aggregate, tma_load, wait_reads
+from .compat import aggregate, wait_reads
 from .online import BOTH_ENDS, END_ONLY, NOTHING, online, tile_scores
 from .order import Order
-from .roles import Ring, ring
 from .store import store
+from .stream import Stream, flat, room, stream
 
 
 @aggregate
 class Shared:
     """Shared memory of one CTA. q and out may be one and the same: then Q of the next query tile waits until O has left."""
 
-    q: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
-    v: gl.shared_memory_descriptor
+    q: Stream
+    k: Stream
+    v: Stream
     out: gl.shared_memory_descriptor
-    q_ring: Ring
-    k_ring: Ring
-    v_ring: Ring
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, out, q_ring, k_ring, v_ring):
+    def __init__(self, q, k, v, out):
         self.q, self.k, self.v, self.out = q, k, v, out
-        self.q_ring, self.k_ring, self.v_ring = q_ring, k_ring, v_ring
-
-    @gluon.jit
-    def keys(self, n):
-        """K of the CTA's n-th key tile, transposed [head_dim, BN]."""
-        return flat(self.k.index(self.k_ring.stage(n))).permute((1, 0))
-
-    @gluon.jit
-    def values(self, n):
-        return flat(self.v.index(self.v_ring.stage(n)))
-
-
-@gluon.jit
-def flat(tile):
-    """A [1, 1, rows, cols] tile as [rows, cols]."""
-    return tile.reshape([tile.shape[2], tile.shape[3]])
 
 
 @gluon.constexpr_function
@@ -64,6 +45,7 @@ def left_operand(columns):
 
 @gluon.jit
 def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
+    """Loads Q of one query tile after the other, and the keys and values that it reaches."""
     turn = 0
     n = 0  # key tiles
     while order.index(turn) < order.total():
@@ -71,16 +53,10 @@ def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: 
         b, h = bh // sizes.heads, bh % sizes.heads
         first, last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
         for c in gl.static_range(NC):
-            mbarrier.wait(shared.q_ring.empty.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(shared.q_ring.full.index(c), Q.block_type.nbytes)
-            tma_load(Q, [b, h, (tile * NC + c) * 64, 0], shared.q_ring.full.index(c), shared.q.index(c))
+            shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
         for i in range(first, last):
-            shared.k_ring.wait_empty(n)
-            mbarrier.expect(shared.k_ring.full_at(n), K.block_type.nbytes)
-            tma_load(K, [b, h // sizes.group, i * BN, 0], shared.k_ring.full_at(n), shared.k.index(shared.k_ring.stage(n)))
-            shared.v_ring.wait_empty(n)
-            mbarrier.expect(shared.v_ring.full_at(n), V.block_type.nbytes)
-            tma_load(V, [b, h // sizes.group, i * BN, 0], shared.v_ring.full_at(n), shared.v.index(shared.v_ring.stage(n)))
+            shared.k.load(K, [b, h // sizes.group, i * BN, 0], n)
+            shared.v.load(V, [b, h // sizes.group, i * BN, 0], n)
             n += 1
         turn += 1
 
@@ -89,25 +65,20 @@ def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: 
 def step(i, n, carry, q, shared, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
     """Key tile i, the n-th of this CTA: S = Q K^T, O += P V of the tile before, softmax of this one. carry = (o, p, hi, l)."""
     o, p, hi, l = carry
-    b, h, rows, start, end = row
     VD: gl.constexpr = o.shape[1]
     LS: gl.constexpr = accumulator(BN)
-    shared.k_ring.wait_full(n)
-    s = warpgroup_mma(q, shared.keys(n), gl.zeros((64, BN), gl.float32, LS), use_acc=False, is_async=True)
-    shared.v_ring.wait_full(n - 1)
-    o = warpgroup_mma(p, shared.values(n - 1), o, is_async=True)
-    if MASK != NOTHING:
-        # Tied to the wait, or ptxas compares before it and keeps 64 results as bits: 200 instructions more per trip at head size 128.
-        s, start, end = warpgroup_mma_wait(1, deps=(s, start, end))
-    else:
-        s = warpgroup_mma_wait(1, deps=(s,))
-    shared.k_ring.release(n)
-    s = tile_scores(s, i, (b, h, rows, start, end), mask, score, sizes, MASK, BN)
+    shared.k.ring.wait_full(n)
+    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, LS), use_acc=False, is_async=True)
+    shared.v.ring.wait_full(n - 1)
+    o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    shared.k.ring.release(n)
+    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
     wide, hi, l, alpha = online(s, hi, l, score.factor, MASK != NOTHING or len(score.functions) > 0)
-    narrow = gl.convert_layout(wide.to(shared.v.dtype), left_operand(VD))
+    narrow = gl.convert_layout(wide.to(shared.v.tiles.dtype), left_operand(VD))
     # P, l and alpha are tied to the wait, so that the compiler may not move their arithmetic behind it.
     o, narrow, l, alpha = warpgroup_mma_wait(0, deps=(o, narrow, l, alpha))
-    shared.v_ring.release(n - 1)
+    shared.v.ring.release(n - 1)
     return o * gl.convert_layout(alpha, gl.SliceLayout(1, accumulator(VD)))[:, None], narrow, hi, l
 
 
@@ -115,10 +86,8 @@ def step(i, n, carry, q, shared, row, mask, score, sizes, MASK: gl.constexpr, BN
 def skip(n, count, shared):
     """Gives back key tiles that other consumers of the CTA need and this one does not."""
     for j in range(n, n + count):
-        shared.k_ring.wait_full(j)
-        shared.k_ring.release(j)
-        shared.v_ring.wait_full(j)
-        shared.v_ring.release(j)
+        shared.k.pass_over(j)
+        shared.v.pass_over(j)
 
 
 @gluon.jit
@@ -129,14 +98,14 @@ def attend(n, reach, carry, q, shared, row, mask, score, sizes, LEFT: gl.constex
     VD: gl.constexpr = o.shape[1]
     LS: gl.constexpr = accumulator(BN)
     LEFT_MASK: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
-    shared.k_ring.wait_full(n)
-    s = warpgroup_mma(q, shared.keys(n), gl.zeros((64, BN), gl.float32, LS), use_acc=False, is_async=True)
+    shared.k.ring.wait_full(n)
+    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, LS), use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    shared.k_ring.release(n)
+    shared.k.ring.release(n)
     # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
     s = tile_scores(s, first, row, mask, score, sizes, LEFT_MASK, BN)
-    wide, hi, l, alpha = online(s, hi, l, score.factor, True)
-    p = gl.convert_layout(wide.to(shared.v.dtype), left_operand(VD))
+    wide, hi, l, _ = online(s, hi, l, score.factor, True)
+    p = gl.convert_layout(wide.to(shared.v.tiles.dtype), left_operand(VD))
     shift = n - first  # from a key tile's place to its number in this CTA
     if LEFT:
         for i in range(first + 1, split):
@@ -146,10 +115,10 @@ def attend(n, reach, carry, q, shared, row, mask, score, sizes, LEFT: gl.constex
     for i in range(gl.maximum(resume, first + 1), last):
         o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, sizes, END_ONLY, BN)
     n = last + shift
-    shared.v_ring.wait_full(n - 1)
-    o = warpgroup_mma(p, shared.values(n - 1), o, is_async=True)
+    shared.v.ring.wait_full(n - 1)
+    o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
-    shared.v_ring.release(n - 1)
+    shared.v.ring.release(n - 1)
     return o, hi, l
 
 
@@ -158,9 +127,10 @@ def consumer(
     C: gl.constexpr, O, outputs, shared, order, bounds, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
+    """Computes the C-th block of one query tile after the other."""
     VD: gl.constexpr = O.block_shape[3]
     RS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    q = flat(shared.q.index(C))
+    q = flat(shared.q.tiles.index(C))
     turn = 0
     n = 0
     while order.index(turn) < order.total():
@@ -177,7 +147,7 @@ def consumer(
         o = gl.zeros((64, VD), gl.float32, accumulator(VD))
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
-        mbarrier.wait(shared.q_ring.full.index(C), turn & 1)
+        shared.q.ring.wait_full(turn * NC + C)
         skip(n, first - any_first, shared)
         n += first - any_first
         if first < last:
@@ -186,12 +156,12 @@ def consumer(
         skip(n, any_last - last, shared)
         n += any_last - last
         if OWN_OUT:
-            mbarrier.arrive(shared.q_ring.empty.index(C), count=1)
+            shared.q.ring.release(turn * NC + C)
         total = order.heads.to(gl.int64) * sizes.q_len
         store(C, o, hi, l, O, outputs, shared, total, row, block, mask, score, dropout, sizes, OWN_OUT)
         if not OWN_OUT:
             wait_reads(0)
-            mbarrier.arrive(shared.q_ring.empty.index(C), count=1)
+            shared.q.ring.release(turn * NC + C)
         turn += 1
     wait_reads(0)
 
@@ -202,20 +172,12 @@ def forward_kernel(
     NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LEFT: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches."""
-    queries = gl.allocate_shared_memory(Q.dtype, [NC, 1, 1, 64, Q.block_shape[3]], Q.layout)
+    queries = stream(Q, NC, 1)
     if OWN_OUT:
-        results = gl.allocate_shared_memory(O.dtype, [NC, 1, 1, 64, O.block_shape[3]], O.layout)
+        out = room(O, NC)
     else:
-        results = queries
-    shared = Shared(
-        queries,
-        gl.allocate_shared_memory(K.dtype, [STAGES, 1, 1, BN, K.block_shape[3]], K.layout),
-        gl.allocate_shared_memory(V.dtype, [STAGES, 1, 1, BN, V.block_shape[3]], V.layout),
-        results,
-        ring(NC, 1, 1),
-        ring(STAGES, 1, NC),
-        ring(STAGES, 1, NC),
-    )
+        out = queries.tiles
+    shared = Shared(queries, stream(K, STAGES, NC), stream(V, STAGES, NC), out)
     fence_async_shared()
     tiles = (sizes.q_len + 64 * NC - 1) // (64 * NC)
     order = Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together))
