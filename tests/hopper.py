@@ -24,7 +24,7 @@ _options: dict[str, Any] = {}
 
 
 def _compile(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Any:
-    key = (kernel, num_warps, *map(launch.kind, args))
+    key = launch.kinds(kernel, args, num_warps)
     if key not in _kernels:
         _kernels[key] = launch.compile_for(kernel, args, num_warps)
     compiled.append((kernel.fn.__name__, _kernels[key]))
