@@ -99,7 +99,7 @@ def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def errors(case: Case) -> tuple[float, float, float]:
     """Of out, of lse, and of the statistics; infinite where a row is empty on one side only."""
-    from fused_attn.backends.triton.hopper import passes
+    from fused_attn.backends.triton.hopper import forward
 
     torch.manual_seed(0)
     options, inputs = options_of(case), inputs_of(case)
@@ -108,7 +108,7 @@ def errors(case: Case) -> tuple[float, float, float]:
     given = {name: value for name, value in options.items() if name != "return_aux"}
     exact, aux = fa.attention(*(t.double() for t in inputs), **given, return_aux=fa.AuxRequest(lse=True), backend="eager")
     hopper.simulate(**MODES[case.mode])
-    out, lse, stats = passes.attention_fwd(call, backend.stats_shape(call))
+    out, lse, stats = forward.attention_fwd(call, backend.stats_shape(call))
     unit = call.terms.scale if not call.terms.mods and call.terms.sinks is None else 1.0
     whole = torch.where(lse == -torch.inf, lse, stats[0] * unit + torch.log(stats[1].clamp(min=1e-30)))
     if call.terms.sinks is not None:

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..masks import query_shift
-from ..score_mods import apply
+from .modifications import exponents, modified
 
 # What a tile's mask may cut: once every row has started, the ends alone.
 NOTHING, END_ONLY, BOTH_ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
@@ -23,15 +23,13 @@ def cut(s, place, count):
 
 @gluon.jit
 def tile_scores(s, i, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
-    """Scores [64, BN] of key tile ``i`` in the unit that ``score.factor`` belongs to; row = (b, h, row indices, start, end)."""
+    """Scores [64, BN] of key tile ``i`` as ``modifications.modified`` leaves them; row = (b, h, row indices, start, end)."""
     b, h, rows, start, end = row
     cols = i * BN + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
     if not score.raw:
-        s = s * score.scale
-    if len(score.functions) > 0:
         inside = (rows < sizes.q_len)[:, None] & (cols < sizes.kv_len)[None, :]
         at = (b, h, rows[:, None], (rows + query_shift(mask, b))[:, None], cols[None, :], inside)
-        s = apply(s, score, at, len(score.functions))
+        s = modified(s, score, at)
     if MASK == END_ONLY:
         s = cut(s, cols[None, :], end[:, None])
     if MASK == BOTH_ENDS:
@@ -41,15 +39,29 @@ def tile_scores(s, i, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.conste
 
 
 @gluon.jit
-def online(s, hi, l, factor, SAFE: gl.constexpr):
+def online(s, hi, l, score, SAFE: gl.constexpr, BOUNDED: gl.constexpr):
     """Probabilities [64, BN] against the rows' new bases, those bases, the sums, and what the old accumulator must be multiplied by.
 
     A base is the rounded product hi = fl(max * factor), so that an exponential costs one FMA. Its rounding multiplies a whole row and
-    cancels in O / l, as long as it stays small (``store.LIMIT``). SAFE where a row may have met no score above -inf.
+    cancels in O / l, as long as it stays small (``store.LIMIT``). SAFE where a row may have met no score above -inf. BOUNDED scores all
+    have the base of a score of 0 (``bounded_base``), and nothing is multiplied.
     """
-    new = gl.maximum(hi, gl.max(s, 1) * factor)
-    base = gl.where(new == float("-inf"), 0.0, new) if SAFE else new
-    # Times -1 becomes part of the FMA; a minus sign is 0 - x, an addition of its own.
-    p = gl.exp2(gl.fma(s, factor, base[:, None] * -1.0))
-    alpha = gl.exp2(hi - base)
-    return p, new, gl.fma(l, alpha, gl.sum(p, 1)), alpha
+    factor, lift = exponents(score)
+    if BOUNDED:
+        p = gl.exp2(gl.fma(s, factor, lift))
+        new, alpha = hi, l
+        l = l + gl.sum(p, 1)
+    else:
+        new = gl.maximum(hi, gl.max(s, 1) * factor)
+        base = gl.where(new == float("-inf"), 0.0, new) if SAFE else new
+        # Times -1 becomes part of the FMA; a minus sign is 0 - x, an addition of its own.
+        p = gl.exp2(gl.fma(s, factor, base[:, None] * -1.0))
+        alpha = gl.exp2(hi - base)
+        l = gl.fma(l, alpha, gl.sum(p, 1))
+    return p, new, l, alpha
+
+
+@gluon.jit
+def bounded_base(l, score):
+    """The bases of bounded scores; -inf in rows without any, as elsewhere."""
+    return gl.where(l == 0.0, float("-inf"), exponents(score)[1] * -1.0)

@@ -6,30 +6,32 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..primitives import LOG2E
 from .compat import tma_store, wait_reads
+from .modifications import exponents
 
 # The largest base whose rounding (2^-24 of it) leaves exponentials between 2^-2 and 2^2 at a row's maximum.
 LIMIT = gl.constexpr(2.0**26)
 
 
 @gluon.jit
-def with_sink(hi, l, sink, factor):
+def with_sink(hi, l, sink, lift):
     """Bases and sums with a key of that score added, and what the accumulator must be multiplied by."""
-    new = gl.maximum(hi, sink * factor)
+    new = gl.maximum(hi, gl.fma(sink, LOG2E, lift * -1.0))
     base = gl.where(new == float("-inf"), 0.0, new)
     shrink = gl.exp2(hi - base)
-    return new, gl.fma(l, shrink, gl.exp2(gl.fma(sink, factor, base * -1.0))), shrink
+    return new, gl.fma(l, shrink, gl.exp2(gl.fma(sink, LOG2E, base * -1.0) - lift)), shrink
 
 
 @gluon.jit
-def store_statistics(hi, l, empty, lse, stats, bh, rows, total, factor, sizes):
-    """lse, and (m, l) in the kernel's unit: m = hi / factor is rounded, and l takes the difference."""
+def store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes):
+    """lse, and (m, l) in the kernel's unit: m is rounded, and l takes the difference. hi lies ``lift`` below log2 of the largest exponential."""
+    _, lift = exponents(score)
     inside = rows < sizes.q_len
     at = bh.to(gl.int64) * sizes.q_len + rows
     none = l == 0.0
     ln2 = 1.0 / LOG2E
-    gl.store(lse + at, gl.where(none, float("-inf"), gl.fma(hi, ln2, gl.log(l))), mask=inside)
-    m = hi / factor
-    exact = l * gl.exp2(gl.fma(m, factor * -1.0, hi))
+    gl.store(lse + at, gl.where(none, float("-inf"), gl.fma(hi + lift, ln2, gl.log(l))), mask=inside)
+    m = (hi + lift) / score.factor
+    exact = l * gl.exp2(gl.fma(m, score.factor * -1.0, hi) + lift)
     gl.store(stats + at, gl.where(hi == float("-inf"), float("-inf"), m), mask=inside)
     gl.store(stats + total + at, gl.where(empty, 0.0, exact), mask=inside)
 
@@ -57,7 +59,7 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, block, mask
     bad = wrong(hi, l, start, end, score)
     empty = l == 0.0
     if sinks is not None:
-        hi, l, shrink = with_sink(hi, l, gl.load(sinks + h).to(gl.float32), score.factor)
+        hi, l, shrink = with_sink(hi, l, gl.load(sinks + h).to(gl.float32), exponents(score)[1])
         bad = bad | (gl.abs(hi) > LIMIT) & (hi != float("-inf")) | ((l - l) != 0.0)
     inverse = 1.0 / gl.where(l == 0.0, 1.0, l)
     if dropout is not None:
@@ -71,7 +73,7 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, block, mask
         broken = gl.sum(result * 0.0, 1)
         bad = bad | (gl.convert_layout(broken, RS) != 0.0)
     gl.store(redo + bh * ((sizes.q_len + 63) // 64) + block + rows * 0, rows * 0 + 1, mask=bad & inside)
-    store_statistics(hi, l, empty, lse, stats, bh, rows, total, score.factor, sizes)
+    store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes)
     if sinks is not None:
         # float32 beside the 16-bit output: columns of ``stats`` [2 + value_dim, batch, heads, q_len].
         of_row = bh.to(gl.int64) * sizes.q_len + block * 64 + gl.arange(0, 64, RO)
