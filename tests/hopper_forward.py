@@ -148,6 +148,14 @@ def cover() -> Iterator[Case]:
         Case(128, 64, 200, 130, "window", q_offset=0),
         Case(256, 256, 130, 200, "documents"),
         Case(40, 72, 65, 65, "causal"),
+        Case(128, 128, 100, 129, "causal", "softcap", q_offset=29),
+        Case(128, 128, 100, 129, "window", "alibi", q_offset=29, batch=2),
+        Case(64, 64, 100, 129, "causal", "softcap", q_offset=29, dtype=torch.float16),
+        Case(64, 64, 70, 300, "full", "bias"),
+        Case(64, 64, 100, 129, "documents", "sinks"),
+        Case(64, 64, 1, 63, "full", "sinks"),
+        Case(64, 64, 130, 300, "causal", "dropout", q_offset=170),
+        Case(128, 128, 70, 129, "full", "everything", q_offset=9),
     ):
         yield replace(case, mode=next(kinds))
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..masks import row_intervals
 from .bounds import block_bounds, tile_reach
 from .compat import aggregate, wait_reads
-from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, online, tile_scores
+from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
 from .order import Order
 from .store import store
 from .stream import Stream, flat, room, stream
@@ -62,7 +62,7 @@ def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: 
 
 
 @gluon.jit
-def step(i, n, carry, q, shared, row, mask, score, sizes, MASK: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
     """Key tile i, the n-th of this CTA: S = Q K^T, O += P V of the tile before, softmax of this one. carry = (o, p, hi, l)."""
     o, p, hi, l = carry
     VD: gl.constexpr = o.shape[1]
@@ -75,7 +75,7 @@ def step(i, n, carry, q, shared, row, mask, score, sizes, MASK: gl.constexpr, BO
     shared.k.ring.release(n)
     s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
     wide, hi, l, alpha = online(s, hi, l, score, MASK != NOTHING or len(score.functions) > 0, BOUNDED)
-    narrow = gl.convert_layout(wide.to(shared.v.tiles.dtype), left_operand(VD))
+    narrow = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
     # P, l and alpha are tied to the wait, so that the compiler may not move their arithmetic behind it.
     if BOUNDED:
         o, narrow, l = warpgroup_mma_wait(0, deps=(o, narrow, l))
@@ -96,7 +96,7 @@ def skip(n, count, shared):
 
 
 @gluon.jit
-def attend(n, reach, carry, q, shared, row, mask, score, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
     """Key tiles (first, split, resume, last), of which the first is the CTA's n-th: O before division, bases and sums. carry = (o, hi, l)."""
     first, split, resume, last = reach
     o, hi, l = carry
@@ -110,15 +110,15 @@ def attend(n, reach, carry, q, shared, row, mask, score, sizes, LEFT: gl.constex
     # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
     s = tile_scores(s, first, row, mask, score, sizes, LEFT_MASK, BN)
     wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
-    p = gl.convert_layout(wide.to(shared.v.tiles.dtype), left_operand(VD))
+    p = gl.convert_layout(dropped(wide, first, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
     shift = n - first  # from a key tile's place to its number in this CTA
     if LEFT:
         for i in range(first + 1, split):
-            o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, sizes, BOTH_ENDS, BOUNDED, BN)
+            o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, BOTH_ENDS, BOUNDED, BN)
     for i in range(gl.maximum(split, first + 1), resume):
-        o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, sizes, NOTHING, BOUNDED, BN)
+        o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
     for i in range(gl.maximum(resume, first + 1), last):
-        o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, sizes, END_ONLY, BOUNDED, BN)
+        o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, END_ONLY, BOUNDED, BN)
     n = last + shift
     shared.v.ring.wait_full(n - 1)
     o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
@@ -148,7 +148,7 @@ def consumer(
         last = gl.maximum(last, first)
         rows = block * 64 + gl.arange(0, 64, RS)
         start, end = row_intervals(mask, b, rows, sizes)
-        row = (b, h, rows, start, end)
+        row = (b, h, rows, start, end, block * 64)
         o = gl.zeros((64, VD), gl.float32, accumulator(VD))
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
@@ -156,7 +156,7 @@ def consumer(
         skip(n, first - any_first, shared)
         n += first - any_first
         if first < last:
-            o, hi, l = attend(n, (first, split, resume, last), (o, hi, l), q, shared, row, mask, score, sizes, LEFT, BOUNDED, BN)
+            o, hi, l = attend(n, (first, split, resume, last), (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
         if BOUNDED:
             hi = bounded_base(l, score)
         n += last - first
@@ -165,7 +165,7 @@ def consumer(
         if OWN_OUT:
             shared.q.ring.release(turn * NC + C)
         total = order.heads.to(gl.int64) * sizes.q_len
-        store(C, o, hi, l, O, outputs, shared, total, row, block, mask, score, dropout, sizes, OWN_OUT)
+        store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
         if not OWN_OUT:
             wait_reads(0)
             shared.q.ring.release(turn * NC + C)

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..masks import query_shift
+from .dropout import kept_of_rows
 from .modifications import exponents, modified
 
 # What a tile's mask may cut: once every row has started, the ends alone.
@@ -23,8 +24,8 @@ def cut(s, place, count):
 
 @gluon.jit
 def tile_scores(s, i, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
-    """Scores [64, BN] of key tile ``i`` as ``modifications.modified`` leaves them; row = (b, h, row indices, start, end)."""
-    b, h, rows, start, end = row
+    """Scores [64, BN] of key tile ``i`` as ``modifications.modified`` leaves them; row = (b, h, row indices, start, end, first row)."""
+    b, h, rows, start, end, _ = row
     cols = i * BN + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
     if not score.raw:
         inside = (rows < sizes.q_len)[:, None] & (cols < sizes.kv_len)[None, :]
@@ -65,3 +66,12 @@ def online(s, hi, l, score, SAFE: gl.constexpr, BOUNDED: gl.constexpr):
 def bounded_base(l, score):
     """The bases of bounded scores; -inf in rows without any, as elsewhere."""
     return gl.where(l == 0.0, float("-inf"), exponents(score)[1] * -1.0)
+
+
+@gluon.jit
+def dropped(p, i, row, dropout, sizes, BN: gl.constexpr):
+    """What dropout leaves of the probabilities of key tile ``i``; the factor 1 / (1 - p) comes with the row's sum."""
+    if dropout is not None:
+        b, h, _, _, _, first = row
+        p = gl.where(kept_of_rows(dropout, b, h, first, i * BN, sizes, 1, p.type.layout, BN), p, 0.0)
+    return p

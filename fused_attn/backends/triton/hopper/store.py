@@ -48,11 +48,11 @@ def wrong(hi, l, start, end, score):
 
 
 @gluon.jit
-def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, block, mask, score, dropout, sizes, OWN_OUT: gl.constexpr):
-    """Block ``block`` of head row[1] in batch row[0]; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
+def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT: gl.constexpr):
+    """Head row[1] in batch row[0]; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
     RS: gl.constexpr = hi.type.layout
     RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    b, h, rows, start, end = row
+    b, h, rows, start, end, first = row
     lse, stats, sinks, redo = outputs
     bh = b * sizes.heads + h
     inside = rows < sizes.q_len
@@ -72,11 +72,11 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, block, mask
         # A NaN of a value that a row may not attend to; infinities show as NaN, too.
         broken = gl.sum(result * 0.0, 1)
         bad = bad | (gl.convert_layout(broken, RS) != 0.0)
-    gl.store(redo + bh * ((sizes.q_len + 63) // 64) + block + rows * 0, rows * 0 + 1, mask=bad & inside)
+    gl.store(redo + bh * ((sizes.q_len + 63) // 64) + first // 64 + rows * 0, rows * 0 + 1, mask=bad & inside)
     store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes)
     if sinks is not None:
         # float32 beside the 16-bit output: columns of ``stats`` [2 + value_dim, batch, heads, q_len].
-        of_row = bh.to(gl.int64) * sizes.q_len + block * 64 + gl.arange(0, 64, RO)
+        of_row = bh.to(gl.int64) * sizes.q_len + first + gl.arange(0, 64, RO)
         cols = gl.arange(0, result.shape[1], gl.SliceLayout(0, o.type.layout))
         wide = stats + (cols.to(gl.int64) + 2)[None, :] * total + of_row[:, None]
         gl.store(wide, result, mask=(of_row - bh.to(gl.int64) * sizes.q_len < sizes.q_len)[:, None] & (cols < O.shape[3])[None, :])
@@ -85,4 +85,4 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, block, mask
     out = shared.out.index(C)
     out.reshape([64, result.shape[1]]).store(result.to(shared.out.dtype))
     fence_async_shared()
-    tma_store(O, [b, h, block * 64, 0], out)
+    tma_store(O, [b, h, first, 0], out)
