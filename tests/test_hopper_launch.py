@@ -42,6 +42,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Utils:
     return utils
 
 
+class Kernel:
+    """As much of a jitted function as decides what is compiled."""
+
+    def __init__(self, *constant: bool) -> None:
+        self.params = [SimpleNamespace(is_constexpr=is_constant) for is_constant in constant]
+
+
 class Recorded:
     """A compiled kernel of the signature (tensordesc, i32), behind the wrapper that the installed Triton puts around a launcher."""
 
@@ -80,7 +87,7 @@ def test_one_compilation_and_one_map_per_kind(driver: Utils, monkeypatch: pytest
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     x = torch.zeros(2, 3, 40, 64, dtype=torch.bfloat16)
-    kernel = SimpleNamespace(params=[SimpleNamespace(is_constexpr=False)] * 2)
+    kernel = Kernel(False, False)
     for n in (6, 7, 16, 32):  # two kinds of numbers: multiples of 16 and others
         launch.launch(kernel, (5,), (Tiles(x, (1, 1, 32, 64)), n))
     assert len(made) == 2
@@ -115,7 +122,7 @@ def test_kinds_are_at_least_as_many_as_tritons() -> None:
 
 
 def test_every_value_of_a_constant_is_a_kind_of_its_own() -> None:
-    kernel = SimpleNamespace(params=[SimpleNamespace(is_constexpr=True)])
+    kernel = Kernel(True)
     assert len({launch.kinds(kernel, (value,), 4) for value in (2, 3, True, 1, None, torch.float32)}) == 6
 
 
