@@ -13,6 +13,7 @@ from fused_attn.backends.triton.launch import run
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
+from . import modifications
 from .bounds import bounds_kernel
 from .descriptors import Tiles
 from .forward_kernel import forward_kernel
@@ -58,6 +59,17 @@ def padded(dim: int) -> int:
     return next(size for size in _TILES if dim <= size)
 
 
+def reasons(call: LoweredAttention) -> list[str]:
+    """Why this pass of an eligible call runs on the plain kernels; empty if it does not."""
+    found = modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
+    dropout = call.terms.dropout
+    if dropout is not None and dropout.counters(call.shape)[1]:
+        found.append("the first key's dropout stands inside a group of four")
+    if call.terms.mask.keep is not None:
+        found.append("dense masks have no bits yet")
+    return found
+
+
 def blocks(call: LoweredAttention) -> int:
     """Blocks of 64 query rows."""
     return -(-call.shape[2] // 64)
@@ -81,6 +93,8 @@ def processors(device: torch.device) -> int:
 
 def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and stats as the plain kernel's ``attention_fwd``, and by it where a row needs more than one rounding per exponent."""
+    if reasons(call):
+        return plain.attention_fwd(call, stats_shape)
     batch, heads, q_len, kv_len = call.shape
     head_dim, value_dim = padded(call.q.shape[-1]), padded(call.v.shape[-1])
     chosen = _tiles(call)
