@@ -156,6 +156,9 @@ def cover() -> Iterator[Case]:
         Case(64, 64, 1, 63, "full", "sinks"),
         Case(64, 64, 130, 300, "causal", "dropout", q_offset=170),
         Case(128, 128, 70, 129, "full", "everything", q_offset=9),
+        Case(64, 64, 300, 300, "dense", heads=(2, 1), batch=2),
+        Case(128, 128, 200, 300, "dense", "alibi", q_offset=90),
+        Case(256, 256, 130, 300, "dense", "bias", q_offset=170),
     ):
         yield replace(case, mode=next(kinds))
 

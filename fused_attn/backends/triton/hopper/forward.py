@@ -17,7 +17,9 @@ from . import modifications
 from .bounds import bounds_kernel
 from .descriptors import Tiles
 from .forward_kernel import forward_kernel
+from .keep import mask_arguments
 from .launch import launch
+from .lists import tile_lists
 from .modifications import fast, is_bounded
 
 # Keys and values that a group of heads may bring into the L2 cache together, in bytes: of 50 MB, with room for queries and outputs.
@@ -65,8 +67,6 @@ def reasons(call: LoweredAttention) -> list[str]:
     dropout = call.terms.dropout
     if dropout is not None and dropout.counters(call.shape)[1]:
         found.append("the first key's dropout stands inside a group of four")
-    if call.terms.mask.keep is not None:
-        found.append("dense masks have no bits yet")
     return found
 
 
@@ -102,8 +102,8 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
     stats = call.q.new_empty(stats_shape, dtype=torch.float32)
     redo = torch.zeros((batch, heads, blocks(call)), dtype=torch.int32, device=call.q.device)
-    mask, score = arguments.mask(call.terms, None), fast(arguments.scores(call.terms, call.grid, call.q.dtype))
-    table = bounds(call, mask, chosen.keys)
+    mask, score = mask_arguments(call.terms), fast(arguments.scores(call.terms, call.grid, call.q.dtype))
+    table = tile_lists(call, mask, chosen.consumers, chosen.keys) if mask.keep is not None else bounds(call, mask, chosen.keys)
     tiles = (
         Tiles(call.q, (1, 1, 64, head_dim)),
         Tiles(call.k, (1, 1, chosen.keys, head_dim)),

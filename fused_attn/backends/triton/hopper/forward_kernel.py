@@ -9,8 +9,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..masks import row_intervals
+from ..primitives import pointers
 from .bounds import block_bounds, tile_reach
 from .compat import aggregate, wait_reads
+from .lists import HEAD
 from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
 from .order import Order
 from .store import store
@@ -51,10 +53,15 @@ def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: 
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
         b, h = bh // sizes.heads, bh % sizes.heads
-        first, last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
         for c in gl.static_range(NC):
             shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
-        for i in range(first, last):
+        if mask.dense:
+            listed = pointers(bounds, b, h, tile, tile * 0)
+            first, last = 0, gl.load(listed) + gl.load(listed + 1)
+        else:
+            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
+        for j in range(first, last):
+            i = gl.load(listed + HEAD + j) if mask.dense else j
             shared.k.load(K, [b, h // sizes.group, i * BN, 0], n)
             shared.v.load(V, [b, h // sizes.group, i * BN, 0], n)
             n += 1
@@ -66,9 +73,8 @@ def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.cons
     """Key tile i, the n-th of this CTA: S = Q K^T, O += P V of the tile before, softmax of this one. carry = (o, p, hi, l)."""
     o, p, hi, l = carry
     VD: gl.constexpr = o.shape[1]
-    LS: gl.constexpr = accumulator(BN)
     shared.k.ring.wait_full(n)
-    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, LS), use_acc=False, is_async=True)
+    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
     shared.v.ring.wait_full(n - 1)
     o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -96,21 +102,36 @@ def skip(n, count, shared):
 
 
 @gluon.jit
+def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+    """The first key tile of a block: its softmax alone. carry = (o, hi, l); ``step`` says what comes out."""
+    o, hi, l = carry
+    shared.k.ring.wait_full(n)
+    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    shared.k.ring.release(n)
+    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
+    p = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
+    return o, p, hi, l
+
+
+@gluon.jit
+def finish(n, o, p, shared):
+    """O with the product of the CTA's n-th key tile, a block's last."""
+    shared.v.ring.wait_full(n)
+    o = warpgroup_mma(p, shared.v.tile(n), o, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    shared.v.ring.release(n)
+    return o
+
+
+@gluon.jit
 def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
     """Key tiles (first, split, resume, last), of which the first is the CTA's n-th: O before division, bases and sums. carry = (o, hi, l)."""
     first, split, resume, last = reach
-    o, hi, l = carry
-    VD: gl.constexpr = o.shape[1]
-    LS: gl.constexpr = accumulator(BN)
-    LEFT_MASK: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
-    shared.k.ring.wait_full(n)
-    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, LS), use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    shared.k.ring.release(n)
     # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
-    s = tile_scores(s, first, row, mask, score, sizes, LEFT_MASK, BN)
-    wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
-    p = gl.convert_layout(dropped(wide, first, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
+    LEFT_MASK: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
+    o, p, hi, l = begin(first, n, carry, q, shared, row, mask, score, dropout, sizes, LEFT_MASK, BOUNDED, BN)
     shift = n - first  # from a key tile's place to its number in this CTA
     if LEFT:
         for i in range(first + 1, split):
@@ -119,12 +140,23 @@ def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, LEFT: g
         o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
     for i in range(gl.maximum(resume, first + 1), last):
         o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, END_ONLY, BOUNDED, BN)
-    n = last + shift
-    shared.v.ring.wait_full(n - 1)
-    o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
-    o = warpgroup_mma_wait(0, deps=(o,))
-    shared.v.ring.release(n - 1)
-    return o, hi, l
+    return finish(last + shift - 1, o, p, shared), hi, l
+
+
+@gluon.jit
+def attend_listed(n, listed, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+    """``attend`` for the key tiles of a list: its mixed ones, of which any pair may be masked, then its full ones."""
+    mixed = gl.load(listed)
+    count = mixed + gl.load(listed + 1)
+    ANY: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
+    o, p, hi, l = begin(gl.load(listed + HEAD), n, carry, q, shared, row, mask, score, dropout, sizes, ANY, BOUNDED, BN)
+    for j in range(1, mixed):
+        i = gl.load(listed + HEAD + j)
+        o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, ANY, BOUNDED, BN)
+    for j in range(gl.maximum(mixed, 1), count):
+        i = gl.load(listed + HEAD + j)
+        o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
+    return finish(n + count - 1, o, p, shared), hi, l
 
 
 @gluon.jit
@@ -142,10 +174,6 @@ def consumer(
         bh, tile = order.place(order.index(turn))
         b, h = bh // sizes.heads, bh % sizes.heads
         block = tile * NC + C
-        any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
-        first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, BN)
-        first = gl.minimum(first, any_last)
-        last = gl.maximum(last, first)
         rows = block * 64 + gl.arange(0, 64, RS)
         start, end = row_intervals(mask, b, rows, sizes)
         row = (b, h, rows, start, end, block * 64)
@@ -153,15 +181,27 @@ def consumer(
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
         shared.q.ring.wait_full(turn * NC + C)
-        skip(n, first - any_first, shared)
-        n += first - any_first
-        if first < last:
-            o, hi, l = attend(n, (first, split, resume, last), (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+        if mask.dense:
+            listed = pointers(bounds, b, h, tile, tile * 0)
+            count = gl.load(listed) + gl.load(listed + 1)
+            if count > 0:
+                o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+            n += count
+        else:
+            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
+            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, BN)
+            first = gl.minimum(first, any_last)
+            last = gl.maximum(last, first)
+            skip(n, first - any_first, shared)
+            n += first - any_first
+            if first < last:
+                reach = (first, split, resume, last)
+                o, hi, l = attend(n, reach, (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+            n += last - first
+            skip(n, any_last - last, shared)
+            n += any_last - last
         if BOUNDED:
             hi = bounded_base(l, score)
-        n += last - first
-        skip(n, any_last - last, shared)
-        n += any_last - last
         if OWN_OUT:
             shared.q.ring.release(turn * NC + C)
         total = order.heads.to(gl.int64) * sizes.q_len

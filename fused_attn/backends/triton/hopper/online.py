@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from ..masks import query_shift
 from .dropout import kept_of_rows
+from .keep import load_words, masked
 from .modifications import exponents, modified
 
 # What a tile's mask may cut: once every row has started, the ends alone.
@@ -25,12 +26,14 @@ def cut(s, place, count):
 @gluon.jit
 def tile_scores(s, i, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
     """Scores [64, BN] of key tile ``i`` as ``modifications.modified`` leaves them; row = (b, h, row indices, start, end, first row)."""
-    b, h, rows, start, end, _ = row
+    b, h, rows, start, end, first = row
     cols = i * BN + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
     if not score.raw:
         inside = (rows < sizes.q_len)[:, None] & (cols < sizes.kv_len)[None, :]
         at = (b, h, rows[:, None], (rows + query_shift(mask, b))[:, None], cols[None, :], inside)
         s = modified(s, score, at)
+    if MASK != NOTHING and mask.dense:
+        s = masked(s, load_words(mask.keep, b, h, first, sizes.q_len, i * BN, sizes.kv_len, 1, BN), BN)
     if MASK == END_ONLY:
         s = cut(s, cols[None, :], end[:, None])
     if MASK == BOTH_ENDS:
