@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.base import Forward
-from fused_attn.backends.triton import arguments, attention_fwd as plain
+from fused_attn.backends.triton import arguments
+from fused_attn.backends.triton import attention_fwd as plain
 from fused_attn.backends.triton.launch import run
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
@@ -16,6 +17,7 @@ from fused_attn.lowering import LoweredAttention
 from . import modifications
 from .bounds import bounds_kernel
 from .descriptors import Tiles
+from .eligible import strides_reason
 from .forward_kernel import forward_kernel
 from .keep import mask_arguments
 from .launch import launch
@@ -39,7 +41,7 @@ class ForwardTiles(NamedTuple):
     own_out: bool
 
 
-# By the larger padded head size.
+# By the larger padded head size, and for calls whose bias arrives in tiles (at head size 256 there is no room for them).
 _TILES = {
     64: ForwardTiles(3, 128, 2, 160, True),
     128: ForwardTiles(2, 128, 2, 240, True),
@@ -47,6 +49,7 @@ _TILES = {
 }
 
 
+_WITH_BIAS = {64: ForwardTiles(2, 128, 2, 240, True), 128: ForwardTiles(2, 128, 2, 240, False)}
 # Dropout's counters and words of a dense mask need registers: at head size 64 three consumers with 160 each make 200 and 13 local accesses in
 # a trip, two with 240 none.
 _HEAVY = {64: ForwardTiles(2, 128, 2, 240, True)}
@@ -55,8 +58,21 @@ _HEAVY = {64: ForwardTiles(2, 128, 2, 240, True)}
 def _tiles(call: LoweredAttention) -> ForwardTiles:
     """The configuration of a call."""
     size = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
+    if _bias_of(call) >= 0:
+        return _WITH_BIAS[size]
     heavy = call.terms.dropout is not None or call.terms.mask.keep is not None
     return (heavy and _HEAVY.get(size)) or _TILES[size]
+
+
+def _bias_of(call: LoweredAttention) -> int:
+    """Which modification is a 16-bit bias of the scores' own shape that TMA can load; -1 where none is, or where there is no room for it."""
+    size = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
+    for number, mod in enumerate(call.terms.mods):
+        if mod.name == "bias" and size in _WITH_BIAS:
+            (bias,) = mod.tensors
+            if bias.dtype in (torch.float16, torch.bfloat16) and bias.shape[2:] == call.shape[2:] and not strides_reason(bias):
+                return number
+    return -1
 
 
 def padded(dim: int) -> int:
@@ -109,7 +125,7 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
         return plain.attention_fwd(call, stats_shape)
     batch, heads, q_len, kv_len = call.shape
     head_dim, value_dim = padded(call.q.shape[-1]), padded(call.v.shape[-1])
-    chosen = _tiles(call)
+    chosen, number = _tiles(call), _bias_of(call)
     out = empty_out(call.q, call.v.shape[-1])
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
     stats = call.q.new_empty(stats_shape, dtype=torch.float32)
@@ -121,6 +137,7 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
         Tiles(call.k, (1, 1, chosen.keys, head_dim)),
         Tiles(call.v, (1, 1, chosen.keys, value_dim)),
         Tiles(out, (1, 1, 64, value_dim)),
+        Tiles(call.terms.mods[number].tensors[0], (1, 1, 64, chosen.keys)) if number >= 0 else None,
     )
     in_cache = max(1, _L2 // (kv_len * (head_dim + value_dim) * call.q.element_size()))
     together = min(batch * heads, in_cache * (heads // call.k.shape[1]))
@@ -130,7 +147,7 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     args = (
         *tiles, lse, stats, call.terms.sinks, redo, arguments.matrix(table), batch * heads, together,
         mask, score, arguments.dropout(call.terms, call.shape), arguments.sizes(call),
-        chosen.consumers, chosen.keys, chosen.stages, chosen.registers, _ends(call), bounded, chosen.own_out,
+        chosen.consumers, chosen.keys, chosen.stages, chosen.registers, _ends(call), bounded, chosen.own_out, number,
     )  # fmt: skip
     launch(forward_kernel, (min(work, processors(call.q.device)),), args)
     plain.run(call, Forward(out, lse, stats), redo)

@@ -21,16 +21,22 @@ from .stream import Stream, flat, room, stream
 
 @aggregate
 class Shared:
-    """Shared memory of one CTA. q and out may be one and the same: then Q of the next query tile waits until O has left."""
+    """Shared memory of one CTA. q and out may be one and the same: then Q of the next query tile waits until O has left.
+
+    ``bias`` has a tile per consumer and key tile, for modification number BIAS; where that is -1, it is some other stream.
+    """
 
     q: Stream
     k: Stream
     v: Stream
+    bias: Stream
     out: gl.shared_memory_descriptor
+    BIAS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, out):
-        self.q, self.k, self.v, self.out = q, k, v, out
+    def __init__(self, q, k, v, bias, out, BIAS):
+        self.q, self.k, self.v, self.bias, self.out = q, k, v, bias, out
+        self.BIAS = gl.constexpr(BIAS)
 
 
 @gluon.constexpr_function
@@ -46,7 +52,7 @@ def left_operand(columns):
 
 
 @gluon.jit
-def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
+def producer(Q, K, V, bias, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
     """Loads Q of one query tile after the other, and the keys and values that it reaches."""
     turn = 0
     n = 0  # key tiles
@@ -63,6 +69,11 @@ def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: 
         for j in range(first, last):
             i = gl.load(listed + HEAD + j) if mask.dense else j
             shared.k.load(K, [b, h // sizes.group, i * BN, 0], n)
+            if shared.BIAS >= 0:
+                # A batch or head of its own, or one for all.
+                place = (gl.minimum(b, bias.shape[0] - 1), gl.minimum(h, bias.shape[1] - 1))
+                for c in gl.static_range(NC):
+                    shared.bias.load(bias, [place[0], place[1], (tile * NC + c) * 64, i * BN], n * NC + c)
             shared.v.load(V, [b, h // sizes.group, i * BN, 0], n)
             n += 1
         turn += 1
@@ -79,7 +90,7 @@ def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.cons
     o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     shared.k.ring.release(n)
-    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, alpha = online(s, hi, l, score, MASK != NOTHING or len(score.functions) > 0, BOUNDED)
     narrow = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
     # P, l and alpha are tied to the wait, so that the compiler may not move their arithmetic behind it.
@@ -94,10 +105,12 @@ def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.cons
 
 
 @gluon.jit
-def skip(n, count, shared):
+def skip(n, count, shared, C: gl.constexpr):
     """Gives back key tiles that other consumers of the CTA need and this one does not."""
     for j in range(n, n + count):
         shared.k.pass_over(j)
+        if shared.BIAS >= 0:
+            shared.bias.pass_over(j * shared.q.ring.stages + C)
         shared.v.pass_over(j)
 
 
@@ -109,7 +122,7 @@ def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.con
     s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     shared.k.ring.release(n)
-    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
     p = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
     return o, p, hi, l
@@ -176,7 +189,7 @@ def consumer(
         block = tile * NC + C
         rows = block * 64 + gl.arange(0, 64, RS)
         start, end = row_intervals(mask, b, rows, sizes)
-        row = (b, h, rows, start, end, block * 64)
+        row = (b, h, rows, start, end, block * 64, C)
         o = gl.zeros((64, VD), gl.float32, accumulator(VD))
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
@@ -192,13 +205,13 @@ def consumer(
             first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, BN)
             first = gl.minimum(first, any_last)
             last = gl.maximum(last, first)
-            skip(n, first - any_first, shared)
+            skip(n, first - any_first, shared, C)
             n += first - any_first
             if first < last:
                 reach = (first, split, resume, last)
                 o, hi, l = attend(n, reach, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
             n += last - first
-            skip(n, any_last - last, shared)
+            skip(n, any_last - last, shared, C)
             n += any_last - last
         if BOUNDED:
             hi = bounded_base(l, score)
@@ -215,20 +228,25 @@ def consumer(
 
 @gluon.jit
 def forward_kernel(
-    Q, K, V, O, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
+    Q, K, V, O, bias, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ENDS: gl.constexpr,
-    BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
+    BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches.
 
-    ENDS is what the mask may cut of a tile.
+    ENDS is what the mask may cut of a tile; ``bias`` a descriptor of modification number BIAS in boxes of 64 x BN, or None where that is -1.
     """
     queries = stream(Q, NC, 1)
     if OWN_OUT:
         out = room(O, NC)
     else:
         out = queries.tiles
-    shared = Shared(queries, stream(K, STAGES, NC), stream(V, STAGES, NC), out)
+    keys = stream(K, STAGES, NC)
+    if BIAS >= 0:
+        biases = stream(bias, STAGES * NC, 1)
+    else:
+        biases = keys
+    shared = Shared(queries, keys, stream(V, STAGES, NC), biases, out, BIAS)
     fence_async_shared()
     tiles = (sizes.q_len + 64 * NC - 1) // (64 * NC)
     order = Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together))
@@ -237,12 +255,12 @@ def forward_kernel(
         gl.warp_specialize([
             (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
+            (producer, (Q, K, V, bias, shared, order, bounds, mask, sizes, NC, BN)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (consumer, (2, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
+            (producer, (Q, K, V, bias, shared, order, bounds, mask, sizes, NC, BN)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

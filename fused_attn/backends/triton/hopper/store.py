@@ -52,7 +52,7 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score
     """Head row[1] in batch row[0]; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
     RS: gl.constexpr = hi.type.layout
     RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    b, h, rows, start, end, first = row
+    b, h, rows, start, end, first, _ = row
     lse, stats, sinks, redo = outputs
     bh = b * sizes.heads + h
     inside = rows < sizes.q_len
