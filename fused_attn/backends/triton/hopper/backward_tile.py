@@ -1,0 +1,94 @@
+"""What the one-pass backward does with one transposed tile of scores [64 keys, queries] between its products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fused_attn.backends.triton.masks import allowed, query_shift, row_intervals
+from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
+from fused_attn.backends.triton.score_mods import apply, pull_back
+
+
+class Arriving(NamedTuple):
+    """Gradients of probabilities and scores [batch, heads, q_len, kv_len], None where none arrive, and the bias whose gradient leaves.
+
+    ``bias`` is the modification's place (a constant, -1 for none) and ``dbias`` its gradient's matrix [batch, heads, q_len, kv_len].
+    """
+
+    dprobs: Any
+    dscores: Any
+    dbias: Any
+    bias: Any
+
+
+@gluon.jit
+def coordinates(h, q_tile, W: gl.constexpr, route, mask, sizes, tile, LAYOUT: gl.constexpr):
+    """(b, h, queries [1, tile.q], their positions, keys [64, 1], which pairs exist): what modifications ask."""
+    queries = q_tile * tile.q + gl.arange(0, tile.q, gl.SliceLayout(0, LAYOUT))
+    keys = (route.kv_tile * tile.kv + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)))[:, None]
+    inside = (queries < sizes.q_len)[None, :] & (keys < sizes.kv_len)
+    return route.b, h, queries[None, :], (queries + query_shift(mask, route.b))[None, :], keys, inside
+
+
+@gluon.jit
+def allowed_pairs(at, mask, sizes, LAYOUT: gl.constexpr):
+    """Which pairs of a mixed tile may attend."""
+    b, h, keys = at[0], at[1], at[4]
+    queries = at[2].reshape([at[2].shape[1]])
+    queries = gl.convert_layout(queries, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
+    start, end = row_intervals(mask, b, queries, sizes)
+    return allowed(mask, b, h, at[2], keys, start[None, :], end[None, :], 1)
+
+
+@gluon.jit
+def probabilities(s, lse, at, score):
+    """exp(score - lse) of raw products s; lse [queries] in log2."""
+    minus = lse[None, :] * -1.0
+    if len(score.functions) > 0:
+        s = apply(s * score.scale, score, at, len(score.functions))
+        return gl.exp2(gl.fma(s, score.factor, minus))
+    elif score.raw:
+        return gl.exp2(gl.fma(s, score.factor, minus))
+    else:
+        return gl.exp2(gl.fma(s, score.scale * score.factor, minus))
+
+
+@gluon.jit
+def kept_by(dropout, at, sizes):
+    """Which pairs dropout leaves."""
+    first = dropout_row(dropout, at[0], at[1], sizes)
+    kv = at[4] + dropout.shift
+    if not dropout.is_part:
+        groups = (sizes.kv_len + 3) // 4
+        w0, w1, w2, w3 = _words(dropout, first + at[2], groups, kv // 4)
+    else:
+        w0, w1, w2, w3 = _words(dropout, first + at[2].to(gl.int64) * dropout.row, None, kv // 4)
+    lane = kv % 4
+    word = gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
+    return word >= dropout.limit.to(gl.uint32)
+
+
+@gluon.jit
+def score_gradients(p, dp, s, ok, at, arriving, score, MASKED: gl.constexpr):
+    """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
+    if arriving.dprobs is not None:
+        dp = dp + gl.load(pointers(arriving.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
+    ds = p * dp
+    if arriving.dscores is not None:
+        ds = ds + gl.load(pointers(arriving.dscores, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
+    if len(score.functions) > 0:
+        raw = s * score.scale
+        if arriving.dbias is not None:
+            before = pull_back(ds, raw, score, at, arriving.bias)
+            if MASKED:
+                before = gl.where(ok, before, 0.0)
+            to = pointers(arriving.dbias, at[0], at[1], at[2], at[4])
+            gl.store(to, before.to(arriving.dbias.ptr.dtype.element_ty), mask=at[5])
+        ds = pull_back(ds, raw, score, at, 0)
+    # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
+    if MASKED and (arriving.dscores is not None or len(score.functions) > 0):
+        ds = gl.where(ok, ds, 0.0)
+    return ds
