@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .backward_tile import allowed_pairs, coordinates, kept_by, probabilities, score_gradients
+from .backward_tile import coordinates, cut, kept_by, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
 from .roles import Ring, bell, ring
 from .walk import place, rank, route_of, steps
@@ -113,6 +113,12 @@ def fixed_tiles(shared, zero, W: gl.constexpr, tile):
 
 
 @gluon.jit
+def pinned(x):
+    """The same 16-bit tile, computed before whatever follows: LLVM else moves its last instructions behind the fence of the product that reads it."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
 def step(
     dk, dv, i, W: gl.constexpr, shared, route, lists, arriving, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
 ):  # fmt: skip
@@ -144,24 +150,23 @@ def step(
     s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
-    at, ok, kept = None, None, None
+    at, kept = None, None
     if PLACED:
         h, q_tile = place(route, i, lists, sizes, tile)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
     p = probabilities(s, lse, at, score)
     if MASKED:
-        ok = allowed_pairs(at, mask, sizes, LS)
-        p = gl.where(ok, p, 0.0)
+        p = cut(p, at, mask, sizes)
     weights = p
     if APART:
         kept = kept_by(dropout, at, sizes)
         weights = gl.where(kept, p * dropout.factor, 0.0)
-    pb = gl.convert_layout(weights.to(DTYPE), OF_V)
+    pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
         dp = gl.where(kept, dp * dropout.factor, 0.0) + shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :]
-    ds = score_gradients(p, dp, s, ok, at, arriving, score, MASKED).to(DTYPE)
+    ds = score_gradients(p, dp, s, at, arriving, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
     fence_async_shared()

@@ -12,14 +12,20 @@ from fused_attn.backends.base import Forward, Gradients, Incoming, sink_gradient
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton import launch as plain
 from fused_attn.backends.triton.attention_bwd import _Arriving
+from fused_attn.backends.triton.attention_bwd_bias import bias_gradient
+from fused_attn.backends.triton.config import TileConfig
+from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
+from fused_attn.score_mods import in_own_shape, on_device
 
 from .backward import _attention_bwd_hopper_kernel
+from .backward_redo import redo
 from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Arriving
 from .descriptors import Tiles
 from .eligible import strides_reason
 from .launch import launch
+from .visits import lists
 
 
 class BackwardConfig(NamedTuple):
@@ -38,6 +44,7 @@ BACKWARD = {
     (128, False): BackwardConfig(64, 2, 240),
     (128, True): BackwardConfig(64, 2, 240),
 }
+MAX_HEAD_DIM = 128
 KEYS = 128
 
 
@@ -47,19 +54,41 @@ def padded(dim: int) -> int:
 
 
 def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
-    """Gradients of (q, k, v, sinks, *modification tensors), None where not needed, by ``incoming.dout`` and whatever else arrives."""
+    """Gradients of (q, k, v, sinks, *modification tensors), None where not needed; ``incoming.dout`` is there and head sizes are at most 128."""
     arriving = _Arriving(call, forward, incoming)
-    one = _OnePass(call, forward, incoming, arriving)
-    dq, dk, dv = one.run()
+    written = _written_bias(call, needs)
+    dbias, dq, dk, dv = _OnePass(call, forward, incoming, arriving, written).run()
     dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
-    return dq, dk, dv, dsinks
+    dmods: list[Tensor | None] = []
+    for place, mod in enumerate(call.terms.mods):
+        wanted = zip(on_device(mod, call.grid).tensors, needs[4 + len(dmods) :], strict=False)
+        if place == written:
+            grads: tuple[Tensor | None, ...] = (dbias,)
+        else:
+            grads = tuple([bias_gradient(call, arriving, place, t) if need else None for t, need in wanted])
+        dmods += in_own_shape(grads, mod, call.grid)
+    return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, dsinks, *dmods
+
+
+def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> int:
+    """The place of the first bias with a gradient for every pair, which the pass writes as it goes; -1 without one.
+
+    All others are sums over batches, heads, rows or columns, in a fixed order by a pass of their own.
+    """
+    number = 4
+    for place, mod in enumerate(call.terms.mods):
+        tensors = on_device(mod, call.grid).tensors
+        if len(tensors) == 1 and tensors[0].shape == call.shape and needs[number]:
+            return place
+        number += len(tensors)
+    return -1
 
 
 class _OnePass:
     """Buffers and arguments of one call."""
 
-    def __init__(self, call: LoweredAttention, forward: Forward, incoming: Incoming, arriving: Any) -> None:
-        self.call, self.forward, self.incoming, self.arriving = call, forward, incoming, arriving
+    def __init__(self, call: LoweredAttention, forward: Forward, incoming: Incoming, arriving: Any, written: int) -> None:
+        self.call, self.forward, self.incoming, self.arriving, self.written = call, forward, incoming, arriving, written
         batch, heads, q_len, _ = call.shape
         self.d, self.dv = padded(call.q.shape[-1]), padded(call.v.shape[-1])
         special = bool(call.terms.mods) or call.terms.dropout is not None or arriving.more_tiles
@@ -70,43 +99,54 @@ class _OnePass:
         # Heads that the pass leaves to others, and heads in which it found a NaN: apart, so that no CTA of a head decides differently.
         self.skipped, self.broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
         self.score = arguments.scores(call.terms, call.grid, call.q.dtype)
+        # Tiles that nobody visits have no gradient.
+        self.dbias = None if written < 0 else torch.zeros_like(on_device(call.terms.mods[written], call.grid).tensors[0])
 
-    def tile(self, block_q: int, block_kv: int) -> arguments.Tile:
-        call = self.call
-        values = (block_q, block_kv, self.d, self.dv, call.q.shape[-1], call.v.shape[-1], 0, False)
-        return arguments.Tile(*(tl.constexpr(v) for v in values))
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """The gradients of the bias that the pass writes, q, k and v."""
         call = self.call
         dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-        self._per_row(_backward_rows_kernel, KEYS, (self.forward.stats, self.arriving.delta[..., None], self.lse[..., None], self.minus[..., None], self.sums), (self.skipped,))
+        before = (self.forward.stats, self.arriving.delta[..., None], self.lse[..., None], self.minus[..., None], self.sums)
+        self._per_row(_backward_rows_kernel, KEYS, before, (self.skipped,))
         self._main(dk, dv)
         self._per_row(_backward_dq_kernel, 64, (self.sums, dq), (self.skipped, self.broke))
-        return dq, dk, dv
+        redo(call, self.arriving, self.skipped, (dq, dk, dv), self.dbias, self.written)
+        return self.dbias, dq, dk, dv
+
+    def _tile(self, block_q: int) -> arguments.Tile:
+        call = self.call
+        values = (block_q, KEYS, self.d, self.dv, call.q.shape[-1], call.v.shape[-1], 0, False)
+        return arguments.Tile(*(tl.constexpr(v) for v in values))
 
     def _per_row(self, kernel: Any, block: int, matrices: tuple[Tensor, ...], flags: tuple[Tensor, ...]) -> None:
         batch, heads, q_len, _ = self.call.shape
-        args = (*(arguments.matrix(t) for t in matrices), *flags, self.score, arguments.sizes(self.call), self.tile(block, KEYS))
+        args = (*(arguments.matrix(t) for t in matrices), *flags, self.score, arguments.sizes(self.call), self._tile(block))
         plain.run(kernel, -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
 
     def _main(self, dk: Tensor, dv: Tensor) -> None:
         call, (bm, stages, registers) = self.call, self.config
         batch, heads, q_len, kv_len = call.shape
+        tile, form = self._tile(bm), call.terms.mask
+        turns = ticket = met = None
+        if torch.are_deterministic_algorithms_enabled():
+            turns = call.q.new_zeros((batch, heads, -(-q_len // bm)), dtype=torch.int32)
+            ticket = call.q.new_zeros(1, dtype=torch.int32)
+        if form.kv_start is not None or form.kv_end is not None or form.keep is not None:
+            summary = plain._summary(call, TileConfig(bm, KEYS, 4, 1))
+            met = lists(call, arguments.mask(call.terms, summary), tile, turns is not None)
+        arriving = (*(arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, self.dbias)), tl.constexpr(self.written))
+        terms = (arguments.mask(call.terms, None), self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
+        args = (self.skipped, self.broke, met, turns, ticket, Arriving(*arriving), *terms, stages, registers)
+        launch(_attention_bwd_hopper_kernel, (-(-kv_len // KEYS) * batch * call.k.shape[1],), (*self._descriptors(dk, dv), *args))
+
+    def _descriptors(self, dk: Tensor, dv: Tensor) -> tuple[Tiles, ...]:
+        call, bm, d, v = self.call, self.config.block_q, self.d, self.dv
         dout = self.incoming.dout
         assert dout is not None
         if strides_reason(dout):
             dout = dout.contiguous()
-        turns = ticket = None
-        if torch.are_deterministic_algorithms_enabled():
-            turns = call.q.new_zeros((batch, heads, -(-q_len // bm)), dtype=torch.int32)
-            ticket = call.q.new_zeros(1, dtype=torch.int32)
-        d, v = self.d, self.dv
-        descriptors = (
+        return (
             Tiles(call.q, (1, 1, bm, d)), Tiles(call.k, (1, 1, KEYS, d)), Tiles(call.v, (1, 1, KEYS, v)), Tiles(dout, (1, 1, bm, v)),
             Tiles(self.sums, (1, 1, bm, d // 2)), Tiles(dk, (1, 1, 64, d)), Tiles(dv, (1, 1, 64, v)),
             Tiles(self.lse, (1, 1, bm), swizzled=False), Tiles(self.minus, (1, 1, bm), swizzled=False),
         )  # fmt: skip
-        given = Arriving(*(arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores)), None, tl.constexpr(-1))
-        terms = (arguments.mask(call.terms, None), self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), self.tile(bm, KEYS))
-        args = (*descriptors, self.skipped, self.broke, None, turns, ticket, given, *terms, stages, registers)
-        launch(_attention_bwd_hopper_kernel, (-(-kv_len // KEYS) * batch * call.k.shape[1],), args)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fused_attn.backends.triton.masks import allowed, query_shift, row_intervals
+from fused_attn.backends.triton.masks import query_shift
 from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
 from fused_attn.backends.triton.score_mods import apply, pull_back
 
@@ -34,13 +34,29 @@ def coordinates(h, q_tile, W: gl.constexpr, route, mask, sizes, tile, LAYOUT: gl
 
 
 @gluon.jit
-def allowed_pairs(at, mask, sizes, LAYOUT: gl.constexpr):
-    """Which pairs of a mixed tile may attend."""
-    b, h, keys = at[0], at[1], at[4]
-    queries = at[2].reshape([at[2].shape[1]])
-    queries = gl.convert_layout(queries, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
-    start, end = row_intervals(mask, b, queries, sizes)
-    return allowed(mask, b, h, at[2], keys, start[None, :], end[None, :], 1)
+def cut(x, at, mask, sizes):
+    """x [64, queries] of a mixed tile, 0 where a pair may not attend.
+
+    One bound after the other: rows' intervals in registers (``masks.row_intervals``) are half a tile's worth of them, and spill.
+    """
+    b, h, queries, positions, keys, _ = at
+    x = gl.where(keys < sizes.kv_len, x, 0.0)
+    # Rows beyond the end are 0 already.
+    apart = keys - positions
+    if mask.left is not None:
+        x = gl.where(apart >= 0 - mask.left, x, 0.0)
+    if mask.right is not None:
+        x = gl.where(apart <= mask.right, x, 0.0)
+    if mask.kv_start is not None:
+        inside = queries < sizes.q_len
+        x = gl.where(keys >= gl.load(pointers(mask.kv_start, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
+    if mask.kv_end is not None:
+        inside = queries < sizes.q_len
+        x = gl.where(keys < gl.load(pointers(mask.kv_end, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
+    if mask.dense:
+        inside = (queries < sizes.q_len) & (keys < sizes.kv_len)
+        x = gl.where(gl.load(pointers(mask.keep, b, h, queries, keys), mask=inside, other=0) != 0, x, 0.0)
+    return x
 
 
 @gluon.jit
@@ -72,7 +88,7 @@ def kept_by(dropout, at, sizes):
 
 
 @gluon.jit
-def score_gradients(p, dp, s, ok, at, arriving, score, MASKED: gl.constexpr):
+def score_gradients(p, dp, s, at, arriving, mask, score, sizes, MASKED: gl.constexpr):
     """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
     if arriving.dprobs is not None:
         dp = dp + gl.load(pointers(arriving.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
@@ -84,11 +100,11 @@ def score_gradients(p, dp, s, ok, at, arriving, score, MASKED: gl.constexpr):
         if arriving.dbias is not None:
             before = pull_back(ds, raw, score, at, arriving.bias)
             if MASKED:
-                before = gl.where(ok, before, 0.0)
+                before = cut(before, at, mask, sizes)
             to = pointers(arriving.dbias, at[0], at[1], at[2], at[4])
             gl.store(to, before.to(arriving.dbias.ptr.dtype.element_ty), mask=at[5])
         ds = pull_back(ds, raw, score, at, 0)
     # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
     if MASKED and (arriving.dscores is not None or len(score.functions) > 0):
-        ds = gl.where(ok, ds, 0.0)
+        ds = cut(ds, at, mask, sizes)
     return ds
