@@ -24,7 +24,7 @@ _options: dict[str, Any] = {}
 
 
 def _compile(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Any:
-    key = (kernel, num_warps, *map(launch.kind, args))
+    key = launch.kinds(kernel, args, num_warps)
     if key not in _kernels:
         _kernels[key] = launch.compile_for(kernel, args, num_warps)
     compiled.append((kernel.fn.__name__, _kernels[key]))
@@ -58,13 +58,13 @@ def _start_simulated(kernel: Any, grid: tuple[int, int, int], device: torch.devi
 
 def compile_only(chip: int = CHIP) -> None:
     """From here on every Triton launch of this process compiles for the chip."""
-    aot.target(chip)
+    aot.target(chip, hopper=True)
     launch.start = _start_compiled
 
 
 def simulate(chip: int = CHIP, **options: Any) -> None:
     """From here on every Triton launch of this process is compiled for the chip and simulated."""
-    simulated.simulate(chip)
+    simulated.simulate(chip, hopper=True)
     _options.clear()
     _options.update(options)
     launch.start = _start_simulated

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CAPABILITY = 90
+CHIP = 90
 MAX_HEAD_DIM = 256
 # TMA's unit in bytes: addresses and strides are multiples of it.
 UNIT = 16
@@ -17,6 +18,8 @@ _LONGEST = 2**31 - 1
 
 def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
     """Why q, k, v [batch, heads, length, dim] with these terms (a problem's modifiers or a call's) run on the plain kernels; empty if they do not."""
+    if os.environ.get("FUSED_ATTN_HOPPER") == "off":
+        return ["FUSED_ATTN_HOPPER=off"]
     q, _, v = tensors
     found = []
     if q.dtype not in (torch.float16, torch.bfloat16):

@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
 def start(kernel: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...], num_warps: int) -> None:
     """The part of ``launch`` that needs a GPU; tests put another in its place."""
     with torch.cuda.device(device):
-        key = (kernel, device.index, num_warps, *map(kind, args))
+        key = (device.index, *kinds(kernel, args, num_warps))
         compiled = _compiled.get(key)
         if compiled is None:
             compiled = _compiled[key] = _Compiled.of(compile_for(kernel, args, num_warps))
@@ -62,8 +62,14 @@ def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Any:
     return kernel.warmup(*given, grid=(1,), num_warps=num_warps, enable_fp_fusion=False)
 
 
+def kinds(kernel: Any, args: tuple[Any, ...], num_warps: int) -> tuple[Any, ...]:
+    """What decides the compiled code: the kernel, values of constexpr parameters, and of every other argument at least what Triton looks at."""
+    given = zip(kernel.params, args, strict=True)
+    return kernel, num_warps, *((type(a), a) if parameter.is_constexpr else kind(a) for parameter, a in given)
+
+
 def kind(value: Any) -> Any:
-    """What of an argument decides the compiled code: at least what Triton looks at, which is cheaper to ask here."""
+    """What of an argument decides the compiled code."""
     if isinstance(value, Tiles):
         return value.kind
     if isinstance(value, Tensor):
@@ -77,5 +83,5 @@ def kind(value: Any) -> Any:
     if isinstance(value, tuple):
         return type(value), *map(kind, value)
     if isinstance(value, tl.constexpr):
-        return tl.constexpr, value.value
+        return tl.constexpr, type(value.value), value.value
     return value
