@@ -9,10 +9,12 @@ from triton.experimental.gluon import language as gl
 
 from fused_attn.backends.triton.masks import query_shift
 from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
-from fused_attn.backends.triton.score_mods import apply, pull_back
+
+from .dropout import kept_of_columns
+from .modifications import _pulled_back_through, exponents, modified, pulled_back
 
 
-class Arriving(NamedTuple):
+class Given(NamedTuple):
     """Gradients of probabilities and scores [batch, heads, q_len, kv_len], None where none arrive, and the bias whose gradient leaves.
 
     ``bias`` is the modification's place (a constant, -1 for none) and ``dbias`` its gradient's matrix [batch, heads, q_len, kv_len].
@@ -62,49 +64,46 @@ def cut(x, at, mask, sizes):
 @gluon.jit
 def probabilities(s, lse, at, score):
     """exp(score - lse) of raw products s; lse [queries] in log2."""
-    minus = lse[None, :] * -1.0
+    factor, lift = exponents(score)
+    minus = lse * -1.0
     if len(score.functions) > 0:
-        s = apply(s * score.scale, score, at, len(score.functions))
-        return gl.exp2(gl.fma(s, score.factor, minus))
-    elif score.raw:
-        return gl.exp2(gl.fma(s, score.factor, minus))
-    else:
-        return gl.exp2(gl.fma(s, score.scale * score.factor, minus))
+        minus = minus + lift
+    return gl.exp2(gl.fma(modified(s, score, at), factor, minus[None, :]))
 
 
 @gluon.jit
-def kept_by(dropout, at, sizes):
+def kept(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
     """Which pairs dropout leaves."""
-    first = dropout_row(dropout, at[0], at[1], sizes)
-    kv = at[4] + dropout.shift
-    if not dropout.is_part:
-        groups = (sizes.kv_len + 3) // 4
-        w0, w1, w2, w3 = _words(dropout, first + at[2], groups, kv // 4)
+    if dropout.shift == 0:
+        return kept_of_columns(dropout, at[0], at[1], q_tile * tile.q, first_key, sizes, LAYOUT, tile.q)
     else:
-        w0, w1, w2, w3 = _words(dropout, first + at[2].to(gl.int64) * dropout.row, None, kv // 4)
-    lane = kv % 4
-    word = gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
-    return word >= dropout.limit.to(gl.uint32)
+        # Keys begin inside of a group of four: every pair makes its own call.
+        kv = at[4] + dropout.shift
+        row = dropout_row(dropout, at[0], at[1], sizes) + at[2].to(gl.int64) * dropout.row
+        w0, w1, w2, w3 = _words(dropout, row, None, kv // 4)
+        lane = kv % 4
+        word = gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
+        return word >= dropout.limit.to(gl.uint32)
 
 
 @gluon.jit
-def score_gradients(p, dp, s, at, arriving, mask, score, sizes, MASKED: gl.constexpr):
+def score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED: gl.constexpr):
     """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
-    if arriving.dprobs is not None:
-        dp = dp + gl.load(pointers(arriving.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
+    if given.dprobs is not None:
+        dp = dp + gl.load(pointers(given.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
     ds = p * dp
-    if arriving.dscores is not None:
-        ds = ds + gl.load(pointers(arriving.dscores, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
-    if len(score.functions) > 0:
-        raw = s * score.scale
-        if arriving.dbias is not None:
-            before = pull_back(ds, raw, score, at, arriving.bias)
-            if MASKED:
-                before = cut(before, at, mask, sizes)
-            to = pointers(arriving.dbias, at[0], at[1], at[2], at[4])
-            gl.store(to, before.to(arriving.dbias.ptr.dtype.element_ty), mask=at[5])
-        ds = pull_back(ds, raw, score, at, 0)
+    if given.dscores is not None:
+        ds = ds + gl.load(pointers(given.dscores, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
+    if given.dbias is not None:
+        before = ds
+        for i in gl.static_range(len(score.functions) - given.bias):
+            before = _pulled_back_through(before, s, score, at, None, len(score.functions) - 1 - i)
+        if MASKED:
+            before = cut(before, at, mask, sizes)
+        to = pointers(given.dbias, at[0], at[1], at[2], at[4])
+        gl.store(to, before.to(given.dbias.ptr.dtype.element_ty), mask=at[5])
+    ds = pulled_back(ds, s, score, at)
     # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
-    if MASKED and (arriving.dscores is not None or len(score.functions) > 0):
+    if MASKED and (given.dscores is not None or len(score.functions) > 0):
         ds = cut(ds, at, mask, sizes)
     return ds
