@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
 from .roles import Ring, bell, ring
-from .walk import place, rank, route_of, steps
+from .walk import rank, route_of, steps_of, total, visited
 
 
 @aggregate
@@ -47,18 +47,20 @@ def producer(k, v, q, dout, lse, minus, shared, block, skipped, lists, mask, siz
     first = route.kv_tile * tile.kv
     tma_load(k, [route.b, route.kv_h, first, 0], shared.keys_here, shared.k.index(0))
     tma_load(v, [route.b, route.kv_h, first, 0], shared.keys_here, shared.v.index(0))
-    _, total = steps(route, sizes)
-    for i in range(total):
-        h, q_tile = place(route, i, lists, sizes, tile)
-        row = q_tile * tile.q
-        shared.queries.wait_empty(i)
-        full = shared.queries.full_at(i)
-        st = shared.queries.stage(i)
-        mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q)
-        tma_load(q, [route.b, h, row, 0], full, shared.q.index(st))
-        tma_load(lse, [route.b, h, row], full, shared.lse.index(st))
-        tma_load(dout, [route.b, h, row, 0], full, shared.dout.index(st))
-        tma_load(minus, [route.b, h, row], full, shared.minus.index(st))
+    for part in gl.static_range(2):
+        for member in range(sizes.group):
+            h = route.kv_h * sizes.group + member
+            low, high = steps_of(route, member, sizes, part == 0)
+            for i in range(low, high):
+                row = visited(route, i - low, lists, sizes, tile, part == 0) * tile.q
+                shared.queries.wait_empty(i)
+                full = shared.queries.full_at(i)
+                st = shared.queries.stage(i)
+                mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q)
+                tma_load(q, [route.b, h, row, 0], full, shared.q.index(st))
+                tma_load(lse, [route.b, h, row], full, shared.lse.index(st))
+                tma_load(dout, [route.b, h, row, 0], full, shared.dout.index(st))
+                tma_load(minus, [route.b, h, row], full, shared.minus.index(st))
 
 
 @gluon.jit
@@ -66,21 +68,25 @@ def reducer(dq, turns, shared, block, skipped, lists, mask, sizes, tile):
     """Adds both halves of each dq tile to global memory, in ascending order of key tiles if there are ``turns``."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
     q_tiles = (sizes.q_len + tile.q - 1) // tile.q
-    _, total = steps(route, sizes)
-    for i in range(total):
-        h, q_tile = place(route, i, lists, sizes, tile)
-        if turns is not None:
-            turn = turns + (route.b * sizes.heads + h).to(gl.int64) * q_tiles + q_tile
-            await_turn(turn, rank(route, q_tile, lists, mask, sizes, tile))
-        for w in gl.static_range(2):
-            mbarrier.wait(shared.dq_ring.full.index(w), i & 1)
-            tma_add(dq, [route.b, h, q_tile * tile.q, w * (tile.d // 2)], shared.dq.index(w))
-        wait_reads(1)
-        mbarrier.arrive(shared.dq_ring.empty.index(0), count=1)
-        wait_reads(0)
-        mbarrier.arrive(shared.dq_ring.empty.index(1), count=1)
-        if turns is not None:
-            pass_turn(turn)
+    for part in gl.static_range(2):
+        for member in range(sizes.group):
+            h = route.kv_h * sizes.group + member
+            low, high = steps_of(route, member, sizes, part == 0)
+            for i in range(low, high):
+                q_tile = visited(route, i - low, lists, sizes, tile, part == 0)
+                turn = turns
+                if turns is not None:
+                    turn = turns + (route.b * sizes.heads + h).to(gl.int64) * q_tiles + q_tile
+                    await_turn(turn, rank(route, q_tile, lists, mask, sizes, tile))
+                for w in gl.static_range(2):
+                    mbarrier.wait(shared.dq_ring.full.index(w), i & 1)
+                    tma_add(dq, [route.b, h, q_tile * tile.q, w * (tile.d // 2)], shared.dq.index(w))
+                wait_reads(1)
+                mbarrier.arrive(shared.dq_ring.empty.index(0), count=1)
+                wait_reads(0)
+                mbarrier.arrive(shared.dq_ring.empty.index(1), count=1)
+                if turns is not None:
+                    pass_turn(turn)
     wait_reads(0)
 
 
@@ -120,7 +126,7 @@ def pinned(x):
 
 @gluon.jit
 def step(
-    dk, dv, i, W: gl.constexpr, shared, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
+    dk, dv, i, n, h, W: gl.constexpr, shared, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
 ):  # fmt: skip
     """dk [64, tile.d] and dv [64, tile.dv] and what one query tile adds to them; its part of dq goes to the reducer."""
     HALF: gl.constexpr = tile.d // 2
@@ -152,7 +158,7 @@ def step(
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
     at, stays = None, None
     if PLACED:
-        h, q_tile = place(route, i, lists, sizes, tile)
+        q_tile = visited(route, n, lists, sizes, tile, not MASKED)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
     p = probabilities(s, lse, at, score)
     if MASKED:
@@ -195,15 +201,16 @@ def consumer(
     dk = gl.zeros((64, tile.d), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.d, 16]))
     dv = gl.zeros((64, tile.dv), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.dv, 16]))
     mbarrier.wait(shared.keys_here, 0)
-    full, total = steps(route, sizes)
-    for i in range(full):
-        dk, dv = step(dk, dv, i, W, shared, route, lists, given, mask, score, dropout, sizes, tile, False)
-    for i in range(full, total):
-        dk, dv = step(dk, dv, i, W, shared, route, lists, given, mask, score, dropout, sizes, tile, True)
+    for part in gl.static_range(2):
+        for member in range(sizes.group):
+            low, high = steps_of(route, member, sizes, part == 0)
+            h = route.kv_h * sizes.group + member
+            for i in range(low, high):
+                dk, dv = step(dk, dv, i, i - low, h, W, shared, route, lists, given, mask, score, dropout, sizes, tile, part == 1)
     if nans(dk) + nans(dv) > 0:
         gl.store(broke + route.b * (sizes.heads // sizes.group) + route.kv_h, 1)
     # The other consumer reads all of K for dq until its last product is done.
-    mbarrier.wait(shared.ds_ring.empty, (total & 1) ^ 1)
+    mbarrier.wait(shared.ds_ring.empty, (total(route, sizes) & 1) ^ 1)
     k, v, half, ds_all = fixed_tiles(shared, 0, W, tile)
     k.store((dk * score.scale).to(DTYPE))
     v.store(dv.to(DTYPE))

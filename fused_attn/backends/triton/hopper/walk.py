@@ -78,26 +78,34 @@ def route_of(block, skipped, lists, mask, sizes, tile):
 
 
 @gluon.jit
-def steps(route, sizes):
-    """How many query tiles are full, and how many there are."""
-    return route.full * sizes.group, (route.full + route.mixed) * sizes.group
+def steps_of(route, member, sizes, FULL: gl.constexpr):
+    """The numbers [first, last) of a group member's steps with full or with mixed tiles."""
+    if FULL:
+        first, each = member * route.full, route.full
+    else:
+        first, each = sizes.group * route.full + member * route.mixed, route.mixed
+    return first, first + each
 
 
 @gluon.jit
-def place(route, i, lists, sizes, tile):
-    """(head, query tile) of a step."""
-    full, _ = steps(route, sizes)
-    is_full = i < full
-    each = gl.where(is_full, route.full, route.mixed)
-    i = gl.where(is_full, i, i - full)
-    member = i // gl.maximum(each, 1)
-    n = i - member * each
-    if lists is None:
-        q_tile = gl.where(is_full, route.split + n, gl.where(n < route.left, route.first + n, route.resume + n - route.left))
-    else:
+def total(route, sizes):
+    """How many steps there are."""
+    return sizes.group * (route.full + route.mixed)
+
+
+@gluon.jit
+def visited(route, n, lists, sizes, tile, FULL: gl.constexpr):
+    """The n-th full or mixed query tile."""
+    if lists is not None:
         q_tiles = (sizes.q_len + tile.q - 1) // tile.q
-        q_tile = gl.load(lists.tiles + route.row.to(gl.int64) * q_tiles + gl.where(is_full, n, q_tiles - 1 - n))
-    return route.kv_h * sizes.group + member, q_tile
+        if not FULL:
+            n = q_tiles - 1 - n
+        q_tile = gl.load(lists.tiles + route.row.to(gl.int64) * q_tiles + n)
+    elif FULL:
+        q_tile = route.split + n
+    else:
+        q_tile = gl.where(n < route.left, route.first + n, route.resume + n - route.left)
+    return q_tile
 
 
 @gluon.jit
