@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -59,8 +60,9 @@ class CompileOnly:
         compiled.append((self.kernel.fn.__name__, self.kernel.warmup(*args, grid=self.grid, **kwargs)))
 
 
-def target(chip: int, launcher: type = CompileOnly) -> None:
-    """From here on every Triton launch of this process compiles for ``chip`` instead of running."""
+def target(chip: int, launcher: type = CompileOnly, hopper: bool = False) -> None:
+    """From here on every Triton launch of this process compiles for ``chip`` instead of running; the plain kernels, or Hopper's where they run."""
+    os.environ["FUSED_ATTN_HOPPER"] = "on" if hopper else "off"
     driver.set_active(_Driver(chip))
     launch.target_chip = chip
     triton.runtime.jit.JITFunction.__getitem__ = lambda self, grid: launcher(self, grid)

@@ -36,10 +36,10 @@ class _Simulated(aot.CompileOnly):
         importlib.import_module("cusim.triton").launch(compiled, self.grid, flat)
 
 
-def simulate(chip: int) -> None:
-    """From here on every Triton launch of this process is compiled for ``chip`` and simulated."""
+def simulate(chip: int, hopper: bool = False) -> None:
+    """From here on every Triton launch of this process is compiled for ``chip`` and simulated; ``hopper`` as for ``aot.target``."""
     native.simulator()
-    aot.target(chip, _Simulated)
+    aot.target(chip, _Simulated, hopper)
     # The kernels are compiled functions by now; this only makes the backend accept CPU tensors.
     for module in ("attention_fwd", "attention_aux", "attention_bwd", "softmax"):
         importlib.import_module(f"fused_attn.backends.triton.{module}")

@@ -17,8 +17,10 @@ from fused_attn.backends.base import (
     capability_refusal,
     composition_refusals,
     device_type,
+    has_wgmma,
     transform_refusal,
 )
+from fused_attn.backends.triton.hopper import eligible
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
@@ -64,19 +66,34 @@ class TritonBackend:
         wide = call.terms.sinks is not None and call.q.dtype.itemsize < 4
         return (2 + call.v.shape[-1] * wide, *call.shape[:3])
 
-    def attention_fwd(self, call: LoweredAttention) -> Forward:
-        from fused_attn.backends.triton.attention_fwd import attention_fwd
+    def notes(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
+        """On Hopper, which kernels would run, and why not its own."""
+        if isinstance(problem, SoftmaxProblem) or not has_wgmma(problem) or _interpreted():
+            return []
+        reasons = eligible.reasons((problem.q, problem.k, problem.v), problem.modifiers)
+        return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons] or [
+            "kernels for Hopper (TMA, warpgroup products)"
+        ]
 
+    def attention_fwd(self, call: LoweredAttention) -> Forward:
+        if _on_hopper(call):
+            from fused_attn.backends.triton.hopper.forward import attention_fwd
+        else:
+            from fused_attn.backends.triton.attention_fwd import attention_fwd
         return Forward(*attention_fwd(call, self.stats_shape(call)))
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
-        from fused_attn.backends.triton.attention_aux import attention_aux
-
+        if _on_hopper(call):
+            from fused_attn.backends.triton.hopper.rows import attention_aux
+        else:
+            from fused_attn.backends.triton.attention_aux import attention_aux
         return attention_aux(call, forward, request)
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
-        from fused_attn.backends.triton.attention_bwd import attention_bwd
-
+        if _on_hopper(call):
+            from fused_attn.backends.triton.hopper.backward import attention_bwd
+        else:
+            from fused_attn.backends.triton.attention_bwd import attention_bwd
         return attention_bwd(call, forward, incoming, needs)
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
@@ -88,6 +105,14 @@ class TritonBackend:
         from fused_attn.backends.triton.softmax import softmax_bwd
 
         return softmax_bwd(call, result, dout, needs)
+
+
+def _on_hopper(call: LoweredAttention) -> bool:
+    """Whether the kernels for Hopper run a call."""
+    from fused_attn.backends.triton import config, launch
+
+    chip = launch.target_chip or (0 if _interpreted() else config.chip_of(call.q.device))
+    return chip == eligible.CHIP and 0 not in call.shape and not eligible.reasons((call.q, call.k, call.v), call.terms)
 
 
 def _head_size_refusals(problem: AttentionProblem) -> list[str]:

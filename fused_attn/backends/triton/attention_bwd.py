@@ -6,6 +6,9 @@ is summed by one program in a fixed order: bit-reproducible without atomics. ``a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -57,10 +60,13 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, sco
 
 
 @triton.jit
-def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, small, mask, score, dropout, sizes, tile):
+def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, redo, small, mask, score, dropout, sizes, tile):
     tiles = tl.cdiv(sizes.q_len, tile.q)
     q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // sizes.heads, bh % sizes.heads
+    if redo is not None:
+        if tl.load(redo + bh // sizes.group) == 0:
+            return
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
     rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
     start, end, inverse = rows_of[5], rows_of[6], rows_of[3]
@@ -91,12 +97,15 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, s
 
 
 @triton.jit
-def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dscores, small, mask, score, dropout, sizes, tile):
+def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dscores, redo, small, mask, score, dropout, sizes, tile):
     """One program per tile of keys and key head."""
     tiles = tl.cdiv(sizes.kv_len, tile.kv)
     kv_heads = sizes.heads // sizes.group
     kv_tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, kv_h = bh // kv_heads, bh % kv_heads
+    if redo is not None:
+        if tl.load(redo + bh) == 0:
+            return
     kv_first = kv_tile * tile.kv
     kv_idx = kv_first + tl.arange(0, tile.kv)
     kv_ok = kv_idx < sizes.kv_len
@@ -144,19 +153,39 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     """Gradients of (q, k, v, sinks, *modification tensors), None where not needed."""
     if 0 in call.shape:
         return gradients_without_scores(call, incoming, needs)
-    arriving = _Arriving(call, forward, incoming)
+    arriving = Arriving.of(call, forward, incoming)
+    dq, dk, dv = room(call, needs)
+    products(arriving, (dq, dk, dv))
+    if dv is not None and incoming.dout is None:
+        dv.zero_()
+    return dq, dk if needs[1] else None, dv if needs[2] else None, *other_gradients(arriving, forward, needs)
+
+
+def room(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Memory for dq, dk and dv; the last two come out of one pass."""
     keys = needs[1] or needs[2]
     dq, dk, dv = (torch.empty_like(t) if need else None for t, need in ((call.q, needs[0]), (call.k, keys), (call.v, keys)))
+    return dq, dk, dv
+
+
+def products(arriving: Arriving, into: tuple[Tensor | None, Tensor | None, Tensor | None], redo: Tensor | None = None) -> None:
+    """Fills in dq, dk and dv, all of them or those of the key heads that ``redo``, int32 [batch, kv_heads], flags."""
+    call, (dq, dk, dv) = arriving.call, into
     batch, heads, _, _ = call.shape
     small = arguments.small_tile(call)
     if dq is not None:
         plan, kernel = arriving.plan("bwd_dq"), _attention_bwd_dq_kernel
-        plan.launch(kernel, plan.q_tiles * batch * heads, (*arriving.operands, arguments.matrix(dq), *arriving.scores, small))
+        plan.launch(kernel, plan.q_tiles * batch * heads, (*arriving.operands, arguments.matrix(dq), *arriving.scores, redo, small))
     if dk is not None and dv is not None:
         plan, kernel = arriving.plan("bwd_dkdv"), _attention_bwd_dkdv_kernel
         programs = plan.kv_tiles * batch * call.k.shape[1]
-        plan.launch(kernel, programs, (*arriving.operands, arguments.matrix(dk), arguments.matrix(dv), *arriving.scores, small))
-        dv = dv if incoming.dout is not None else torch.zeros_like(dv)
+        both = (arguments.matrix(dk), arguments.matrix(dv))
+        plan.launch(kernel, programs, (*arriving.operands, *both, *arriving.scores, redo, small))
+
+
+def other_gradients(arriving: Arriving, forward: Forward, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients of (sinks, *scoring tensors, *modification tensors), None where not needed."""
+    call = arriving.call
     dsinks = sink_gradient(call, forward.stats, arriving.delta) if needs[3] else None
     scoring = () if call.terms.scoring is None else call.terms.scoring.tensors
     dmods: list[Tensor | None] = [weight_gradient(call, arriving, t) if need else None for t, need in zip(scoring, needs[4:], strict=False)]
@@ -164,23 +193,34 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         wanted = zip(on_device(mod, call.grid).tensors, needs[4 + len(dmods) :], strict=False)
         grads = tuple([bias_gradient(call, arriving, place, t) if need else None for t, need in wanted])
         dmods += in_own_shape(grads, mod, call.grid)
-    return dq, dk if needs[1] else None, dv if needs[2] else None, dsinks, *dmods
+    return dsinks, *dmods
 
 
-class _Arriving:
-    """The arguments that every pass shares, and ``delta`` [batch, heads, q_len], which the first pass computes."""
+@dataclass(slots=True)
+class Arriving:
+    """The arguments that every pass shares; ``delta`` [batch, heads, q_len] float32 is each row's sum of p * dp, less what arrives at lse."""
 
-    def __init__(self, call: LoweredAttention, forward: Forward, incoming: Incoming) -> None:
-        self.call, self.more_tiles = call, incoming.dprobs is not None or incoming.dscores is not None
-        self.delta = call.q.new_empty(call.shape[:3], dtype=torch.float32)
-        dout, dprobs, dscores = (arguments.matrix(t) for t in (incoming.dout, incoming.dprobs, incoming.dscores))
-        delta = arguments.matrix(self.delta[..., None])
-        dlse = None if incoming.dlse is None else arguments.matrix(incoming.dlse[..., None])
-        self.operands = (*(arguments.matrix(t) for t in (call.q, call.k, call.v)), dout)
-        self.scores = (arguments.matrix(forward.stats), delta, dprobs, dscores)
-        plan, wide = Plan.make(call, "aux"), wide_output(forward.stats)
-        tensors = (arguments.matrix(forward.out if wide is None else wide), dout, dlse, arguments.matrix(incoming.probs), dprobs, delta)
-        plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * call.shape[0] * call.shape[1], tensors)
+    call: LoweredAttention
+    delta: Tensor
+    operands: tuple[Any, ...]
+    scores: tuple[Any, ...]
+    more_tiles: bool
+
+    @classmethod
+    def of(cls, call: LoweredAttention, forward: Forward, incoming: Incoming, delta: Tensor | None = None) -> Arriving:
+        """Computes ``delta`` unless it is given."""
+        tensors = (call.q, call.k, call.v, incoming.dout)
+        q, k, v, dout, dprobs, dscores = (arguments.matrix(t) for t in (*tensors, incoming.dprobs, incoming.dscores))
+        result = call.q.new_empty(call.shape[:3], dtype=torch.float32) if delta is None else delta
+        rows = arguments.matrix(result[..., None])
+        if delta is None:
+            dlse = None if incoming.dlse is None else arguments.matrix(incoming.dlse[..., None])
+            plan, wide = Plan.make(call, "aux"), wide_output(forward.stats)
+            given = (arguments.matrix(forward.out if wide is None else wide), dout, dlse, arguments.matrix(incoming.probs), dprobs, rows)
+            plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * call.shape[0] * call.shape[1], given)
+        scores = (arguments.matrix(forward.stats), rows, dprobs, dscores)
+        return cls(call, result, (q, k, v, dout), scores, incoming.dprobs is not None or incoming.dscores is not None)
 
     def plan(self, stage: str) -> Plan:
+        """How a pass of the backward runs."""
         return Plan.make(self.call, stage, self.more_tiles)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_attn.backends.base import Forward
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
 from fused_attn.layout import empty_out
@@ -20,8 +21,11 @@ from fused_attn.lowering import LoweredAttention
 
 from .masks import mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_out
-from .primitives import LOG2E, any_true, dot, dropout_row, keep_tile, load_rows, store_rows
+from .primitives import LOG2E, any_true, dot, dropout_row, is_flagged, keep_tile, load_rows, store_rows
 from .score_tile import exponentials, sigmoid, tile_scores
+
+# Rows that one flag of ``redo`` stands for.
+REDO_ROWS = tl.constexpr(64)
 
 
 @triton.jit
@@ -61,11 +65,15 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
 
 
 @triton.jit
-def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, small, mask, score, dropout, sizes, tile):
-    """lse [1, batch, heads, q_len] and stats [2, batch, heads, q_len] are matrices whose ``batch`` is the first dimension."""
+def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, redo, small, mask, score, dropout, sizes, tile):
+    """lse [batch, heads, q_len] and stats [2, batch, heads, q_len] are contiguous; redo as in ``run``."""
     tiles = tl.cdiv(sizes.q_len, tile.q)
     # The last query tiles come first: with a causal mask they are the longest.
     q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if redo is not None:
+        blocks = tl.cdiv(sizes.q_len, REDO_ROWS)
+        if not is_flagged(redo + bh * blocks, q_tile * tile.q // REDO_ROWS, blocks, (tile.q + REDO_ROWS - 1) // REDO_ROWS):
+            return
     b, h = bh // sizes.heads, bh % sizes.heads
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
     rows = q_idx < sizes.q_len
@@ -140,13 +148,24 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     out = empty_out(call.q, call.v.shape[-1])
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
     stats = call.q.new_empty(stats_shape, dtype=torch.float32)
-    wide = wide_output(stats)
+    run(call, Forward(out, lse, stats))
+    return out, lse, stats
+
+
+def run(call: LoweredAttention, into: Forward, redo: Tensor | None = None) -> None:
+    """Fills in out, lse and stats, all of them or the tiles of queries that ``redo`` flags.
+
+    Args:
+        call: the problem.
+        into: what is written; see ``attention_fwd``.
+        redo: int32 [batch, heads, blocks of 64 queries], or None for everything.
+    """
+    batch, heads, _, _ = call.shape
+    wide = wide_output(into.stats)
     plan = Plan.make(call, "fwd")
     kernel: Any = _attention_fwd_kernel
-    tensors = (call.q, call.k, call.v, out if wide is None else wide)
-    plan.launch(
-        kernel,
-        plan.q_tiles * batch * heads,
-        (*(arguments.matrix(t) for t in tensors), lse, stats, call.terms.sinks, arguments.small_tile(call)),
-    )
-    return out if wide is None else out.copy_(wide), lse, stats
+    tensors = (call.q, call.k, call.v, into.out if wide is None else wide)
+    rest = (into.lse, into.stats, call.terms.sinks, redo, arguments.small_tile(call))
+    plan.launch(kernel, plan.q_tiles * batch * heads, (*(arguments.matrix(t) for t in tensors), *rest))
+    if wide is not None:
+        into.out.copy_(wide)

@@ -91,6 +91,13 @@ def any_true(x):
 
 
 @triton.jit
+def is_flagged(redo, first, blocks, AT_ONCE: tl.constexpr):
+    """Whether any of AT_ONCE flags from ``first`` on is set, of those before ``blocks``."""
+    at = first + tl.arange(0, AT_ONCE)
+    return tl.max(tl.load(redo + at, mask=at < blocks, other=0), 0) != 0
+
+
+@triton.jit
 def cleaned(x):
     """Zeros where NaN or infinite."""
     return tl.where(is_finite(x), x, 0.0).to(x.dtype)

@@ -1,0 +1,65 @@
+"""Which calls the Hopper kernels take, and why not the others; needs no Triton."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHIP = 90
+MAX_HEAD_DIM = 256
+# TMA's unit in bytes: addresses and strides are multiples of it.
+UNIT = 16
+# Sizes and coordinates are 32-bit there.
+_LONGEST = 2**31 - 1
+
+
+def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
+    """Why q, k, v [batch, heads, length, dim] with these terms (a problem's modifiers or a call's) run on the plain kernels; empty if they do not."""
+    if os.environ.get("FUSED_ATTN_HOPPER") == "off":
+        return ["FUSED_ATTN_HOPPER=off"]
+    q, _, v = tensors
+    found = []
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        found.append(f"{str(q.dtype).removeprefix('torch.')} has no warpgroup products of full accuracy")
+    sizes = (q.shape[-1], v.shape[-1])
+    if any(size % 8 or size > MAX_HEAD_DIM for size in sizes):
+        found.append(f"head_dim and value_dim must be multiples of 8 up to {MAX_HEAD_DIM}; got {sizes[0]} and {sizes[1]}")
+    else:
+        found += [f"{name} {why}" for name, tensor in zip("qkv", tensors, strict=True) if (why := strides_reason(tensor))]
+    if any(size > _LONGEST for tensor in tensors for size in tensor.shape):
+        found.append("lengths of 2^31 and more have no coordinates in TMA")
+    if terms.scoring is not None or terms.normalizer is not None:
+        found.append("only the softmax of a dot product has Hopper kernels")
+    return found
+
+
+def strides_reason(tensor: Tensor) -> str:
+    """What TMA does not take of a tensor's place in memory; empty if it takes it.
+
+    Example:
+        >>> strides_reason(torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16))
+        ''
+        >>> strides_reason(torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16).expand(1, 2, 8, 64))
+        'has stride 0 along dimension 1'
+    """
+    size = tensor.element_size()
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return f"must have stride 1 along its last dimension; got {tensor.stride(-1)}"
+    for dim, (length, stride) in enumerate(zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)):
+        if length > 1 and stride == 0:
+            return f"has stride 0 along dimension {dim}"
+        if length > 1 and stride * size % UNIT:
+            return f"must have strides of multiples of {UNIT} bytes; got {stride * size} along dimension {dim}"
+    if not _is_fake(tensor) and tensor.data_ptr() % UNIT:
+        return f"must begin at a multiple of {UNIT} bytes"
+    return ""
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor has no address to ask for."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

@@ -1,0 +1,87 @@
+"""Starts Gluon kernels: compiled once per kind of arguments, then called without Triton's search for what is compiled already."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .compat import takes_tensor_maps
+from .descriptors import Meta, Tiles
+
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps: int = 4) -> None:
+    """Runs ``kernel(*args)`` on the device of the first argument, ``Tiles`` or a tensor.
+
+    Args:
+        kernel: made with ``gluon.jit``; ``gl.constexpr`` parameters come last.
+        grid: up to three sizes.
+        args: ``Tiles``, tensors, numbers, None, named tuples of those, and values of constexpr parameters.
+        num_warps: of the default partition.
+    """
+    if 0 in grid:
+        return
+    first = args[0].tensor if isinstance(args[0], Tiles) else args[0]
+    x, y, z = (*grid, 1, 1)[:3]
+    start(kernel, (x, y, z), first.device, args, num_warps)
+
+
+def start(kernel: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...], num_warps: int) -> None:
+    """The part of ``launch`` that needs a GPU; tests put another in its place."""
+    with torch.cuda.device(device):
+        key = (device.index, *kinds(kernel, args, num_warps))
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = _compiled[key] = _Compiled.of(compile_for(kernel, args, num_warps))
+        metas = iter(compiled.metas)
+        compiled.kernel[grid](*[flat for a in args for flat in (a.arguments(next(metas)) if isinstance(a, Tiles) else (a,))])
+
+
+class _Compiled(NamedTuple):
+    """A kernel that takes tensor maps, and what it wants to know of each."""
+
+    kernel: Any
+    metas: tuple[Meta, ...]
+
+    @classmethod
+    def of(cls, kernel: Any) -> _Compiled:
+        return cls(takes_tensor_maps(kernel), tuple(_items(meta) for meta in kernel.metadata.tensordesc_meta or ()))
+
+
+def _items(meta: dict[str, Any]) -> Meta:
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in meta.items())
+
+
+def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Any:
+    """The kernel compiled for arguments of these kinds; see ``launch.run`` of the plain kernels on fusion."""
+    given = [a.descriptor() if isinstance(a, Tiles) else a for a in args]
+    return kernel.warmup(*given, grid=(1,), num_warps=num_warps, enable_fp_fusion=False)
+
+
+def kinds(kernel: Any, args: tuple[Any, ...], num_warps: int) -> tuple[Any, ...]:
+    """What decides the compiled code: the kernel, values of constexpr parameters, and of every other argument at least what Triton looks at."""
+    given = zip(kernel.params, args, strict=True)
+    return kernel, num_warps, *((type(a), a) if parameter.is_constexpr else kind(a) for parameter, a in given)
+
+
+def kind(value: Any) -> Any:
+    """What of an argument decides the compiled code."""
+    if isinstance(value, Tiles):
+        return value.kind
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int, value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
+    if isinstance(value, float):
+        return float
+    if isinstance(value, tuple):
+        return type(value), *map(kind, value)
+    if isinstance(value, tl.constexpr):
+        return tl.constexpr, type(value.value), value.value
+    return value

@@ -1,0 +1,151 @@
+"""The launch of the Hopper kernels without a GPU: what is compiled anew, what descriptors become, what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from fused_attn.backends.triton import arguments  # noqa: E402
+from fused_attn.backends.triton.hopper import compat, descriptors, eligible, launch  # noqa: E402
+from fused_attn.backends.triton.hopper.descriptors import Tiles  # noqa: E402
+
+pytestmark = pytest.mark.quick
+META = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 1, 32, 64], "fp4_padded": False}
+
+
+class Utils:
+    """Stands for the driver: counts the tensor maps it is asked for."""
+
+    def __init__(self) -> None:
+        self.filled: list[tuple[Any, ...]] = []
+
+    def fill_tma_descriptor_tiled(self, *args: Any) -> str:
+        self.filled.append(args)
+        return f"map {len(self.filled)}"
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Utils:
+    utils = Utils()
+    monkeypatch.setattr(compat.driver, "_active", SimpleNamespace(utils=utils), raising=False)
+    monkeypatch.setattr(compat, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    for cache in (descriptors._descriptor, descriptors._arguments):
+        cache.cache_clear()
+    return utils
+
+
+class Kernel:
+    """As much of a jitted function as decides what is compiled."""
+
+    def __init__(self, *constant: bool) -> None:
+        self.params = [SimpleNamespace(is_constexpr=is_constant) for is_constant in constant]
+
+
+class Recorded:
+    """A compiled kernel of the signature (tensordesc, i32), behind the wrapper that the installed Triton puts around a launcher."""
+
+    def __init__(self) -> None:
+        from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+        self.calls: list[tuple[Any, ...]] = []
+        self.metadata = SimpleNamespace(tensordesc_meta=[META])
+
+        def launcher(*args: Any) -> None:
+            self.calls.append(args)
+
+        signature = {"x": "tensordesc<bf16[1, 1, 32, 64],layout>", "n": "i32"}
+        self.launcher = launcher
+        self.run = SimpleNamespace(launch=wrap_handle_tensordesc(launcher, signature, [META]))
+
+    def _init_handles(self) -> None: ...
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.run.launch
+
+
+def test_the_launcher_inside_takes_maps() -> None:
+    kernel = Recorded()
+    assert compat.takes_tensor_maps(kernel).run.launch is kernel.launcher
+
+
+def test_one_compilation_and_one_map_per_kind(driver: Utils, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Recorded] = []
+
+    def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Recorded:
+        made.append(Recorded())
+        return made[-1]
+
+    monkeypatch.setattr(launch, "compile_for", compile_for)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = torch.zeros(2, 3, 40, 64, dtype=torch.bfloat16)
+    kernel = Kernel(False, False)
+    for n in (6, 7, 16, 32):  # two kinds of numbers: multiples of 16 and others
+        launch.launch(kernel, (5,), (Tiles(x, (1, 1, 32, 64)), n))
+    assert len(made) == 2
+    assert len(driver.filled) == 1
+    assert driver.filled[0][0] == x.data_ptr()
+    assert driver.filled[0][4:7] == ([1, 1, 32, 64], [2, 3, 40, 64], [7680, 2560, 64, 1])
+    assert made[0].calls == [("map 1", 2, 3, 40, 64, 7680, 2560, 64, 1, n) for n in (6, 7)]
+    launch.launch(kernel, (5,), (Tiles(x[:, :, 8:], (1, 1, 32, 64)), 7))
+    assert len(driver.filled) == 2
+    launch.launch(kernel, (0,), (Tiles(x, (1, 1, 32, 64)), 7))
+    assert len(made[0].calls) == 3  # nothing to do is no launch
+
+
+def test_descriptors_keep_no_tensor(driver: Utils) -> None:
+    x = torch.zeros(1, 1, 32, 64, dtype=torch.bfloat16)
+    gone = weakref.ref(x)
+    Tiles(x, (1, 1, 32, 64)).descriptor()
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_kinds_are_at_least_as_many_as_tritons() -> None:
+    aligned = torch.zeros(64)
+    values = [None, 1, 2, 16, 2**35, 2**35 + 1, 1.5, True, False, aligned, aligned[1:], aligned.half(), triton.language.constexpr(3)]
+    values += [triton.language.constexpr(4), Tiles(torch.zeros(1, 1, 8, 64), (1, 1, 8, 64)), Tiles(torch.zeros(1, 1, 8, 64), (1, 1, 4, 64))]
+    values += [arguments.Sizes(1, 2, 3, 4), arguments.Sizes(2, 2, 3, 4), arguments.Sizes(1, 2, 3, 16), (1, 2, 3, 4)]
+    kinds = [launch.kind(value) for value in values]
+    assert len(set(kinds)) == len(values)
+    assert launch.kind(3) == launch.kind(5)
+    assert launch.kind(aligned) == launch.kind(aligned[4:])
+
+
+def test_every_value_of_a_constant_is_a_kind_of_its_own() -> None:
+    kernel = Kernel(True)
+    assert len({launch.kinds(kernel, (value,), 4) for value in (2, 3, True, 1, None, torch.float32)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda t: t, ""),
+        (lambda t: t.transpose(1, 2), ""),
+        (lambda t: t[:, :, 1:], ""),
+        (lambda t: t[:, :1].expand(-1, 3, -1, -1), "stride 0 along dimension 1"),
+        (lambda t: t[..., 8:40], ""),
+        (lambda t: t[..., 4:36], "begin at a multiple of 16 bytes"),
+        (lambda t: t[..., ::2], "stride 1 along its last dimension"),
+        (lambda t: t.mT, "stride 1 along its last dimension"),
+        (lambda t: t.flatten()[4:76].view(1, 1, 2, 36)[..., :32], "strides of multiples of 16 bytes; got 72 along dimension 2"),
+    ],
+)
+def test_which_places_in_memory_tma_takes(make: Any, reason: str) -> None:
+    found = eligible.strides_reason(make(torch.zeros(2, 3, 40, 64, dtype=torch.bfloat16)))
+    assert reason in found and bool(found) == bool(reason)
+
+
+def test_strides_of_single_dimensions_do_not_matter() -> None:
+    x = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16).as_strided((1, 1, 8, 64), (3, 5, 64, 1))
+    assert eligible.strides_reason(x) == ""
+    assert Tiles(x, (1, 1, 8, 64)).descriptor().strides[:2] == [8, 8]
