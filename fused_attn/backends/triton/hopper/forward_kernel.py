@@ -16,7 +16,7 @@ from .lists import HEAD
 from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
 from .order import Order
 from .store import store
-from .stream import Stream, flat, room, stream
+from .stream import Stream, flat, matrix_shape, packed_heads, room, stream
 
 
 @aggregate
@@ -54,27 +54,31 @@ def left_operand(columns):
 @gluon.jit
 def producer(Q, K, V, bias, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
     """Loads Q of one query tile after the other, and the keys and values that it reaches."""
+    PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     turn = 0
     n = 0  # key tiles
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
-        b, h = bh // sizes.heads, bh % sizes.heads
+        b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         for c in gl.static_range(NC):
-            shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
+            if PACK > 1:
+                shared.q.load(Q, [b, h, (tile * NC + c) * 64 // PACK, 0, 0], turn * NC + c)
+            else:
+                shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
         if mask.dense:
             listed = pointers(bounds, b, h, tile, tile * 0)
             first, last = 0, gl.load(listed) + gl.load(listed + 1)
         else:
-            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
+            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, PACK, BN)
         for j in range(first, last):
             i = gl.load(listed + HEAD + j) if mask.dense else j
-            shared.k.load(K, [b, h // sizes.group, i * BN, 0], n)
+            shared.k.load(K, [b, h * PACK // sizes.group, i * BN, 0], n)
             if shared.BIAS >= 0:
                 # A batch or head of its own, or one for all.
                 place = (gl.minimum(b, bias.shape[0] - 1), gl.minimum(h, bias.shape[1] - 1))
                 for c in gl.static_range(NC):
                     shared.bias.load(bias, [place[0], place[1], (tile * NC + c) * 64, i * BN], n * NC + c)
-            shared.v.load(V, [b, h // sizes.group, i * BN, 0], n)
+            shared.v.load(V, [b, h * PACK // sizes.group, i * BN, 0], n)
             n += 1
         turn += 1
 
@@ -92,7 +96,7 @@ def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.cons
     shared.k.ring.release(n)
     s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, alpha = online(s, hi, l, score, MASK != NOTHING or len(score.functions) > 0, BOUNDED)
-    narrow = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
+    narrow = gl.convert_layout(dropped(wide, i, row, shared, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
     # P, l and alpha are tied to the wait, so that the compiler may not move their arithmetic behind it.
     if BOUNDED:
         o, narrow, l = warpgroup_mma_wait(0, deps=(o, narrow, l))
@@ -124,7 +128,7 @@ def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.con
     shared.k.ring.release(n)
     s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
-    p = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
+    p = gl.convert_layout(dropped(wide, i, row, shared, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
     return o, p, hi, l
 
 
@@ -178,18 +182,19 @@ def consumer(
     NC: gl.constexpr, BN: gl.constexpr, ENDS: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Computes the C-th block of one query tile after the other."""
-    VD: gl.constexpr = O.block_shape[3]
+    VD: gl.constexpr = matrix_shape(O.block_shape)[1]
+    PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     RS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
     q = flat(shared.q.tiles.index(C))
     turn = 0
     n = 0
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
-        b, h = bh // sizes.heads, bh % sizes.heads
+        b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         block = tile * NC + C
-        rows = block * 64 + gl.arange(0, 64, RS)
+        rows = (block * 64 + gl.arange(0, 64, RS)) // PACK
         start, end = row_intervals(mask, b, rows, sizes)
-        row = (b, h, rows, start, end, block * 64, C)
+        row = (b, h * PACK, rows, start, end, block * 64, C)
         o = gl.zeros((64, VD), gl.float32, accumulator(VD))
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
@@ -201,8 +206,8 @@ def consumer(
                 o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
             n += count
         else:
-            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
-            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, BN)
+            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, PACK, BN)
+            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, PACK, BN)
             first = gl.minimum(first, any_last)
             last = gl.maximum(last, first)
             skip(n, first - any_first, shared, C)
@@ -217,7 +222,7 @@ def consumer(
             hi = bounded_base(l, score)
         if OWN_OUT:
             shared.q.ring.release(turn * NC + C)
-        total = order.heads.to(gl.int64) * sizes.q_len
+        total = order.heads.to(gl.int64) * PACK * sizes.q_len
         store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
         if not OWN_OUT:
             wait_reads(0)
@@ -234,6 +239,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches.
 
+    Where q_len is small, the heads of a group are packed into rows: Q and O are then [batch, key heads, queries, group, dim].
     ENDS is what the mask may cut of a tile; ``bias`` a descriptor of modification number BIAS in boxes of 64 x BN, or None where that is -1.
     """
     queries = stream(Q, NC, 1)
@@ -248,7 +254,7 @@ def forward_kernel(
         biases = keys
     shared = Shared(queries, keys, stream(V, STAGES, NC), biases, out, BIAS)
     fence_async_shared()
-    tiles = (sizes.q_len + 64 * NC - 1) // (64 * NC)
+    tiles = (sizes.q_len * packed_heads(queries.tiles.shape) + 64 * NC - 1) // (64 * NC)
     order = Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together))
     outputs = (lse, stats, sinks, redo)
     if NC == 2:
