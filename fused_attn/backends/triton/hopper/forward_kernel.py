@@ -40,13 +40,13 @@ class Shared:
 
 
 @gluon.constexpr_function
-def accumulator(columns):
+def accumulator(columns: int) -> gl.NVMMADistributedLayout:
     """How 4 warps hold [64, columns] of a product."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.constexpr_function
-def left_operand(columns):
+def left_operand(columns: int) -> gl.DotOperandLayout:
     """How they hold the 16-bit left factor of such a product."""
     return gl.DotOperandLayout(operand_index=0, parent=accumulator(columns), k_width=2)
 
