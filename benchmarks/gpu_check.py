@@ -43,6 +43,8 @@ PARITY = (
 )
 # The results of every provider on every case, as JSON lines: what is committed under benchmarks/results/.
 SWEEP = "sweep.jsonl"
+# [batch, heads, length, head_dim] with 16384 tokens and 2048 columns each, as other packages publish them.
+SHAPES = tuple(f"{16384 // length}x{2048 // dim}x{length}x{dim}" for dim in (64, 128, 256) for length in (512, 2048, 4096, 16384))
 NEEDED = ("pytest", "hypothesis", "numpy")
 
 
@@ -82,6 +84,9 @@ def steps(out_dir: Path, device: str, budget: float) -> list[Step]:
     files = [f"tests/test_{name}.py" for name in PARITY]
     parity = (python, "-m", "pytest", "-q", "--device", device, "-p", "no:cacheprovider", f"--junitxml={out_dir / 'parity.xml'}", *files)
     made = [Step("parity", parity, 1500, _last_line, f"{', '.join(lacking)} not installed" if lacking else "")]
+    # A kernel that hangs ends its test's process after two minutes (WATCHDOG there), and this step with it.
+    on_chip = (python, "-m", "pytest", "-q", "--device", device, "-p", "no:cacheprovider", "tests/test_hopper_device.py")
+    made.append(Step("hopper", on_chip, 900, _last_line, f"{', '.join(lacking)} not installed" if lacking else _not_hopper(device)))
     sanitizer = _sanitizer()
     missing = "it needs a GPU" if device == "cpu" else "" if sanitizer else "compute-sanitizer was not found on PATH or in CUDA_HOME"
     for tool in ("memcheck", "racecheck", "synccheck"):
@@ -96,7 +101,22 @@ def steps(out_dir: Path, device: str, budget: float) -> list[Step]:
     # As long as one bound's benchmark for every ten cases: each case has many providers on a GPU.
     without_bar = "" if importlib.util.find_spec("tqdm") else "tqdm not installed"
     made.append(Step("sweep", (*measuring, "run", *where, str(budget / 10), *kept), 1200, _last_line, without_bar))
+    made.append(Step("first_call", (python, "-m", "benchmarks.first_call", "--device", device), 600, _last_line))
+    # Every head size, length and direction against everything torch has and FlashAttention, in turns.
+    grid = ("--op", "attention", "--variant", "plain", "causal", "--mode", "fwd", "bwd", "--dtype", "bfloat16", "--shape", *SHAPES)
+    chosen = ("--provider", "fused_attn", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "flex", "flash-attn-3")
+    kept = ("--json", str(out_dir / "hopper_sweep.jsonl"), "--db", str(out_dir / "history.sqlite"))
+    sweep = (*measuring, "run", *grid, *chosen, *where, str(budget / 20), *kept)
+    made.append(Step("hopper_sweep", sweep, 1800, _last_line, without_bar or _not_hopper(device)))
     return made
+
+
+def _not_hopper(device: str) -> str:
+    """Why the device shows nothing of Hopper's kernels, or an empty string."""
+    if device == "cpu":
+        return "it needs a GPU"
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return "" if found == (9, 0) else f"the device has compute capability {found[0]}.{found[1]}, not 9.0"
 
 
 def _sanitizer() -> str | None:

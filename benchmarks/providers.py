@@ -279,6 +279,20 @@ def _flash_attn(problem: Problem) -> Forward:
     )
 
 
+@provider("flash-attn-3", "attention")
+def _flash_attn_3(problem: Problem) -> Forward:
+    _requires(problem.case.variant in ("plain", "causal"), "is measured without masks and causal")
+    _requires(problem.device.type == "cuda" and problem.case.dtype in ("float16", "bfloat16"), "runs in 16 bits on a GPU")
+    attend, causal = _package("flash_attn_interface").flash_attn_func, problem.mask is not None
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out = attend(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal)
+        # Earlier versions return the statistics as well.
+        return ((out[0] if isinstance(out, tuple) else out).transpose(1, 2),)
+
+    return forward
+
+
 @provider("xformers", "attention")
 def _xformers(problem: Problem) -> Forward:
     _requires(problem.case.variant in ("plain", "causal", "bias"), "is measured without masks, causal and with a bias")

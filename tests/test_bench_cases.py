@@ -149,7 +149,7 @@ def test_formulas_that_are_not_the_variant_s_are_wrong(variant: str, monkeypatch
     assert set(judge(judge.plain | results).broken) >= {"out", "dq", "dk"}
 
 
-@pytest.mark.parametrize("name", ["flex", "flash-attn", "xformers", "x-transformers"])
+@pytest.mark.parametrize("name", ["flex", "flash-attn", "flash-attn-3", "xformers", "x-transformers"])
 @pytest.mark.parametrize("variant", ["additive", "selective", "realformer"])
 def test_what_others_have_no_word_for(variant: str, name: str) -> None:
     with pytest.raises(Refusal, match=r"has no additive|the others'|next layer|takes no dense mask|is measured without"):
@@ -178,7 +178,7 @@ def test_refusals_say_why() -> None:
         providers.bind("torch", problem)
 
 
-@pytest.mark.parametrize("name", ["flash-attn", "xformers", "x-transformers", "liger"])
+@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-3", "xformers", "x-transformers", "liger"])
 def test_packages_that_are_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = "softmax" if name == "liger" else "attention"
     problem = Problem(Case(op, "plain", "fwd", "float16", SMALL[op]), CPU)
@@ -192,7 +192,7 @@ def _missing(name: str) -> None:
     raise ImportError(f"No module named {name!r}")
 
 
-@pytest.mark.parametrize("name", ["flash-attn", "xformers", "x-transformers", "liger"])
+@pytest.mark.parametrize("name", ["flash-attn", "flash-attn-3", "xformers", "x-transformers", "liger"])
 def test_peers_are_called_as_they_ask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins with the packages' signatures and layouts: what reaches them is right, and what comes back is turned round again."""
     op = "softmax" if name == "liger" else "attention"

@@ -122,6 +122,6 @@ def test_every_provider_is_asked_on_a_gpu() -> None:
         "sdpa:math",
         "flex",
     } <= set(everyone)
-    assert {"flash-attn", "xformers", "x-transformers", "liger"} <= set(everyone)
+    assert {"flash-attn", "flash-attn-3", "xformers", "x-transformers", "liger"} <= set(everyone)
     with pytest.raises(providers.Refusal, match="a GPU would not notice"):
         providers.bind("eager+5%", SimpleNamespace(device=torch.device("cuda")))

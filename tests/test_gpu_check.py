@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from benchmarks.commands import run, selection
 from tests import sanitized, simulated_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +59,31 @@ def test_summaries() -> None:
 @pytest.mark.quick
 def test_every_step_is_planned(tmp_path: Path) -> None:
     planned = {step.name: step for step in gpu_check.steps(tmp_path, "cuda", 1.0)}
-    assert set(planned) == {"parity", "memcheck", "racecheck", "synccheck", "overhead", "memory", "additive", "sweep"}
-    for part in planned["parity"].command:
+    assert set(planned) == {
+        "parity",
+        "hopper",
+        "memcheck",
+        "racecheck",
+        "synccheck",
+        *gpu_check.BOUNDS,
+        "sweep",
+        "first_call",
+        "hopper_sweep",
+    }
+    for part in (*planned["parity"].command, *planned["hopper"].command):
         assert not part.startswith("tests/") or (ROOT / part).is_file()
+
+
+@pytest.mark.quick
+def test_the_sweep_parses(tmp_path: Path) -> None:
+    """The command's arguments are ones that ``benchmarks run`` takes: 12 shapes, two masks, two directions."""
+    sweep = next(step for step in gpu_check.steps(tmp_path, "cpu", 1.0) if step.name == "hopper_sweep")
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    args = parser.parse_args(sweep.command[4:])
+    assert len(selection.chosen_cases(args)) == 12 * 2 * 2
+    assert len(selection.chosen_providers(args)) == 6
+    assert "needs a GPU" in sweep.missing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

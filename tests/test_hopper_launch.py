@@ -13,6 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import fused_attn as fa  # noqa: E402
 from fused_attn.backends.triton import arguments  # noqa: E402
 from fused_attn.backends.triton.hopper import compat, descriptors, eligible, launch  # noqa: E402
 from fused_attn.backends.triton.hopper.descriptors import Tiles  # noqa: E402
@@ -149,3 +150,38 @@ def test_strides_of_single_dimensions_do_not_matter() -> None:
     x = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16).as_strided((1, 1, 8, 64), (3, 5, 64, 1))
     assert eligible.strides_reason(x) == ""
     assert Tiles(x, (1, 1, 8, 64)).descriptor().strides[:2] == [8, 8]
+
+
+def notes(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, **options: Any) -> tuple[str, ...]:
+    q = torch.zeros(1, 2, 30, head_dim, dtype=dtype)
+    return fa.explain(q, q, q, on="sm_90", **options).notes
+
+
+def test_explain_says_which_kernels_run_on_hopper() -> None:
+    kernels = "kernels for Hopper (TMA, warpgroup products)"
+    assert kernels in notes(mask=fa.Causal())
+    assert kernels in notes(torch.float16, 256, score_mods=(fa.SoftCap(3.0),))
+    assert kernels not in notes(torch.float32)  # the cuda backend runs it
+    q = torch.zeros(1, 2, 30, 64, dtype=torch.bfloat16)
+    assert fa.explain(q, q, q, on="sm_100").notes == fa.explain(q, q, q, on="sm_80").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options", "reason"),
+    [
+        (36, {}, "head_dim and value_dim must be multiples of 8 up to 256; got 36 and 36"),
+        (64, {"normalizer": fa.Sigmoid(-1.0)}, "only the softmax of a dot product has Hopper kernels"),
+        (64, {"scoring": fa.Additive(torch.ones(2, 64))}, "only the softmax of a dot product has Hopper kernels"),
+    ],
+)
+def test_explain_says_why_the_plain_kernels_run(head_dim: int, options: dict[str, Any], reason: str) -> None:
+    assert f"plain Triton kernels, not those for Hopper: {reason}" in notes(head_dim=head_dim, **options)
+
+
+def test_explain_sees_strides_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 2, 30, 64, dtype=torch.bfloat16)
+    k = q[:, :1].expand(-1, 2, -1, -1)
+    (note,) = fa.explain(q, k, q, on="sm_90").notes
+    assert note == "plain Triton kernels, not those for Hopper: k has stride 0 along dimension 1"
+    monkeypatch.setenv("FUSED_ATTN_HOPPER", "off")
+    assert notes() == ("plain Triton kernels, not those for Hopper: FUSED_ATTN_HOPPER=off",)

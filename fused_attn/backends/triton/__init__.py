@@ -68,7 +68,7 @@ class TritonBackend:
 
     def notes(self, problem: AttentionProblem | SoftmaxProblem) -> list[str]:
         """On Hopper, which kernels would run, and why not its own."""
-        if isinstance(problem, SoftmaxProblem) or not has_wgmma(problem) or _interpreted():
+        if isinstance(problem, SoftmaxProblem) or not has_wgmma(problem) or (problem.target is None and _interpreted()):
             return []
         reasons = eligible.reasons((problem.q, problem.k, problem.v), problem.modifiers)
         return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons] or [

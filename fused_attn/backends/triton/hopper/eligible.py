@@ -12,6 +12,8 @@ CHIP = 90
 MAX_HEAD_DIM = 256
 # TMA's unit in bytes: addresses and strides are multiples of it.
 UNIT = 16
+# A scale s is divided by, and multiplied with log2(e): far from where float32 ends.
+_LARGEST_SCALE = 2.0**64
 # Sizes and coordinates are 32-bit there.
 _LONGEST = 2**31 - 1
 
@@ -33,6 +35,8 @@ def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
         found.append("lengths of 2^31 and more have no coordinates in TMA")
     if terms.scoring is not None or terms.normalizer is not None:
         found.append("only the softmax of a dot product has Hopper kernels")
+    if not 1 / _LARGEST_SCALE <= terms.scale <= _LARGEST_SCALE:
+        found.append(f"scores carry their scale along, which must be positive and in [2^-64, 2^64]; got {terms.scale}")
     return found
 
 
