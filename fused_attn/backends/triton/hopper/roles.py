@@ -1,7 +1,5 @@
 """How the warps of a CTA hand shared memory to each other: bells (one barrier) and rings (a full and an empty barrier per stage)."""
 
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier

@@ -1,0 +1,126 @@
+"""Attention's forward on Hopper: from a lowered call to launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends.base import Forward
+from fused_attn.backends.triton import arguments, attention_fwd as plain
+from fused_attn.backends.triton.launch import run
+from fused_attn.layout import empty_out
+from fused_attn.lowering import LoweredAttention
+
+from . import modifications
+from .bounds import bounds_kernel
+from .descriptors import Tiles
+from .forward_kernel import forward_kernel
+from .keep import mask_arguments
+from .launch import launch
+from .lists import tile_lists
+from .modifications import fast, is_bounded
+
+# Keys and values that a group of heads may bring into the L2 cache together, in bytes: of 50 MB, with room for queries and outputs.
+_L2 = 32 * 2**20
+# Simulated and compiled without a device: the processors of a whole chip.
+_PROCESSORS = 132
+
+
+class ForwardTiles(NamedTuple):
+    """Consumers of 64 query rows, keys per tile, stages of K and V, registers of a consumer, and whether O has shared memory of its own."""
+
+    consumers: int
+    keys: int
+    stages: int
+    registers: int
+    own_out: bool
+
+
+# By the larger padded head size.
+_TILES = {
+    64: ForwardTiles(3, 128, 2, 160, True),
+    128: ForwardTiles(2, 128, 2, 240, True),
+    256: ForwardTiles(2, 64, 2, 240, False),
+}
+
+
+# Dropout's counters need registers: at head size 64 three consumers with 160 each make 200 local accesses in a trip, two with 240 none.
+_WITH_DROPOUT = {64: ForwardTiles(2, 128, 2, 240, True)}
+
+
+def _tiles(call: LoweredAttention) -> ForwardTiles:
+    """The configuration of a call."""
+    size = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
+    return (call.terms.dropout is not None and _WITH_DROPOUT.get(size)) or _TILES[size]
+
+
+def padded(dim: int) -> int:
+    """The box that a head dimension is loaded as: TMA fills the rest with zeros."""
+    return next(size for size in _TILES if dim <= size)
+
+
+def reasons(call: LoweredAttention) -> list[str]:
+    """Why this pass of an eligible call runs on the plain kernels; empty if it does not."""
+    found = modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
+    dropout = call.terms.dropout
+    if dropout is not None and dropout.counters(call.shape)[1]:
+        found.append("the first key's dropout stands inside a group of four")
+    return found
+
+
+def blocks(call: LoweredAttention) -> int:
+    """Blocks of 64 query rows."""
+    return -(-call.shape[2] // 64)
+
+
+def bounds(call: LoweredAttention, mask: arguments.MaskArgs, keys: int) -> Tensor | None:
+    """Key tiles that each block of rows reaches, int32 [batch|1, 1, blocks, 4], where tensors decide; see ``bounds.block_bounds``."""
+    if mask.kv_start is None and mask.kv_end is None:
+        return None
+    batches = [t.shape[0] for t in (call.terms.mask.kv_start, call.terms.mask.kv_end, call.terms.q_offset) if isinstance(t, Tensor)]
+    table = call.q.new_empty((max(batches), 1, blocks(call), 4), dtype=torch.int32)
+    args = (arguments.matrix(table), mask, arguments.sizes(call), keys)
+    run(bounds_kernel, table.shape[0] * blocks(call), call.q.device, args, {"num_warps": 2})
+    return table
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, each of which runs one CTA."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
+
+
+def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and stats as the plain kernel's ``attention_fwd``, and by it where a row needs more than one rounding per exponent."""
+    if reasons(call):
+        return plain.attention_fwd(call, stats_shape)
+    batch, heads, q_len, kv_len = call.shape
+    head_dim, value_dim = padded(call.q.shape[-1]), padded(call.v.shape[-1])
+    chosen = _tiles(call)
+    out = empty_out(call.q, call.v.shape[-1])
+    lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    stats = call.q.new_empty(stats_shape, dtype=torch.float32)
+    redo = torch.zeros((batch, heads, blocks(call)), dtype=torch.int32, device=call.q.device)
+    mask, score = mask_arguments(call.terms), fast(arguments.scores(call.terms, call.grid, call.q.dtype))
+    table = tile_lists(call, mask, chosen.consumers, chosen.keys) if mask.keep is not None else bounds(call, mask, chosen.keys)
+    tiles = (
+        Tiles(call.q, (1, 1, 64, head_dim)),
+        Tiles(call.k, (1, 1, chosen.keys, head_dim)),
+        Tiles(call.v, (1, 1, chosen.keys, value_dim)),
+        Tiles(out, (1, 1, 64, value_dim)),
+    )
+    in_cache = max(1, _L2 // (kv_len * (head_dim + value_dim) * call.q.element_size()))
+    together = min(batch * heads, in_cache * (heads // call.k.shape[1]))
+    left = mask.left is not None or mask.kv_start is not None
+    # Of float16 probabilities neither 2^72 nor 2^-72 is left.
+    bounded = is_bounded(score) and call.q.dtype == torch.bfloat16
+    work = batch * heads * -(-q_len // (64 * chosen.consumers))
+    args = (
+        *tiles, lse, stats, call.terms.sinks, redo, arguments.matrix(table), batch * heads, together,
+        mask, score, arguments.dropout(call.terms, call.shape), arguments.sizes(call),
+        chosen.consumers, chosen.keys, chosen.stages, chosen.registers, left, bounded, chosen.own_out,
+    )  # fmt: skip
+    launch(forward_kernel, (min(work, processors(call.q.device)),), args)
+    plain.run(call, Forward(out, lse, stats), redo)
+    return out, lse, stats

@@ -1,0 +1,245 @@
+"""Attention forward on Hopper: persistent CTAs of NC consumers (64 query rows each) and one producer warp.
+
+A consumer's key loop has three parts, [mixed][full][mixed], which follow from the interval of keys that each row may attend to.
+Within a trip the softmax of tile n runs beside the product P V of tile n - 1.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from ..masks import row_intervals
+from ..primitives import pointers
+from .bounds import block_bounds, tile_reach
+from .compat import aggregate, wait_reads
+from .lists import HEAD
+from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
+from .order import Order
+from .store import store
+from .stream import Stream, flat, room, stream
+
+
+@aggregate
+class Shared:
+    """Shared memory of one CTA. q and out may be one and the same: then Q of the next query tile waits until O has left."""
+
+    q: Stream
+    k: Stream
+    v: Stream
+    out: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, out):
+        self.q, self.k, self.v, self.out = q, k, v, out
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """How 4 warps hold [64, columns] of a product."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def left_operand(columns):
+    """How they hold the 16-bit left factor of such a product."""
+    return gl.DotOperandLayout(operand_index=0, parent=accumulator(columns), k_width=2)
+
+
+@gluon.jit
+def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
+    """Loads Q of one query tile after the other, and the keys and values that it reaches."""
+    turn = 0
+    n = 0  # key tiles
+    while order.index(turn) < order.total():
+        bh, tile = order.place(order.index(turn))
+        b, h = bh // sizes.heads, bh % sizes.heads
+        for c in gl.static_range(NC):
+            shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
+        if mask.dense:
+            listed = pointers(bounds, b, h, tile, tile * 0)
+            first, last = 0, gl.load(listed) + gl.load(listed + 1)
+        else:
+            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
+        for j in range(first, last):
+            i = gl.load(listed + HEAD + j) if mask.dense else j
+            shared.k.load(K, [b, h // sizes.group, i * BN, 0], n)
+            shared.v.load(V, [b, h // sizes.group, i * BN, 0], n)
+            n += 1
+        turn += 1
+
+
+@gluon.jit
+def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+    """Key tile i, the n-th of this CTA: S = Q K^T, O += P V of the tile before, softmax of this one. carry = (o, p, hi, l)."""
+    o, p, hi, l = carry
+    VD: gl.constexpr = o.shape[1]
+    shared.k.ring.wait_full(n)
+    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
+    shared.v.ring.wait_full(n - 1)
+    o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    shared.k.ring.release(n)
+    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    wide, hi, l, alpha = online(s, hi, l, score, MASK != NOTHING or len(score.functions) > 0, BOUNDED)
+    narrow = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
+    # P, l and alpha are tied to the wait, so that the compiler may not move their arithmetic behind it.
+    if BOUNDED:
+        o, narrow, l = warpgroup_mma_wait(0, deps=(o, narrow, l))
+    else:
+        o, narrow, l, alpha = warpgroup_mma_wait(0, deps=(o, narrow, l, alpha))
+    shared.v.ring.release(n - 1)
+    if not BOUNDED:
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, accumulator(VD)))[:, None]
+    return o, narrow, hi, l
+
+
+@gluon.jit
+def skip(n, count, shared):
+    """Gives back key tiles that other consumers of the CTA need and this one does not."""
+    for j in range(n, n + count):
+        shared.k.pass_over(j)
+        shared.v.pass_over(j)
+
+
+@gluon.jit
+def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+    """The first key tile of a block: its softmax alone. carry = (o, hi, l); ``step`` says what comes out."""
+    o, hi, l = carry
+    shared.k.ring.wait_full(n)
+    s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    shared.k.ring.release(n)
+    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
+    p = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
+    return o, p, hi, l
+
+
+@gluon.jit
+def finish(n, o, p, shared):
+    """O with the product of the CTA's n-th key tile, a block's last."""
+    shared.v.ring.wait_full(n)
+    o = warpgroup_mma(p, shared.v.tile(n), o, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    shared.v.ring.release(n)
+    return o
+
+
+@gluon.jit
+def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+    """Key tiles (first, split, resume, last), of which the first is the CTA's n-th: O before division, bases and sums. carry = (o, hi, l)."""
+    first, split, resume, last = reach
+    # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
+    LEFT_MASK: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
+    o, p, hi, l = begin(first, n, carry, q, shared, row, mask, score, dropout, sizes, LEFT_MASK, BOUNDED, BN)
+    shift = n - first  # from a key tile's place to its number in this CTA
+    if LEFT:
+        for i in range(first + 1, split):
+            o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, BOTH_ENDS, BOUNDED, BN)
+    for i in range(gl.maximum(split, first + 1), resume):
+        o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
+    for i in range(gl.maximum(resume, first + 1), last):
+        o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, END_ONLY, BOUNDED, BN)
+    return finish(last + shift - 1, o, p, shared), hi, l
+
+
+@gluon.jit
+def attend_listed(n, listed, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+    """``attend`` for the key tiles of a list: its mixed ones, of which any pair may be masked, then its full ones."""
+    mixed = gl.load(listed)
+    count = mixed + gl.load(listed + 1)
+    ANY: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
+    o, p, hi, l = begin(gl.load(listed + HEAD), n, carry, q, shared, row, mask, score, dropout, sizes, ANY, BOUNDED, BN)
+    for j in range(1, mixed):
+        i = gl.load(listed + HEAD + j)
+        o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, ANY, BOUNDED, BN)
+    for j in range(gl.maximum(mixed, 1), count):
+        i = gl.load(listed + HEAD + j)
+        o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
+    return finish(n + count - 1, o, p, shared), hi, l
+
+
+@gluon.jit
+def consumer(
+    C: gl.constexpr, O, outputs, shared, order, bounds, mask, score, dropout, sizes,
+    NC: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
+):  # fmt: skip
+    """Computes the C-th block of one query tile after the other."""
+    VD: gl.constexpr = O.block_shape[3]
+    RS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    q = flat(shared.q.tiles.index(C))
+    turn = 0
+    n = 0
+    while order.index(turn) < order.total():
+        bh, tile = order.place(order.index(turn))
+        b, h = bh // sizes.heads, bh % sizes.heads
+        block = tile * NC + C
+        rows = block * 64 + gl.arange(0, 64, RS)
+        start, end = row_intervals(mask, b, rows, sizes)
+        row = (b, h, rows, start, end, block * 64)
+        o = gl.zeros((64, VD), gl.float32, accumulator(VD))
+        hi = gl.full((64,), float("-inf"), gl.float32, RS)
+        l = gl.zeros((64,), gl.float32, RS)
+        shared.q.ring.wait_full(turn * NC + C)
+        if mask.dense:
+            listed = pointers(bounds, b, h, tile, tile * 0)
+            count = gl.load(listed) + gl.load(listed + 1)
+            if count > 0:
+                o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+            n += count
+        else:
+            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
+            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, BN)
+            first = gl.minimum(first, any_last)
+            last = gl.maximum(last, first)
+            skip(n, first - any_first, shared)
+            n += first - any_first
+            if first < last:
+                reach = (first, split, resume, last)
+                o, hi, l = attend(n, reach, (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+            n += last - first
+            skip(n, any_last - last, shared)
+            n += any_last - last
+        if BOUNDED:
+            hi = bounded_base(l, score)
+        if OWN_OUT:
+            shared.q.ring.release(turn * NC + C)
+        total = order.heads.to(gl.int64) * sizes.q_len
+        store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
+        if not OWN_OUT:
+            wait_reads(0)
+            shared.q.ring.release(turn * NC + C)
+        turn += 1
+    wait_reads(0)
+
+
+@gluon.jit
+def forward_kernel(
+    Q, K, V, O, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
+    NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LEFT: gl.constexpr,
+    BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
+):  # fmt: skip
+    """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches."""
+    queries = stream(Q, NC, 1)
+    if OWN_OUT:
+        out = room(O, NC)
+    else:
+        out = queries.tiles
+    shared = Shared(queries, stream(K, STAGES, NC), stream(V, STAGES, NC), out)
+    fence_async_shared()
+    tiles = (sizes.q_len + 64 * NC - 1) // (64 * NC)
+    order = Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together))
+    outputs = (lse, stats, sinks, redo)
+    if NC == 2:
+        gl.warp_specialize([
+            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (consumer, (2, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

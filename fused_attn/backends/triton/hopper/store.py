@@ -1,0 +1,88 @@
+"""What a block's rows leave: output, lse, statistics, and a flag where the plain kernel has to do them again."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from ..primitives import LOG2E
+from .compat import tma_store, wait_reads
+from .modifications import exponents
+
+# The largest base whose rounding (2^-24 of it) leaves exponentials between 2^-2 and 2^2 at a row's maximum.
+LIMIT = gl.constexpr(2.0**26)
+
+
+@gluon.jit
+def with_sink(hi, l, sink, lift):
+    """Bases and sums with a key of that score added, and what the accumulator must be multiplied by."""
+    new = gl.maximum(hi, gl.fma(sink, LOG2E, lift * -1.0))
+    base = gl.where(new == float("-inf"), 0.0, new)
+    shrink = gl.exp2(hi - base)
+    return new, gl.fma(l, shrink, gl.exp2(gl.fma(sink, LOG2E, base * -1.0) - lift)), shrink
+
+
+@gluon.jit
+def store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes):
+    """lse, and (m, l) in the kernel's unit: m is rounded, and l takes the difference. hi lies ``lift`` below log2 of the largest exponential."""
+    _, lift = exponents(score)
+    inside = rows < sizes.q_len
+    at = bh.to(gl.int64) * sizes.q_len + rows
+    none = l == 0.0
+    ln2 = 1.0 / LOG2E
+    gl.store(lse + at, gl.where(none, float("-inf"), gl.fma(hi + lift, ln2, gl.log(l))), mask=inside)
+    m = (hi + lift) / score.factor
+    exact = l * gl.exp2(gl.fma(m, score.factor * -1.0, hi) + lift)
+    gl.store(stats + at, gl.where(hi == float("-inf"), float("-inf"), m), mask=inside)
+    gl.store(stats + total + at, gl.where(empty, 0.0, exact), mask=inside)
+
+
+@gluon.jit
+def wrong(hi, l, start, end, score):
+    """Rows whose base is too large for one rounding, whose sum overflowed, or whose scores were finite and -inf times the factor."""
+    bad = ((gl.abs(hi) > LIMIT) & (hi != float("-inf"))) | (hi != hi) | ((l - l) != 0.0)
+    if len(score.functions) > 0:
+        bad = bad | ((hi == float("-inf")) & (start < end))
+    else:
+        bad = bad | ((hi == float("-inf")) & (start < end) & (score.factor > 1.0))
+    return bad
+
+
+@gluon.jit
+def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT: gl.constexpr):
+    """Head row[1] in batch row[0]; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
+    RS: gl.constexpr = hi.type.layout
+    RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    b, h, rows, start, end, first = row
+    lse, stats, sinks, redo = outputs
+    bh = b * sizes.heads + h
+    inside = rows < sizes.q_len
+    bad = wrong(hi, l, start, end, score)
+    empty = l == 0.0
+    if sinks is not None:
+        hi, l, shrink = with_sink(hi, l, gl.load(sinks + h).to(gl.float32), exponents(score)[1])
+        bad = bad | (gl.abs(hi) > LIMIT) & (hi != float("-inf")) | ((l - l) != 0.0)
+    inverse = 1.0 / gl.where(l == 0.0, 1.0, l)
+    if dropout is not None:
+        inverse = inverse * dropout.factor
+    if sinks is not None:
+        inverse = inverse * shrink
+    # 0 * NaN: an empty row is zeros whatever its values hold.
+    result = gl.where(gl.convert_layout(empty, RO)[:, None], 0.0, o * gl.convert_layout(inverse, RO)[:, None])
+    if mask.restricts:
+        # A NaN of a value that a row may not attend to; infinities show as NaN, too.
+        broken = gl.sum(result * 0.0, 1)
+        bad = bad | (gl.convert_layout(broken, RS) != 0.0)
+    gl.store(redo + bh * ((sizes.q_len + 63) // 64) + first // 64 + rows * 0, rows * 0 + 1, mask=bad & inside)
+    store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes)
+    if sinks is not None:
+        # float32 beside the 16-bit output: columns of ``stats`` [2 + value_dim, batch, heads, q_len].
+        of_row = bh.to(gl.int64) * sizes.q_len + first + gl.arange(0, 64, RO)
+        cols = gl.arange(0, result.shape[1], gl.SliceLayout(0, o.type.layout))
+        wide = stats + (cols.to(gl.int64) + 2)[None, :] * total + of_row[:, None]
+        gl.store(wide, result, mask=(of_row - bh.to(gl.int64) * sizes.q_len < sizes.q_len)[:, None] & (cols < O.shape[3])[None, :])
+    if OWN_OUT:
+        wait_reads(0)
+    out = shared.out.index(C)
+    out.reshape([64, result.shape[1]]).store(result.to(shared.out.dtype))
+    fence_async_shared()
+    tma_store(O, [b, h, first, 0], out)
