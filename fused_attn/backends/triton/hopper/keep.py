@@ -163,6 +163,14 @@ def masked(s, words, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def kept_place(place, words, COLUMNS: gl.constexpr):
+    """int32 place [64, COLUMNS], -1 where the words do not keep a pair; as ``masked``."""
+    code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; selp.b32 $0, $1, -1, p; }"
+    layout: gl.constexpr = place.type.layout
+    return gl.inline_asm_elementwise(code, "=r,r,r", [place, bits(words, layout, COLUMNS)], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def state(mask, b, h, q_block, kv_block, sizes, Q_BLOCKS: gl.constexpr, KV_BLOCKS: gl.constexpr):
     """The state of a tile of Q_BLOCKS x KV_BLOCKS blocks of 64 from that of each, which begin at block (q_block, kv_block)."""
     low = gl.to_tensor(EVERYTHING)
