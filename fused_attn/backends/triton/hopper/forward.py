@@ -21,6 +21,7 @@ from .keep import mask_arguments
 from .launch import launch
 from .lists import tile_lists
 from .modifications import fast, is_bounded
+from .online import BITS_ONLY, BOTH_ENDS, END_ONLY
 
 # Keys and values that a group of heads may bring into the L2 cache together, in bytes: of 50 MB, with room for queries and outputs.
 _L2 = 32 * 2**20
@@ -46,19 +47,30 @@ _TILES = {
 }
 
 
-# Dropout's counters need registers: at head size 64 three consumers with 160 each make 200 local accesses in a trip, two with 240 none.
-_WITH_DROPOUT = {64: ForwardTiles(2, 128, 2, 240, True)}
+# Dropout's counters and words of a dense mask need registers: at head size 64 three consumers with 160 each make 200 and 13 local accesses in
+# a trip, two with 240 none.
+_HEAVY = {64: ForwardTiles(2, 128, 2, 240, True)}
 
 
 def _tiles(call: LoweredAttention) -> ForwardTiles:
     """The configuration of a call."""
     size = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
-    return (call.terms.dropout is not None and _WITH_DROPOUT.get(size)) or _TILES[size]
+    heavy = call.terms.dropout is not None or call.terms.mask.keep is not None
+    return (heavy and _HEAVY.get(size)) or _TILES[size]
 
 
 def padded(dim: int) -> int:
     """The box that a head dimension is loaded as: TMA fills the rest with zeros."""
     return next(size for size in _TILES if dim <= size)
+
+
+def _ends(call: LoweredAttention) -> int:
+    """What the mask may cut of a tile, see ``online``. Bits say themselves where the keys end, unless one stands for all keys."""
+    mask = call.terms.mask
+    if mask.left is not None or mask.kv_start is not None:
+        return int(BOTH_ENDS.value)
+    by_bits = mask.keep is not None and mask.keep.shape[3] == call.shape[3]
+    return int((BITS_ONLY if by_bits and mask.right is None and mask.kv_end is None else END_ONLY).value)
 
 
 def reasons(call: LoweredAttention) -> list[str]:
@@ -112,14 +124,13 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     )
     in_cache = max(1, _L2 // (kv_len * (head_dim + value_dim) * call.q.element_size()))
     together = min(batch * heads, in_cache * (heads // call.k.shape[1]))
-    left = mask.left is not None or mask.kv_start is not None
     # Of float16 probabilities neither 2^72 nor 2^-72 is left.
     bounded = is_bounded(score) and call.q.dtype == torch.bfloat16
     work = batch * heads * -(-q_len // (64 * chosen.consumers))
     args = (
         *tiles, lse, stats, call.terms.sinks, redo, arguments.matrix(table), batch * heads, together,
         mask, score, arguments.dropout(call.terms, call.shape), arguments.sizes(call),
-        chosen.consumers, chosen.keys, chosen.stages, chosen.registers, left, bounded, chosen.own_out,
+        chosen.consumers, chosen.keys, chosen.stages, chosen.registers, _ends(call), bounded, chosen.own_out,
     )  # fmt: skip
     launch(forward_kernel, (min(work, processors(call.q.device)),), args)
     plain.run(call, Forward(out, lse, stats), redo)

@@ -126,14 +126,13 @@ def finish(n, o, p, shared):
 
 
 @gluon.jit
-def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, ENDS: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
     """Key tiles (first, split, resume, last), of which the first is the CTA's n-th: O before division, bases and sums. carry = (o, hi, l)."""
     first, split, resume, last = reach
     # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
-    LEFT_MASK: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
-    o, p, hi, l = begin(first, n, carry, q, shared, row, mask, score, dropout, sizes, LEFT_MASK, BOUNDED, BN)
+    o, p, hi, l = begin(first, n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
     shift = n - first  # from a key tile's place to its number in this CTA
-    if LEFT:
+    if ENDS == BOTH_ENDS:
         for i in range(first + 1, split):
             o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, BOTH_ENDS, BOUNDED, BN)
     for i in range(gl.maximum(split, first + 1), resume):
@@ -144,15 +143,16 @@ def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, LEFT: g
 
 
 @gluon.jit
-def attend_listed(n, listed, carry, q, shared, row, mask, score, dropout, sizes, LEFT: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
+def attend_listed(
+    n, listed, carry, q, shared, row, mask, score, dropout, sizes, ENDS: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr
+):
     """``attend`` for the key tiles of a list: its mixed ones, of which any pair may be masked, then its full ones."""
     mixed = gl.load(listed)
     count = mixed + gl.load(listed + 1)
-    ANY: gl.constexpr = BOTH_ENDS if LEFT else END_ONLY
-    o, p, hi, l = begin(gl.load(listed + HEAD), n, carry, q, shared, row, mask, score, dropout, sizes, ANY, BOUNDED, BN)
+    o, p, hi, l = begin(gl.load(listed + HEAD), n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
     for j in range(1, mixed):
         i = gl.load(listed + HEAD + j)
-        o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, ANY, BOUNDED, BN)
+        o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
     for j in range(gl.maximum(mixed, 1), count):
         i = gl.load(listed + HEAD + j)
         o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
@@ -162,7 +162,7 @@ def attend_listed(n, listed, carry, q, shared, row, mask, score, dropout, sizes,
 @gluon.jit
 def consumer(
     C: gl.constexpr, O, outputs, shared, order, bounds, mask, score, dropout, sizes,
-    NC: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
+    NC: gl.constexpr, BN: gl.constexpr, ENDS: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Computes the C-th block of one query tile after the other."""
     VD: gl.constexpr = O.block_shape[3]
@@ -185,7 +185,7 @@ def consumer(
             listed = pointers(bounds, b, h, tile, tile * 0)
             count = gl.load(listed) + gl.load(listed + 1)
             if count > 0:
-                o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+                o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
             n += count
         else:
             any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
@@ -196,7 +196,7 @@ def consumer(
             n += first - any_first
             if first < last:
                 reach = (first, split, resume, last)
-                o, hi, l = attend(n, reach, (o, hi, l), q, shared, row, mask, score, dropout, sizes, LEFT, BOUNDED, BN)
+                o, hi, l = attend(n, reach, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
             n += last - first
             skip(n, any_last - last, shared)
             n += any_last - last
@@ -216,10 +216,13 @@ def consumer(
 @gluon.jit
 def forward_kernel(
     Q, K, V, O, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
-    NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LEFT: gl.constexpr,
+    NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ENDS: gl.constexpr,
     BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
-    """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches."""
+    """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches.
+
+    ENDS is what the mask may cut of a tile.
+    """
     queries = stream(Q, NC, 1)
     if OWN_OUT:
         out = room(O, NC)
@@ -232,14 +235,14 @@ def forward_kernel(
     outputs = (lse, stats, sinks, redo)
     if NC == 2:
         gl.warp_specialize([
-            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
-            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
-            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
-            (consumer, (2, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, LEFT, BOUNDED, OWN_OUT)),
+            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (2, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -8,8 +8,8 @@ from .dropout import kept_of_rows
 from .keep import load_words, masked
 from .modifications import exponents, modified
 
-# What a tile's mask may cut: once every row has started, the ends alone.
-NOTHING, END_ONLY, BOTH_ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+# What of a tile's pairs a mask may cut, besides the bits of a dense one: once every row has started, the ends alone.
+NOTHING, BITS_ONLY, END_ONLY, BOTH_ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 
 @gluon.jit

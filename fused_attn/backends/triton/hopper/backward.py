@@ -1,0 +1,157 @@
+"""The one-pass backward on the host: what is allocated, launched and done again by the plain kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fused_attn.backends.base import Forward, Gradients, Incoming
+from fused_attn.backends.triton import arguments, attention_bwd as plain
+from fused_attn.backends.triton.attention_bwd import Arriving
+from fused_attn.backends.triton.config import TileConfig
+from fused_attn.backends.triton.launch import _summary, run
+from fused_attn.lowering import LoweredAttention
+from fused_attn.score_mods import in_own_shape, on_device
+
+from . import modifications
+from .backward_kernel import _attention_bwd_hopper_kernel
+from .backward_redo import redo_bias
+from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
+from .backward_tile import Given
+from .descriptors import Tiles
+from .eligible import strides_reason
+from .launch import launch
+from .visits import lists
+
+
+class BackwardConfig(NamedTuple):
+    """Queries per tile, stages of their ring, registers of the second consumer's threads."""
+
+    block_q: int
+    stages: int
+    registers: int
+
+
+# By padded head size, and whether anything but a mask is between product and exponent: tiles of 128 queries spill then (up to 109 local
+# accesses per trip at head size 64).
+BACKWARD = {
+    (64, False): BackwardConfig(128, 2, 240),
+    (64, True): BackwardConfig(64, 2, 240),
+    (128, False): BackwardConfig(64, 2, 240),
+    (128, True): BackwardConfig(64, 2, 240),
+}
+MAX_HEAD_DIM = 128
+KEYS = 128
+
+
+def padded(dim: int) -> int:
+    """The power of two from 64 on that a head size becomes."""
+    return max(64, 1 << (dim - 1).bit_length())
+
+
+def reasons(call: LoweredAttention) -> list[str]:
+    """Why the backward of an eligible call runs on the plain kernels; empty if it does not."""
+    found = modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
+    if max(call.q.shape[-1], call.v.shape[-1]) > MAX_HEAD_DIM:
+        found.append(f"the one-pass backward has head sizes up to {MAX_HEAD_DIM}")
+    return found
+
+
+def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients of (q, k, v, sinks, *modification tensors), None where not needed."""
+    if incoming.dout is None or reasons(call):
+        return plain.attention_bwd(call, forward, incoming, needs)
+    arriving = Arriving.of(call, forward, incoming)
+    place, number = _written_bias(call, needs)
+    dbias, dq, dk, dv = _OnePass(call, forward, incoming, arriving, place).run()
+    others = list(plain.other_gradients(arriving, forward, (*needs[:number], False, *needs[number + 1 :])))
+    if dbias is not None:
+        others[number - 3] = in_own_shape((dbias,), call.terms.mods[place], call.grid)[0]
+    return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, *others
+
+
+def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[int, int]:
+    """The first bias with a gradient for every pair, which the pass writes as it goes: its place among modifications and in ``needs``.
+
+    (-1, the number of needs) without one. All others are sums over batches, heads, rows or columns, in a fixed order by a pass of their own.
+    """
+    number = 4
+    for place, mod in enumerate(call.terms.mods):
+        tensors = on_device(mod, call.grid).tensors
+        if len(tensors) == 1 and tensors[0].shape == call.shape and needs[number]:
+            return place, number
+        number += len(tensors)
+    return -1, len(needs)
+
+
+class _OnePass:
+    """Buffers and arguments of one call."""
+
+    def __init__(self, call: LoweredAttention, forward: Forward, incoming: Incoming, arriving: Arriving, written: int) -> None:
+        self.call, self.forward, self.incoming, self.arriving, self.written = call, forward, incoming, arriving, written
+        batch, heads, q_len, _ = call.shape
+        self.d, self.dv = padded(call.q.shape[-1]), padded(call.v.shape[-1])
+        special = bool(call.terms.mods) or call.terms.dropout is not None or arriving.more_tiles
+        self.config = BACKWARD[max(self.d, self.dv), special]
+        rows = -(-q_len // KEYS) * KEYS
+        self.lse, self.minus = call.q.new_empty((2, batch, heads, rows), dtype=torch.float32).unbind()
+        self.sums = call.q.new_empty(call.q.shape, dtype=torch.float32)
+        # Heads that the pass leaves to others, and heads in which it found a NaN: apart, so that no CTA of a head decides differently.
+        self.skipped, self.broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
+        self.score = modifications.fast(arguments.scores(call.terms, call.grid, call.q.dtype))
+        # Tiles that nobody visits have no gradient.
+        self.dbias = None if written < 0 else torch.zeros_like(on_device(call.terms.mods[written], call.grid).tensors[0])
+
+    def run(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """The gradients of the bias that the pass writes, q, k and v."""
+        call = self.call
+        dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
+        before = (self.forward.stats, self.arriving.delta[..., None], self.lse[..., None], self.minus[..., None], self.sums)
+        self._per_row(_backward_rows_kernel, KEYS, before, (self.skipped,))
+        self._main(dk, dv)
+        self._per_row(_backward_dq_kernel, 64, (self.sums, dq), (self.skipped, self.broke))
+        plain.products(self.arriving, (dq, dk, dv), self.skipped)
+        if self.dbias is not None:
+            redo_bias(self.arriving, self.skipped, self.dbias, self.written)
+        return self.dbias, dq, dk, dv
+
+    def _tile(self, block_q: int) -> arguments.Tile:
+        call = self.call
+        values = (block_q, KEYS, self.d, self.dv, call.q.shape[-1], call.v.shape[-1], 0, False)
+        return arguments.Tile(*(tl.constexpr(v) for v in values))
+
+    def _per_row(self, kernel: Any, block: int, matrices: tuple[Tensor, ...], flags: tuple[Tensor, ...]) -> None:
+        batch, heads, q_len, _ = self.call.shape
+        args = (*(arguments.matrix(t) for t in matrices), *flags, self.score, arguments.sizes(self.call), self._tile(block))
+        run(kernel, -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
+
+    def _main(self, dk: Tensor, dv: Tensor) -> None:
+        call, (bm, stages, registers) = self.call, self.config
+        batch, heads, q_len, kv_len = call.shape
+        tile, form = self._tile(bm), call.terms.mask
+        turns = ticket = met = None
+        if torch.are_deterministic_algorithms_enabled():
+            turns = call.q.new_zeros((batch, heads, -(-q_len // bm)), dtype=torch.int32)
+            ticket = call.q.new_zeros(1, dtype=torch.int32)
+        if form.kv_start is not None or form.kv_end is not None or form.keep is not None:
+            summary = _summary(call, TileConfig(bm, KEYS, 4, 1))
+            met = lists(call, arguments.mask(call.terms, summary), tile, turns is not None)
+        given = (*(arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, self.dbias)), tl.constexpr(self.written))
+        terms = (arguments.mask(call.terms, None), self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
+        args = (self.skipped, self.broke, met, turns, ticket, Given(*given), *terms, stages, registers)
+        launch(_attention_bwd_hopper_kernel, (-(-kv_len // KEYS) * batch * call.k.shape[1],), (*self._descriptors(dk, dv), *args))
+
+    def _descriptors(self, dk: Tensor, dv: Tensor) -> tuple[Tiles, ...]:
+        call, bm, d, v = self.call, self.config.block_q, self.d, self.dv
+        dout = self.incoming.dout
+        assert dout is not None
+        if strides_reason(dout):
+            dout = dout.contiguous()
+        return (
+            Tiles(call.q, (1, 1, bm, d)), Tiles(call.k, (1, 1, KEYS, d)), Tiles(call.v, (1, 1, KEYS, v)), Tiles(dout, (1, 1, bm, v)),
+            Tiles(self.sums, (1, 1, bm, d // 2)), Tiles(dk, (1, 1, 64, d)), Tiles(dv, (1, 1, 64, v)),
+            Tiles(self.lse, (1, 1, bm), swizzled=False), Tiles(self.minus, (1, 1, bm), swizzled=False),
+        )  # fmt: skip

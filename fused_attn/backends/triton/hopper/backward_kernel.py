@@ -1,0 +1,267 @@
+"""Attention backward on Hopper in one pass: 128 keys stay in shared memory, query tiles pass by; dq is summed in global memory by TMA.
+
+Warps: two consumers of 64 keys (4 warps each), a producer (1) that loads query tiles, a reducer (1) that adds dq tiles to global memory.
+Consumers compute transposed tiles (keys x queries), so that P^T and dS^T are A operands in registers for dv and dk; only dS goes through
+shared memory.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
+from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
+from .roles import Ring, bell, ring
+from .walk import rank, route_of, steps_of, total, visited
+
+
+@aggregate
+class Shared:
+    """Shared memory of one CTA and the barriers that hand it over."""
+
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor
+    minus: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    keys_here: gl.shared_memory_descriptor
+    queries: Ring
+    ds_ring: Ring
+    dq_ring: Ring
+
+    @gluon.constexpr_function
+    def __init__(self, k, v, q, dout, lse, minus, ds, dq, keys_here, queries, ds_ring, dq_ring):
+        self.k, self.v, self.q, self.dout = k, v, q, dout
+        self.lse, self.minus, self.ds, self.dq = lse, minus, ds, dq
+        self.keys_here, self.queries, self.ds_ring, self.dq_ring = keys_here, queries, ds_ring, dq_ring
+
+
+@gluon.jit
+def producer(k, v, q, dout, lse, minus, shared, block, skipped, lists, mask, sizes, tile):
+    """Loads the keys and values once, then what belongs to each query tile."""
+    route = route_of(block, skipped, lists, mask, sizes, tile)
+    mbarrier.expect(shared.keys_here, k.block_type.nbytes + v.block_type.nbytes)
+    first = route.kv_tile * tile.kv
+    tma_load(k, [route.b, route.kv_h, first, 0], shared.keys_here, shared.k.index(0))
+    tma_load(v, [route.b, route.kv_h, first, 0], shared.keys_here, shared.v.index(0))
+    for part in gl.static_range(2):
+        for member in range(sizes.group):
+            h = route.kv_h * sizes.group + member
+            low, high = steps_of(route, member, sizes, part == 0)
+            for i in range(low, high):
+                row = visited(route, i - low, lists, sizes, tile, part == 0) * tile.q
+                shared.queries.wait_empty(i)
+                full = shared.queries.full_at(i)
+                st = shared.queries.stage(i)
+                mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q)
+                tma_load(q, [route.b, h, row, 0], full, shared.q.index(st))
+                tma_load(lse, [route.b, h, row], full, shared.lse.index(st))
+                tma_load(dout, [route.b, h, row, 0], full, shared.dout.index(st))
+                tma_load(minus, [route.b, h, row], full, shared.minus.index(st))
+
+
+@gluon.jit
+def reducer(dq, turns, shared, block, skipped, lists, mask, sizes, tile):
+    """Adds both halves of each dq tile to global memory, in ascending order of key tiles if there are ``turns``."""
+    route = route_of(block, skipped, lists, mask, sizes, tile)
+    q_tiles = (sizes.q_len + tile.q - 1) // tile.q
+    for part in gl.static_range(2):
+        for member in range(sizes.group):
+            h = route.kv_h * sizes.group + member
+            low, high = steps_of(route, member, sizes, part == 0)
+            for i in range(low, high):
+                q_tile = visited(route, i - low, lists, sizes, tile, part == 0)
+                turn = turns
+                if turns is not None:
+                    turn = turns + (route.b * sizes.heads + h).to(gl.int64) * q_tiles + q_tile
+                    await_turn(turn, rank(route, q_tile, lists, mask, sizes, tile))
+                for w in gl.static_range(2):
+                    mbarrier.wait(shared.dq_ring.full.index(w), i & 1)
+                    tma_add(dq, [route.b, h, q_tile * tile.q, w * (tile.d // 2)], shared.dq.index(w))
+                wait_reads(1)
+                mbarrier.arrive(shared.dq_ring.empty.index(0), count=1)
+                wait_reads(0)
+                mbarrier.arrive(shared.dq_ring.empty.index(1), count=1)
+                if turns is not None:
+                    pass_turn(turn)
+    wait_reads(0)
+
+
+@gluon.jit
+def await_turn(turn, mine):
+    """Spins until ``turn`` says ``mine``; what follows in the asynchronous proxy may not start before."""
+    now = gl.atomic_add(turn, 0, sem="acquire", scope="gpu")
+    while now != mine:
+        now = gl.atomic_add(turn, 0, sem="acquire", scope="gpu")
+    fence_async_global(now)
+
+
+@gluon.jit
+def pass_turn(turn):
+    """Hands the tile to the next key tile, once the sums are in memory."""
+    one = wait_writes(gl.to_tensor(1))
+    gl.atomic_add(turn, one, sem="release", scope="gpu")
+
+
+@gluon.jit
+def fixed_tiles(shared, zero, W: gl.constexpr, tile):
+    """This consumer's keys and values, all keys' half of the columns for dq, and all of dS.
+
+    ``zero`` is 0, which the compiler may not know: descriptors of tiles that never change are hoisted out of the loop otherwise, and spill.
+    """
+    HALF: gl.constexpr = tile.d // 2
+    keys = shared.k.index(zero).reshape([tile.kv, tile.d])
+    values = shared.v.index(zero).reshape([tile.kv, tile.dv])
+    return keys.slice(W * 64, 64), values.slice(W * 64, 64), keys.slice(W * HALF, HALF, dim=1), shared.ds.index(zero)
+
+
+@gluon.jit
+def pinned(x):
+    """The same 16-bit tile, computed before whatever follows: LLVM else moves its last instructions behind the fence of the product that reads it."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def step(
+    dk, dv, i, n, h, W: gl.constexpr, shared, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
+):  # fmt: skip
+    """dk [64, tile.d] and dv [64, tile.dv] and what one query tile adds to them; its part of dq goes to the reducer."""
+    HALF: gl.constexpr = tile.d // 2
+    DTYPE: gl.constexpr = shared.k.dtype
+    LS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16])
+    LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    OF_K: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
+    OF_V: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LS)
+    # With dropout delta stays outside of the product: pairs that were removed have it too.
+    APART: gl.constexpr = dropout is not None
+    PLACED: gl.constexpr = MASKED or APART or len(score.functions) > 0 or given.dprobs is not None or given.dscores is not None
+    zeros = gl.zeros((64, tile.q), gl.float32, LS)
+    st = shared.queries.stage(i)
+    q = shared.q.index(st).reshape([tile.q, tile.d])
+    dout = shared.dout.index(st).reshape([tile.q, tile.dv])
+    k, v, half, ds_all = fixed_tiles(shared, i >> 30, W, tile)
+    shared.queries.wait_full(i)
+    s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # dP - delta comes out of the tensor cores: the accumulator starts at -delta. That saves an addition per score, and the registers
+    # in which a column's delta (tile.q / 4 per lane) would wait.
+    if APART:
+        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:
+        minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
+        dp = warpgroup_mma(v, dout.permute((1, 0)), minus[None, :].broadcast_to([64, tile.q]), is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    # Read here, not earlier: these too are tile.q / 4 registers.
+    lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
+    at, stays = None, None
+    if PLACED:
+        q_tile = visited(route, n, lists, sizes, tile, not MASKED)
+        at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
+    p = probabilities(s, lse, at, score)
+    if MASKED:
+        p = cut(p, at, mask, sizes)
+    weights = p
+    if APART:
+        stays = kept(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
+        weights = gl.where(stays, p * dropout.factor, 0.0)
+    pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dv = warpgroup_mma(pb, dout, dv, is_async=True)
+    if APART:
+        dp = gl.where(stays, dp * dropout.factor, 0.0) + shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :]
+    ds = score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED).to(DTYPE)
+    mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
+    ds_all.slice(W * 64, 64).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(shared.ds_ring.full, count=1)
+    dk = warpgroup_mma(gl.convert_layout(ds, OF_K), q, dk, is_async=True)
+    mbarrier.wait(shared.ds_ring.full, i & 1)
+    dq = warpgroup_mma(ds_all.permute((1, 0)), half, gl.zeros((tile.q, HALF), gl.float32, LQ), use_acc=False, is_async=True)
+    dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
+    shared.queries.release(i)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    mbarrier.arrive(shared.ds_ring.empty, count=1)
+    mbarrier.wait(shared.dq_ring.empty.index(W), (i & 1) ^ 1)
+    shared.dq.index(W).reshape([tile.q, HALF]).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(shared.dq_ring.full.index(W), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def consumer(
+    W: gl.constexpr, dk_out, dv_out, broke, shared, block, skipped, lists, given, mask, score, dropout, sizes, tile
+):  # fmt: skip
+    """64 keys: sums dk and dv over the query tiles, full ones first, and writes them over its keys and values."""
+    route = route_of(block, skipped, lists, mask, sizes, tile)
+    DTYPE: gl.constexpr = shared.k.dtype
+    dk = gl.zeros((64, tile.d), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.d, 16]))
+    dv = gl.zeros((64, tile.dv), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.dv, 16]))
+    mbarrier.wait(shared.keys_here, 0)
+    for part in gl.static_range(2):
+        for member in range(sizes.group):
+            low, high = steps_of(route, member, sizes, part == 0)
+            h = route.kv_h * sizes.group + member
+            for i in range(low, high):
+                dk, dv = step(dk, dv, i, i - low, h, W, shared, route, lists, given, mask, score, dropout, sizes, tile, part == 1)
+    if nans(dk) + nans(dv) > 0:
+        gl.store(broke + route.b * (sizes.heads // sizes.group) + route.kv_h, 1)
+    # The other consumer reads all of K for dq until its last product is done.
+    mbarrier.wait(shared.ds_ring.empty, (total(route, sizes) & 1) ^ 1)
+    k, v, half, ds_all = fixed_tiles(shared, 0, W, tile)
+    k.store((dk * score.scale).to(DTYPE))
+    v.store(dv.to(DTYPE))
+    fence_async_shared()
+    to = [route.b, route.kv_h, route.kv_tile * tile.kv + W * 64, 0]
+    tma_store(dk_out, to, shared.k.index(0).slice(W * 64, 64, dim=2))
+    tma_store(dv_out, to, shared.v.index(0).slice(W * 64, 64, dim=2))
+    wait_reads(0)
+
+
+@gluon.jit
+def nans(x):
+    """More than 0 where a 2-D tile holds a NaN."""
+    return gl.max(gl.max((x != x).to(gl.int32), 1), 0)
+
+
+@gluon.jit
+def _attention_bwd_hopper_kernel(
+    q, k, v, dout, dq, dk, dv, lse, minus, skipped, broke, lists, turns, ticket, given, mask, score, dropout, sizes, tile,
+    STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """One CTA per key tile and key head, key tiles of a head after each other.
+
+    dq: float32 sums [batch, heads, q_len, head_dim], box [1, 1, tile.q, tile.d / 2]; lse and minus: log2 of the rows' sums and -delta,
+    float32 [batch, heads, q_len rounded up], box [1, 1, tile.q]; skipped, broke: int32 [batch, key heads], heads that others do, and
+    heads whose dk or dv has a NaN; turns: int32 zeros [batch, heads, query tiles] where dq is summed in order, with an int32 zero
+    ``ticket``; CONSUMER: registers of a thread of the second consumer.
+    """
+    shared = Shared(
+        gl.allocate_shared_memory(k.dtype, [1, 1, 1, tile.kv, tile.d], k.layout),
+        gl.allocate_shared_memory(k.dtype, [1, 1, 1, tile.kv, tile.dv], v.layout),
+        gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, tile.q, tile.d], q.layout),
+        gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, tile.q, tile.dv], dout.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, tile.q], lse.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, tile.q], minus.layout),
+        gl.allocate_shared_memory(k.dtype, [1, tile.kv, tile.q], gl.NVMMASharedLayout.get_default_for([tile.kv, tile.q], k.dtype)),
+        gl.allocate_shared_memory(gl.float32, [2, 1, 1, tile.q, tile.d // 2], dq.layout),
+        bell(1),
+        ring(STAGES, 1, 2),
+        Ring(bell(2), bell(2), 1),
+        ring(2, 1, 1),
+    )
+    fence_async_shared()
+    block = gl.program_id(0)
+    if ticket is not None:
+        # CTAs are numbered as they start: whoever waits, waits for CTAs that run already.
+        block = gl.atomic_add(ticket, 1)
+    # Each role finds the route by itself: numbers handed over lie in shared memory, where some of them would be read beyond their end.
+    gl.warp_specialize([
+        (consumer, (0, dk, dv, broke, shared, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (consumer, (1, dk, dv, broke, shared, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (producer, (k, v, q, dout, lse, minus, shared, block, skipped, lists, mask, sizes, tile)),
+        (reducer, (dq, turns, shared, block, skipped, lists, mask, sizes, tile)),
+    ], [4, 1, 1], [CONSUMER, 24, 24])  # fmt: skip

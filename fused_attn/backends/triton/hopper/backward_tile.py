@@ -1,0 +1,109 @@
+"""What the one-pass backward does with one transposed tile of scores [64 keys, queries] between its products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fused_attn.backends.triton.masks import query_shift
+from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
+
+from .dropout import kept_of_columns
+from .modifications import _pulled_back_through, exponents, modified, pulled_back
+
+
+class Given(NamedTuple):
+    """Gradients of probabilities and scores [batch, heads, q_len, kv_len], None where none arrive, and the bias whose gradient leaves.
+
+    ``bias`` is the modification's place (a constant, -1 for none) and ``dbias`` its gradient's matrix [batch, heads, q_len, kv_len].
+    """
+
+    dprobs: Any
+    dscores: Any
+    dbias: Any
+    bias: Any
+
+
+@gluon.jit
+def coordinates(h, q_tile, W: gl.constexpr, route, mask, sizes, tile, LAYOUT: gl.constexpr):
+    """(b, h, queries [1, tile.q], their positions, keys [64, 1], which pairs exist): what modifications ask."""
+    queries = q_tile * tile.q + gl.arange(0, tile.q, gl.SliceLayout(0, LAYOUT))
+    keys = (route.kv_tile * tile.kv + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)))[:, None]
+    inside = (queries < sizes.q_len)[None, :] & (keys < sizes.kv_len)
+    return route.b, h, queries[None, :], (queries + query_shift(mask, route.b))[None, :], keys, inside
+
+
+@gluon.jit
+def cut(x, at, mask, sizes):
+    """x [64, queries] of a mixed tile, 0 where a pair may not attend.
+
+    One bound after the other: rows' intervals in registers (``masks.row_intervals``) are half a tile's worth of them, and spill.
+    """
+    b, h, queries, positions, keys, _ = at
+    x = gl.where(keys < sizes.kv_len, x, 0.0)
+    # Rows beyond the end are 0 already.
+    apart = keys - positions
+    if mask.left is not None:
+        x = gl.where(apart >= 0 - mask.left, x, 0.0)
+    if mask.right is not None:
+        x = gl.where(apart <= mask.right, x, 0.0)
+    if mask.kv_start is not None:
+        inside = queries < sizes.q_len
+        x = gl.where(keys >= gl.load(pointers(mask.kv_start, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
+    if mask.kv_end is not None:
+        inside = queries < sizes.q_len
+        x = gl.where(keys < gl.load(pointers(mask.kv_end, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
+    if mask.dense:
+        inside = (queries < sizes.q_len) & (keys < sizes.kv_len)
+        x = gl.where(gl.load(pointers(mask.keep, b, h, queries, keys), mask=inside, other=0) != 0, x, 0.0)
+    return x
+
+
+@gluon.jit
+def probabilities(s, lse, at, score):
+    """exp(score - lse) of raw products s; lse [queries] in log2."""
+    factor, lift = exponents(score)
+    minus = lse * -1.0
+    if len(score.functions) > 0:
+        minus = minus + lift
+    return gl.exp2(gl.fma(modified(s, score, at), factor, minus[None, :]))
+
+
+@gluon.jit
+def kept(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
+    """Which pairs dropout leaves."""
+    if dropout.shift == 0:
+        return kept_of_columns(dropout, at[0], at[1], q_tile * tile.q, first_key, sizes, LAYOUT, tile.q)
+    else:
+        # Keys begin inside of a group of four: every pair makes its own call.
+        kv = at[4] + dropout.shift
+        row = dropout_row(dropout, at[0], at[1], sizes) + at[2].to(gl.int64) * dropout.row
+        w0, w1, w2, w3 = _words(dropout, row, None, kv // 4)
+        lane = kv % 4
+        word = gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
+        return word >= dropout.limit.to(gl.uint32)
+
+
+@gluon.jit
+def score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED: gl.constexpr):
+    """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
+    if given.dprobs is not None:
+        dp = dp + gl.load(pointers(given.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
+    ds = p * dp
+    if given.dscores is not None:
+        ds = ds + gl.load(pointers(given.dscores, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
+    if given.dbias is not None:
+        before = ds
+        for i in gl.static_range(len(score.functions) - given.bias):
+            before = _pulled_back_through(before, s, score, at, None, len(score.functions) - 1 - i)
+        if MASKED:
+            before = cut(before, at, mask, sizes)
+        to = pointers(given.dbias, at[0], at[1], at[2], at[4])
+        gl.store(to, before.to(given.dbias.ptr.dtype.element_ty), mask=at[5])
+    ds = pulled_back(ds, s, score, at)
+    # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
+    if MASKED and (given.dscores is not None or len(score.functions) > 0):
+        ds = cut(ds, at, mask, sizes)
+    return ds
