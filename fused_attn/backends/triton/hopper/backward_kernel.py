@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
+from .keep import load_words
 from .roles import Ring, bell, ring
 from .walk import rank, route_of, steps_of, total, visited
 
@@ -156,13 +157,16 @@ def step(
     s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
-    at, stays = None, None
+    at, stays, words = None, None, None
     if PLACED:
         q_tile = visited(route, n, lists, sizes, tile, not MASKED)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
     p = probabilities(s, lse, at, score)
     if MASKED:
-        p = cut(p, at, mask, sizes)
+        if mask.dense:
+            first = route.kv_tile * tile.kv + W * 64
+            words = load_words(mask.keep, route.b, h, first, sizes.kv_len, q_tile * tile.q, sizes.q_len, 1, tile.q)
+        p = cut(p, at, words, mask, sizes)
     weights = p
     if APART:
         stays = kept(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
@@ -172,7 +176,7 @@ def step(
     dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
         dp = gl.where(stays, dp * dropout.factor, 0.0) + shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :]
-    ds = score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED).to(DTYPE)
+    ds = score_gradients(p, dp, s, at, words, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
     fence_async_shared()

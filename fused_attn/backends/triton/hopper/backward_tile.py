@@ -11,6 +11,7 @@ from fused_attn.backends.triton.masks import query_shift
 from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
 
 from .dropout import kept_of_columns
+from .keep import bits
 from .modifications import _pulled_back_through, exponents, modified, pulled_back
 
 
@@ -36,8 +37,16 @@ def coordinates(h, q_tile, W: gl.constexpr, route, mask, sizes, tile, LAYOUT: gl
 
 
 @gluon.jit
-def cut(x, at, mask, sizes):
-    """x [64, queries] of a mixed tile, 0 where a pair may not attend.
+def _kept_bits(x, words):
+    """x where the words keep a pair, else 0; written out as ``keep.masked`` is."""
+    code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; selp.f32 $0, $1, 0f00000000, p; }"
+    of_pairs = bits(words, x.type.layout, x.shape[1])
+    return gl.inline_asm_elementwise(code, "=f,f,r", [x, of_pairs], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def cut(x, at, words, mask, sizes):
+    """x [64, queries] of a mixed tile, 0 where a pair may not attend; words: of a dense mask (``keep.load_words``), or None.
 
     One bound after the other: rows' intervals in registers (``masks.row_intervals``) are half a tile's worth of them, and spill.
     """
@@ -56,8 +65,7 @@ def cut(x, at, mask, sizes):
         inside = queries < sizes.q_len
         x = gl.where(keys < gl.load(pointers(mask.kv_end, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
     if mask.dense:
-        inside = (queries < sizes.q_len) & (keys < sizes.kv_len)
-        x = gl.where(gl.load(pointers(mask.keep, b, h, queries, keys), mask=inside, other=0) != 0, x, 0.0)
+        x = _kept_bits(x, words)
     return x
 
 
@@ -87,7 +95,7 @@ def kept(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED: gl.constexpr):
+def score_gradients(p, dp, s, at, words, given, mask, score, sizes, MASKED: gl.constexpr):
     """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
     if given.dprobs is not None:
         dp = dp + gl.load(pointers(given.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
@@ -99,11 +107,11 @@ def score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED: gl.constexp
         for i in gl.static_range(len(score.functions) - given.bias):
             before = _pulled_back_through(before, s, score, at, None, len(score.functions) - 1 - i)
         if MASKED:
-            before = cut(before, at, mask, sizes)
+            before = cut(before, at, words, mask, sizes)
         to = pointers(given.dbias, at[0], at[1], at[2], at[4])
         gl.store(to, before.to(given.dbias.ptr.dtype.element_ty), mask=at[5])
     ds = pulled_back(ds, s, score, at)
     # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
     if MASKED and (given.dscores is not None or len(score.functions) > 0):
-        ds = cut(ds, at, mask, sizes)
+        ds = cut(ds, at, words, mask, sizes)
     return ds

@@ -49,10 +49,13 @@ def _meeting(bounds, mask, own, q_tile, kv_tile, sizes, tile):
     if mask.summary is not None:
         any_kept, all_kept = some * 0, some * 0 + 1
         for member in range(own[3]):
-            h = own[2] * own[3] + member
-            state = tl.load(pointers(mask.summary, own[1], h, q_tile, kv_tile), mask=inside, other=0)
-            any_kept = any_kept | (state != 0).to(tl.int32)
-            all_kept = all_kept & (state == 2).to(tl.int32)
+            for i in tl.static_range(tile.q // 64):
+                for j in tl.static_range(tile.kv // 64):
+                    q_block, kv_block = q_tile * (tile.q // 64) + i, kv_tile * (tile.kv // 64) + j
+                    there = inside & (q_block * 64 < sizes.q_len) & (kv_block * 64 < sizes.kv_len)
+                    state = pointers(mask.summary, own[1], own[2] * own[3] + member, q_block, kv_block)
+                    any_kept = any_kept | (tl.load(state, mask=there, other=0) != 0).to(tl.int32)
+                    all_kept = all_kept & (tl.load(state, mask=there, other=2) == 2).to(tl.int32)
         some, every = some & any_kept, every & all_kept
     return some, every
 
@@ -99,7 +102,7 @@ def _ranks_kernel(bounds, lists, kv_heads, of_bounds, group, mask, sizes, tile, 
 
 
 def lists(call: LoweredAttention, mask: arguments.MaskArgs, tile: arguments.Tile, ordered: bool) -> Lists:
-    """The lists of a call; ``mask`` has the summary of ``keep`` for tiles of this size."""
+    """The lists of a call; ``mask`` has the states of 64 x 64 tiles of ``keep`` as its summary, see ``keep.mask_arguments``."""
     batch, heads, q_len, kv_len = call.shape
     kv_heads = call.k.shape[1]
     q_tiles, kv_tiles = -(-q_len // tile.q.value), -(-kv_len // tile.kv.value)
