@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.tx
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers quick sanitize lint matrix table picture bench build clean distclean
+.PHONY: help demo test test-peers quick sanitize lint matrix hopper table picture bench build clean distclean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
@@ -48,6 +48,9 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 
 matrix: $(DONE)/package $(CPU) $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)
+
+hopper: $(DONE)/package $(DONE)/test  ## count the Hopper kernels' instructions with every supported Triton, write docs/matrix.md and the model (half an hour)
+	$(PY) -m tests.hopper_matrix $(ARGS)
 
 table: $(DONE)/package  ## write docs/backends.md's table of what runs where
 	$(PY) -m tests.capabilities

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_attn.backends.cuda import library_path
-from tests import simulated_cuda
+from tests import interpreter, simulated_cuda
 from tests.cpu_builds import cpu_build as cpu_build
 from tests.cpu_builds import small_cpu as small_cpu
 
@@ -33,28 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
         if importlib.util.find_spec("triton") is not None:
-            _patch_language_once()
+            interpreter.quicken()
         if not simulated_cuda.missing():
             simulated_cuda.install()
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-
-
-def _patch_language_once() -> None:
-    """Triton's interpreter patches the language module anew for every call of a device function, which takes more than half of
-    its time; the kernel's own patch is in force by then, so once per module of device functions is enough."""
-    from triton.runtime import interpreter
-
-    patched: set[int] = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        module = id(self.fn.__globals__)
-        if module not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(module)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,22 @@ INTERPRETED = (
 )
 WITH_TORCH = ("test_attention", "test_softmax", "test_sdpa", "test_compile", "test_definition", "test_vocabulary", "test_errors")
 BEFORE_TORCH = "## torch\n"
+BEFORE_HOPPER = "## Hopper\n"
+KERNELS = ROOT / "fused_attn" / "backends" / "triton"
+HOPPER = KERNELS / "hopper"
 
 
 def sources() -> str:
-    """A hash of what decides the compiled code, without comments, docstrings, sentences and spaces."""
-    digest = hashlib.sha256()
-    for path in sorted((*(ROOT / "fused_attn" / "backends" / "triton").rglob("*.py"), ROOT / "tests" / "aot.py")):
-        digest.update("".join(_code(path.read_text())).encode())
-    return digest.hexdigest()[:16]
+    """A hash of what decides the plain kernels' compiled code; Hopper's have a record of their own."""
+    return digest(p for p in (*KERNELS.rglob("*.py"), ROOT / "tests" / "aot.py") if HOPPER not in p.parents)
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A hash of files of Python without comments, docstrings, sentences and spaces."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update("".join(_code(path.read_text())).encode())
+    return found.hexdigest()[:16]
 
 
 def _code(text: str) -> Iterator[str]:
@@ -137,10 +145,10 @@ def compiled(version: str | None, combinations: list[str]) -> Iterator[dict[str,
 
 
 class Results:
-    """One JSON line per finished part, of the present sources."""
+    """One JSON line per finished part, of the present sources: the plain kernels', or those that ``of`` is a digest of."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / f"{sources()}.jsonl"
+    def __init__(self, folder: Path, of: str = "") -> None:
+        self.path = folder / f"{of or sources()}.jsonl"
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         self.parts: dict[str, Any] = dict(json.loads(line) for line in lines)
 
@@ -215,7 +223,7 @@ BESIDE = "import platform, numpy, torch; print(f'Python {platform.python_version
 
 
 def make() -> None:
-    """All versions, then the page; rows of torch stay as they are."""
+    """All versions, then the page; what stands below, torch and Hopper, stays as it is."""
     results = Results(KEPT / "results")
     for version in VERSIONS:
         install(version)
@@ -239,10 +247,12 @@ def add_torch(pythons: list[str]) -> None:
         versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         row = [*versions, suite([python], environment(None), WITH_TORCH, "-m", "quick", "-n", "2")]
         head, mark, kept = PAGE.read_text().partition(BEFORE_TORCH)
+        kept, *hopper = kept.partition(BEFORE_HOPPER)
+        after = "\n" + "".join(hopper) if any(hopper) else ""
         rows = [line.strip("| ").split(" | ") for line in kept.splitlines() if re.match(r"\| \d", line)]
         rows = sorted([*(r for r in rows if r[:3] != versions), row], key=lambda r: [int(n) for n in re.findall(r"\d+", r[0])])
         files = ", ".join(f"`{name}`" for name in WITH_TORCH)
-        PAGE.write_text(f"{head}{mark}\n`pytest -m quick` on {files}.\n\n{table(['torch', 'Triton', 'Python', 'tests'], rows)}\n")
+        PAGE.write_text(f"{head}{mark}\n`pytest -m quick` on {files}.\n\n{table(['torch', 'Triton', 'Python', 'tests'], rows)}\n{after}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def ptx(source: Path, *flags: str) -> str:
 
 
 @needs_nvcc
+@pytest.mark.peers
 @pytest.mark.parametrize("header", HEADERS, ids=[str(h.relative_to(build.SOURCES)) for h in HEADERS])
 def test_a_header_compiles_alone(header: Path) -> None:
     ptx(header)

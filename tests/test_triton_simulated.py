@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(bool(native.missing_for_simulator()), reason=nat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "dtype"), [(80, "float32"), (90, "bfloat16")])
+@pytest.mark.parametrize(("chip", "dtype"), [pytest.param(80, "float32", marks=pytest.mark.peers), (90, "bfloat16")])
 def test_compiled_kernels_hold_the_error_rule(chip: int, dtype: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.simulated", str(chip), dtype]

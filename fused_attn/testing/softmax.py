@@ -195,7 +195,9 @@ def _all_cases() -> list[SoftmaxCase]:
         {"dropout": 0.3, "mask": "bool", "full": (0, 1)},
     )
     for length, kind in itertools.product((65537, 131072, 1_000_003), kinds):
-        cases.append(SoftmaxCase((2, length), **kind, dtype=torch.float16 if kind.get("log") else torch.float32))
+        # A second row proves its offset; at a million, which take seconds under an interpreter, only where the rows' lengths differ.
+        rows = 1 if length > 1_000_000 and "ValidLengths" not in kind.get("mask", "") else 2
+        cases.append(SoftmaxCase((rows, length), **kind, dtype=torch.float16 if kind.get("log") else torch.float32))
     return cases
 
 
