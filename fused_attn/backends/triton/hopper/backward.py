@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
-from fused_attn.backends.triton import arguments, attention_bwd as plain
+from fused_attn.backends.triton import arguments
+from fused_attn.backends.triton import attention_bwd as plain
 from fused_attn.backends.triton.attention_bwd import Arriving
-from fused_attn.backends.triton.config import TileConfig
-from fused_attn.backends.triton.launch import _summary, run
+from fused_attn.backends.triton.launch import run
 from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
 
@@ -23,6 +23,7 @@ from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Given
 from .descriptors import Tiles
 from .eligible import strides_reason
+from .keep import mask_arguments
 from .launch import launch
 from .visits import lists
 
@@ -133,16 +134,19 @@ class _OnePass:
         batch, heads, q_len, kv_len = call.shape
         tile, form = self._tile(bm), call.terms.mask
         turns = ticket = met = None
+        rows: tuple[Tiles, ...] | tuple[None, ...] = (None, None)
+        mask = mask_arguments(call.terms, transposed=True)
         if torch.are_deterministic_algorithms_enabled():
             turns = call.q.new_zeros((batch, heads, -(-q_len // bm)), dtype=torch.int32)
             ticket = call.q.new_zeros(1, dtype=torch.int32)
         if form.kv_start is not None or form.kv_end is not None or form.keep is not None:
-            summary = _summary(call, TileConfig(bm, KEYS, 4, 1))
-            met = lists(call, arguments.mask(call.terms, summary), tile, turns is not None)
+            met, spans = lists(call, mask, tile, turns is not None)
+            if form.kv_start is not None or form.kv_end is not None:
+                rows = tuple(Tiles(t, (1, bm), swizzled=False) for t in spans.unbind())
         given = (*(arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, self.dbias)), tl.constexpr(self.written))
-        terms = (arguments.mask(call.terms, None), self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
+        terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
         args = (self.skipped, self.broke, met, turns, ticket, Given(*given), *terms, stages, registers)
-        launch(_attention_bwd_hopper_kernel, (-(-kv_len // KEYS) * batch * call.k.shape[1],), (*self._descriptors(dk, dv), *args))
+        launch(_attention_bwd_hopper_kernel, (-(-kv_len // KEYS) * batch * call.k.shape[1],), (*self._descriptors(dk, dv), *rows, *args))
 
     def _descriptors(self, dk: Tensor, dv: Tensor) -> tuple[Tiles, ...]:
         call, bm, d, v = self.call, self.config.block_q, self.d, self.dv

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
+from .keep import load_words
 from .roles import Ring, bell, ring
 from .walk import rank, route_of, steps_of, total, visited
 
@@ -40,7 +41,7 @@ class Shared:
 
 
 @gluon.jit
-def producer(k, v, q, dout, lse, minus, shared, block, skipped, lists, mask, sizes, tile):
+def producer(k, v, q, dout, lse, minus, starts, ends, shared, rows, block, skipped, lists, mask, sizes, tile):
     """Loads the keys and values once, then what belongs to each query tile."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
     mbarrier.expect(shared.keys_here, k.block_type.nbytes + v.block_type.nbytes)
@@ -56,7 +57,12 @@ def producer(k, v, q, dout, lse, minus, shared, block, skipped, lists, mask, siz
                 shared.queries.wait_empty(i)
                 full = shared.queries.full_at(i)
                 st = shared.queries.stage(i)
-                mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q)
+                if part == 1 and len(rows) > 0:
+                    mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 16 * tile.q)
+                    tma_load(starts, [route.b * lists.own_rows, row], full, rows[0].index(st))
+                    tma_load(ends, [route.b * lists.own_rows, row], full, rows[1].index(st))
+                else:
+                    mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q)
                 tma_load(q, [route.b, h, row, 0], full, shared.q.index(st))
                 tma_load(lse, [route.b, h, row], full, shared.lse.index(st))
                 tma_load(dout, [route.b, h, row, 0], full, shared.dout.index(st))
@@ -126,7 +132,7 @@ def pinned(x):
 
 @gluon.jit
 def step(
-    dk, dv, i, n, h, W: gl.constexpr, shared, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
+    dk, dv, i, n, h, W: gl.constexpr, shared, rows, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
 ):  # fmt: skip
     """dk [64, tile.d] and dv [64, tile.dv] and what one query tile adds to them; its part of dq goes to the reducer."""
     HALF: gl.constexpr = tile.d // 2
@@ -156,13 +162,18 @@ def step(
     s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
-    at, stays = None, None
+    at, stays, words, spans = None, None, None, None
     if PLACED:
         q_tile = visited(route, n, lists, sizes, tile, not MASKED)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
     p = probabilities(s, lse, at, score)
     if MASKED:
-        p = cut(p, at, mask, sizes)
+        if len(rows) > 0:
+            spans = (rows[0].index(st).reshape([tile.q]), rows[1].index(st).reshape([tile.q]))
+        if mask.dense:
+            first = route.kv_tile * tile.kv + W * 64
+            words = load_words(mask.keep, route.b, h, first, sizes.kv_len, q_tile * tile.q, sizes.q_len, 1, tile.q)
+        p = cut(p, at, words, spans, mask, sizes)
     weights = p
     if APART:
         stays = kept(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
@@ -172,7 +183,7 @@ def step(
     dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
         dp = gl.where(stays, dp * dropout.factor, 0.0) + shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :]
-    ds = score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED).to(DTYPE)
+    ds = score_gradients(p, dp, s, at, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
     fence_async_shared()
@@ -193,7 +204,7 @@ def step(
 
 @gluon.jit
 def consumer(
-    W: gl.constexpr, dk_out, dv_out, broke, shared, block, skipped, lists, given, mask, score, dropout, sizes, tile
+    W: gl.constexpr, dk_out, dv_out, broke, shared, rows, block, skipped, lists, given, mask, score, dropout, sizes, tile
 ):  # fmt: skip
     """64 keys: sums dk and dv over the query tiles, full ones first, and writes them over its keys and values."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
@@ -206,7 +217,7 @@ def consumer(
             low, high = steps_of(route, member, sizes, part == 0)
             h = route.kv_h * sizes.group + member
             for i in range(low, high):
-                dk, dv = step(dk, dv, i, i - low, h, W, shared, route, lists, given, mask, score, dropout, sizes, tile, part == 1)
+                dk, dv = step(dk, dv, i, i - low, h, W, shared, rows, route, lists, given, mask, score, dropout, sizes, tile, part == 1)
     if nans(dk) + nans(dv) > 0:
         gl.store(broke + route.b * (sizes.heads // sizes.group) + route.kv_h, 1)
     # The other consumer reads all of K for dq until its last product is done.
@@ -229,7 +240,7 @@ def nans(x):
 
 @gluon.jit
 def _attention_bwd_hopper_kernel(
-    q, k, v, dout, dq, dk, dv, lse, minus, skipped, broke, lists, turns, ticket, given, mask, score, dropout, sizes, tile,
+    q, k, v, dout, dq, dk, dv, lse, minus, starts, ends, skipped, broke, lists, turns, ticket, given, mask, score, dropout, sizes, tile,
     STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """One CTA per key tile and key head, key tiles of a head after each other.
@@ -237,7 +248,7 @@ def _attention_bwd_hopper_kernel(
     dq: float32 sums [batch, heads, q_len, head_dim], box [1, 1, tile.q, tile.d / 2]; lse and minus: log2 of the rows' sums and -delta,
     float32 [batch, heads, q_len rounded up], box [1, 1, tile.q]; skipped, broke: int32 [batch, key heads], heads that others do, and
     heads whose dk or dv has a NaN; turns: int32 zeros [batch, heads, query tiles] where dq is summed in order, with an int32 zero
-    ``ticket``; CONSUMER: registers of a thread of the second consumer.
+    ``ticket``; starts, ends: int32 [batch|1, q_len rounded up], box [1, tile.q], where tensors give the rows' intervals; CONSUMER: registers of a thread of the second consumer.
     """
     shared = Shared(
         gl.allocate_shared_memory(k.dtype, [1, 1, 1, tile.kv, tile.d], k.layout),
@@ -253,6 +264,12 @@ def _attention_bwd_hopper_kernel(
         Ring(bell(2), bell(2), 1),
         ring(2, 1, 1),
     )
+    rows = ()
+    if starts is not None:
+        rows = (
+            gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], starts.layout),
+            gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], ends.layout),
+        )
     fence_async_shared()
     block = gl.program_id(0)
     if ticket is not None:
@@ -260,8 +277,8 @@ def _attention_bwd_hopper_kernel(
         block = gl.atomic_add(ticket, 1)
     # Each role finds the route by itself: numbers handed over lie in shared memory, where some of them would be read beyond their end.
     gl.warp_specialize([
-        (consumer, (0, dk, dv, broke, shared, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
-        (consumer, (1, dk, dv, broke, shared, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
-        (producer, (k, v, q, dout, lse, minus, shared, block, skipped, lists, mask, sizes, tile)),
+        (consumer, (0, dk, dv, broke, shared, rows, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (consumer, (1, dk, dv, broke, shared, rows, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (producer, (k, v, q, dout, lse, minus, starts, ends, shared, rows, block, skipped, lists, mask, sizes, tile)),
         (reducer, (dq, turns, shared, block, skipped, lists, mask, sizes, tile)),
     ], [4, 1, 1], [CONSUMER, 24, 24])  # fmt: skip

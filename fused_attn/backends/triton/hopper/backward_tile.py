@@ -11,6 +11,7 @@ from fused_attn.backends.triton.masks import query_shift
 from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
 
 from .dropout import kept_of_columns
+from .keep import bits
 from .modifications import _pulled_back_through, exponents, modified, pulled_back
 
 
@@ -36,28 +37,40 @@ def coordinates(h, q_tile, W: gl.constexpr, route, mask, sizes, tile, LAYOUT: gl
 
 
 @gluon.jit
-def cut(x, at, mask, sizes):
-    """x [64, queries] of a mixed tile, 0 where a pair may not attend.
+def _from(x, a, b):
+    """x where a >= b, else 0; written out, for LLVM gathers a tile's comparisons into bit fields."""
+    code: gl.constexpr = "{ .reg .pred p; setp.ge.s32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }"
+    return gl.inline_asm_elementwise(code, "=f,f,r,r", [x, a, b], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _kept_bits(x, words):
+    """x where the words keep a pair, else 0; written out as ``keep.masked`` is."""
+    code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; selp.f32 $0, $1, 0f00000000, p; }"
+    of_pairs = bits(words, x.type.layout, x.shape[1])
+    return gl.inline_asm_elementwise(code, "=f,f,r", [x, of_pairs], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def cut(x, at, words, spans, mask, sizes):
+    """x [64, queries] of a mixed tile, 0 where a pair may not attend; words: of a dense mask (``keep.load_words``), or None;
+    spans: shared memory with the rows' starts and ends where tensors give those, or None.
 
     One bound after the other: rows' intervals in registers (``masks.row_intervals``) are half a tile's worth of them, and spill.
     """
-    b, h, queries, positions, keys, _ = at
-    x = gl.where(keys < sizes.kv_len, x, 0.0)
-    # Rows beyond the end are 0 already.
-    apart = keys - positions
-    if mask.left is not None:
-        x = gl.where(apart >= 0 - mask.left, x, 0.0)
-    if mask.right is not None:
-        x = gl.where(apart <= mask.right, x, 0.0)
-    if mask.kv_start is not None:
-        inside = queries < sizes.q_len
-        x = gl.where(keys >= gl.load(pointers(mask.kv_start, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
-    if mask.kv_end is not None:
-        inside = queries < sizes.q_len
-        x = gl.where(keys < gl.load(pointers(mask.kv_end, b, b * 0, queries, queries * 0), mask=inside, other=0), x, 0.0)
+    positions, keys = at[3], at[4]
+    if spans is not None:
+        x = _from(x, keys, spans[0].load(gl.SliceLayout(0, x.type.layout))[None, :])
+        x = _from(x, spans[1].load(gl.SliceLayout(0, x.type.layout))[None, :] - 1, keys)
+    else:
+        x = _from(x, sizes.kv_len - 1, keys)
+        # Rows beyond the end are 0 already.
+        if mask.left is not None:
+            x = _from(x, keys, positions - mask.left)
+        if mask.right is not None:
+            x = _from(x, positions + mask.right, keys)
     if mask.dense:
-        inside = (queries < sizes.q_len) & (keys < sizes.kv_len)
-        x = gl.where(gl.load(pointers(mask.keep, b, h, queries, keys), mask=inside, other=0) != 0, x, 0.0)
+        x = _kept_bits(x, words)
     return x
 
 
@@ -87,7 +100,7 @@ def kept(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED: gl.constexpr):
+def score_gradients(p, dp, s, at, words, spans, given, mask, score, sizes, MASKED: gl.constexpr):
     """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
     if given.dprobs is not None:
         dp = dp + gl.load(pointers(given.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
@@ -99,11 +112,11 @@ def score_gradients(p, dp, s, at, given, mask, score, sizes, MASKED: gl.constexp
         for i in gl.static_range(len(score.functions) - given.bias):
             before = _pulled_back_through(before, s, score, at, None, len(score.functions) - 1 - i)
         if MASKED:
-            before = cut(before, at, mask, sizes)
+            before = cut(before, at, words, spans, mask, sizes)
         to = pointers(given.dbias, at[0], at[1], at[2], at[4])
         gl.store(to, before.to(given.dbias.ptr.dtype.element_ty), mask=at[5])
     ds = pulled_back(ds, s, score, at)
     # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
     if MASKED and (given.dscores is not None or len(score.functions) > 0):
-        ds = cut(ds, at, mask, sizes)
+        ds = cut(ds, at, words, spans, mask, sizes)
     return ds

@@ -21,14 +21,20 @@ _CHUNK = 128
 
 
 @triton.jit
-def _reach_kernel(bounds, mask, sizes, tile):
-    """bounds int32 [batch|1, query tiles, 4]: keys that any row of a tile may attend to, and keys that every row may."""
+def _reach_kernel(bounds, spans, mask, sizes, tile):
+    """bounds int32 [batch|1, query tiles, 4]: keys that any row of a tile may attend to, and keys that every row may.
+
+    spans int32 [2, batch|1, query tiles * tile.q]: each row's interval.
+    """
     q_tiles = tl.cdiv(sizes.q_len, tile.q)
     b, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
     start, end = row_intervals(mask, b, q_idx, sizes)
     low, high = reach(start, end, sizes)
     full_low, full_high = full_range(start, end, q_idx, sizes)
+    to = spans + tl.program_id(0).to(tl.int64) * tile.q + tl.arange(0, tile.q)
+    tl.store(to, start)
+    tl.store(to + tl.num_programs(0).to(tl.int64) * tile.q, end)
     at = bounds + tl.program_id(0).to(tl.int64) * 4
     tl.store(at, low)
     tl.store(at + 1, high)
@@ -49,10 +55,13 @@ def _meeting(bounds, mask, own, q_tile, kv_tile, sizes, tile):
     if mask.summary is not None:
         any_kept, all_kept = some * 0, some * 0 + 1
         for member in range(own[3]):
-            h = own[2] * own[3] + member
-            state = tl.load(pointers(mask.summary, own[1], h, q_tile, kv_tile), mask=inside, other=0)
-            any_kept = any_kept | (state != 0).to(tl.int32)
-            all_kept = all_kept & (state == 2).to(tl.int32)
+            for i in tl.static_range(tile.q // 64):
+                for j in tl.static_range(tile.kv // 64):
+                    q_block, kv_block = q_tile * (tile.q // 64) + i, kv_tile * (tile.kv // 64) + j
+                    there = inside & (q_block * 64 < sizes.q_len) & (kv_block * 64 < sizes.kv_len)
+                    state = pointers(mask.summary, own[1], own[2] * own[3] + member, q_block, kv_block)
+                    any_kept = any_kept | (tl.load(state, mask=there, other=0) != 0).to(tl.int32)
+                    all_kept = all_kept & (tl.load(state, mask=there, other=2) == 2).to(tl.int32)
         some, every = some & any_kept, every & all_kept
     return some, every
 
@@ -98,8 +107,8 @@ def _ranks_kernel(bounds, lists, kv_heads, of_bounds, group, mask, sizes, tile, 
         before += tl.sum(some, 0)
 
 
-def lists(call: LoweredAttention, mask: arguments.MaskArgs, tile: arguments.Tile, ordered: bool) -> Lists:
-    """The lists of a call; ``mask`` has the summary of ``keep`` for tiles of this size."""
+def lists(call: LoweredAttention, mask: arguments.MaskArgs, tile: arguments.Tile, ordered: bool) -> tuple[Lists, Tensor]:
+    """The lists of a call, and its rows' intervals, int32 [2, batch|1, q_len rounded up to whole tiles]; ``mask`` has the states of 64 x 64 tiles of ``keep`` as its summary, see ``keep.mask_arguments``."""
     batch, heads, q_len, kv_len = call.shape
     kv_heads = call.k.shape[1]
     q_tiles, kv_tiles = -(-q_len // tile.q.value), -(-kv_len // tile.kv.value)
@@ -112,16 +121,24 @@ def lists(call: LoweredAttention, mask: arguments.MaskArgs, tile: arguments.Tile
     def table(*shape: int) -> Tensor:
         return call.q.new_empty(shape, dtype=torch.int32)
 
+    spans = table(2, of_bounds, q_tiles * tile.q.value)
     bounds, rows = table(of_bounds, q_tiles, 4), batches * own_heads * kv_tiles
-    made = Lists(table(rows, q_tiles), table(rows, 2), table(rows, q_tiles) if ordered else None, own_heads * kv_tiles * (batches > 1), kv_tiles * (own_heads > 1))
+    made = Lists(
+        table(rows, q_tiles),
+        table(rows, 2),
+        table(rows, q_tiles) if ordered else None,
+        own_heads * kv_tiles * (batches > 1),
+        kv_tiles * (own_heads > 1),
+        int(of_bounds > 1),
+    )
     own = (own_heads, int(of_bounds > 1), heads // kv_heads if own_heads > 1 else 1)
     shared = (mask, arguments.sizes(call), tile)
 
     def run(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:
         launch.run(kernel, programs, call.q.device, args, {"num_warps": 4})
 
-    run(_reach_kernel, of_bounds * q_tiles, (bounds, *shared))
+    run(_reach_kernel, of_bounds * q_tiles, (bounds, spans, *shared))
     run(_lists_kernel, rows, (bounds, made, *own, *shared, _CHUNK))
     if ordered:
         run(_ranks_kernel, batches * own_heads * q_tiles, (bounds, made, *own, *shared, _CHUNK))
-    return made
+    return made, spans

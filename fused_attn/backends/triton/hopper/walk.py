@@ -19,6 +19,7 @@ class Lists(NamedTuple):
         ranks: int32 like ``tiles``, at [key tile, query tile]: how many key tiles before meet the query tile; None where nobody asks.
         batch: key tiles from one batch to the next, 0 where all share the lists.
         head: key tiles from one key head to the next, 0 where all share the lists.
+        own_rows: 1 where each batch has its own rows' intervals, 0 where all share them.
     """
 
     tiles: Any
@@ -26,6 +27,7 @@ class Lists(NamedTuple):
     ranks: Any
     batch: Any
     head: Any
+    own_rows: Any
 
 
 @aggregate
