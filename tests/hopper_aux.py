@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from fused_attn.backends.triton.hopper.forward_kernel import accumulator
 from fused_attn.dropout import keep_factor
 from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Terms
 from fused_attn.problem import AttentionProblem
+from fused_attn.score_mods import ScoreMod
 from tests import hopper, hopper_forward
 
 SHAPE = (2, 4, 200, 300)
@@ -98,6 +100,28 @@ def check_modifications() -> None:
             assert error <= limit, f"{mods}, transposed {transposed}: error {error} > {limit}"
 
 
+@dataclass(frozen=True)
+class _Ranged(ScoreMod):
+    """A modification without tensors whose function is ``_ranged``."""
+
+    name: ClassVar[str] = "test_ranged"
+
+    def apply(self, scores: Tensor, grid: Grid) -> Tensor:
+        return scores
+
+
+def explained(mod: ScoreMod, function: Any, call: LoweredAttention) -> list[str]:
+    """What ``explain`` says of Hopper's kernels where the modification has that device function."""
+    score_mods.register(mod.name, function)
+    interpreted = os.environ.pop("TRITON_INTERPRET")  # which makes the backend take tensors of the CPU here
+    try:
+        notes = fa.explain(call.q, call.k, call.v, score_mods=(mod,), on="sm_90").notes
+    finally:
+        del score_mods.FUNCTIONS[mod.name]
+        os.environ["TRITON_INTERPRET"] = interpreted
+    return [note for note in notes if "Hopper" in note]
+
+
 def check_functions_of_users() -> None:
     """What Gluon compiles is taken, what it does not is named."""
     score_mods.FUNCTIONS |= {"doubled": (_doubled, _doubled_gradient), "ranged": (_ranged, None)}
@@ -109,6 +133,9 @@ def check_functions_of_users() -> None:
         given = score._replace(functions=(value,), gradients=(gradient,), mods=(args[name],))
         found[name] = modifications.reasons(given)
     assert found["doubled"] == [], found
+    call = lowered()
+    note = ["plain Triton kernels, not those for Hopper: " + reason for reason in found["ranged"]]
+    assert explained(_Ranged(), _ranged, call) == note, explained(_Ranged(), _ranged, call)
     assert len(found["ranged"]) == 1 and "_ranged" in found["ranged"][0] and "arange" in found["ranged"][0], found
 
 
