@@ -96,9 +96,15 @@ class Configuration:
         return 3 if self.direction == "forward" and max(self.head_dim, self.value_dim) <= 64 else 2
 
     @property
+    def padded(self) -> tuple[int, int]:
+        """Head and value size of the tiles."""
+        head, value = (max(64, 1 << (n - 1).bit_length()) for n in (self.head_dim, self.value_dim or self.head_dim))
+        return head, value
+
+    @property
     def terms(self) -> int:
         """Multiply-adds per score of the pass's products."""
-        d, v = (max(64, 1 << (n - 1).bit_length()) for n in (self.head_dim, self.value_dim or self.head_dim))
+        d, v = self.padded
         return d + v if self.direction == "forward" else 3 * d + 2 * v
 
 

@@ -1,4 +1,5 @@
-"""``make hopper``: the Hopper kernels by every supported Triton, counted, and the record of it: ``hopper_counts.json`` and docs/matrix.md.
+"""``make hopper``: the Hopper kernels by every supported Triton, counted, and the record of it: ``hopper_counts.json``, docs/matrix.md and the
+model in docs/performance.md.
 
 Results are kept below build/triton, so a run that was cut off goes on; changed sources begin anew.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tests import matrix
+from tests import hopper_model, matrix
 from tests.hopper_counts import CONFIGURATIONS, RECORD, complaints
 from tests.matrix import BEFORE_HOPPER, HOPPER, KEPT, PAGE, Results, digest, environment, install, table
 
@@ -92,6 +93,7 @@ def make() -> None:
         record[minor(version)] = {name: results.parts[f"{version} {name}"] for name in CONFIGURATIONS}
     RECORD.write_text(json.dumps(record, indent=1, separators=(",", ":")) + "\n")
     put(section(record), BEFORE_HOPPER)
+    hopper_model.put(hopper_model.section(record))
 
 
 if __name__ == "__main__":

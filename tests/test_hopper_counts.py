@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests import hopper_counts, hopper_matrix, matrix, sass
+from tests import hopper_counts, hopper_matrix, hopper_model, matrix, sass
 from tests.hopper_counts import CONFIGURATIONS
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -26,7 +26,8 @@ def record() -> dict[str, Any]:
 @pytest.mark.quick
 def test_record_and_page_are_of_the_present_sources(record: dict[str, Any]) -> None:
     assert record["sources"] == hopper_matrix.sources(), "the Hopper kernels changed: run make hopper"
-    assert hopper_matrix.section(record) in matrix.PAGE.read_text(), "docs/matrix.md is not of tests/hopper_counts.json: run make hopper"
+    for page, part in ((matrix.PAGE, hopper_matrix.section(record)), (hopper_model.PAGE, hopper_model.section(record))):
+        assert part in page.read_text(), f"{page.name} is not of tests/hopper_counts.json: run make hopper"
 
 
 @pytest.mark.quick
@@ -132,3 +133,17 @@ def test_a_branch_back_from_behind_is_no_loop_of_its_own() -> None:
     text = text_of([*PRODUCTS, *EXPONENTIALS])
     behind = f"        /*{16 * 99:04x}*/                   @P0 BRA 0x10 ;   /* 0x0 */"
     assert len(sass.main_loops(f"{text}\n{behind}")) == 1
+
+
+@pytest.mark.quick
+def test_the_model_of_one_trip() -> None:
+    """Two consumers, 64 queries each, 128 keys, head size 128: by hand."""
+    products = {"64x128x16 shared": 8, "64x128x16 registers": 8}
+    model = hopper_model.of(PLAIN, COUNTS | {"products": products, "loops": [464, 466], "shared_bytes": 0})
+    assert model.tensor == 2 * 2 * 64 * 128 * 128 / 2048 == 2048
+    assert model.issue == 2 * 466
+    assert model.mufu == 2 * 4 * 66 * 2
+    # Keys and half of a consumer's queries at a time, values; what is copied: both tiles once.
+    assert model.products == 2 * (8 * (128 + 64) + 8 * 128) * 16 * 2 / 128 == 1280
+    assert model.moved == 2 * 128 * 128 * 2 / 128 == 512
+    assert (model.bound, model.fraction) == ("tensor cores", 1.0)

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
-from fused_attn.backends.triton import arguments, attention_bwd as plain
+from fused_attn.backends.triton import arguments
+from fused_attn.backends.triton import attention_bwd as plain
 from fused_attn.backends.triton.attention_bwd import Arriving
 from fused_attn.backends.triton.launch import run
 from fused_attn.lowering import LoweredAttention

@@ -13,11 +13,11 @@ NOWHERE = gl.constexpr(2**30)
 
 
 @triton.jit
-def bounds_kernel(bounds, mask, sizes, BN: tl.constexpr):
-    """One program per 64 rows: a row of ``bounds``, an int32 matrix [batch|1, 1, blocks, 4]. For masks that tensors decide."""
-    blocks = tl.cdiv(sizes.q_len, 64)
+def bounds_kernel(bounds, mask, sizes, PACK: tl.constexpr, BN: tl.constexpr):
+    """One program per 64 rows, PACK of them for each query: a row of ``bounds``, an int32 matrix [batch|1, 1, blocks, 4]. For masks that tensors decide."""
+    blocks = tl.cdiv(sizes.q_len * PACK, 64)
     block, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    q_idx = block * 64 + tl.arange(0, 64)
+    q_idx = (block * 64 + tl.arange(0, 64)) // PACK
     start, end = row_intervals(mask, b, q_idx, sizes)
     first, split, resume, last = tile_bounds(start, end, q_idx, sizes, False, BN)
     at = pointers(bounds, b, b * 0, block, b * 0)
@@ -29,31 +29,31 @@ def bounds_kernel(bounds, mask, sizes, BN: tl.constexpr):
 
 
 @gluon.jit
-def block_bounds(bounds, mask, b, block, sizes, BN: gl.constexpr):
+def block_bounds(bounds, mask, b, block, sizes, PACK: gl.constexpr, BN: gl.constexpr):
     """(first, split, resume, last) in key tiles, from the table or, without one, from the block's first and last row.
 
     Windows move with their rows, so that those two have the outermost ends; empty rows before and behind lie at the ends of the keys.
     """
     if bounds is not None:
-        at = pointers(bounds, b, b * 0, gl.minimum(block, (sizes.q_len - 1) // 64), b * 0)
+        at = pointers(bounds, b, b * 0, gl.minimum(block, (sizes.q_len * PACK - 1) // 64), b * 0)
         first, split, resume, last = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
     else:
-        low, full_high = row_intervals(mask, b, block * 64, sizes)
-        full_low, high = row_intervals(mask, b, gl.minimum(block * 64 + 63, sizes.q_len - 1), sizes)
+        low, full_high = row_intervals(mask, b, block * 64 // PACK, sizes)
+        full_low, high = row_intervals(mask, b, gl.minimum((block * 64 + 63) // PACK, sizes.q_len - 1), sizes)
         first = low // BN
         last = gl.maximum((high + BN - 1) // BN, first)
         split = gl.minimum(gl.maximum((full_low + BN - 1) // BN, first), last)
         resume = gl.minimum(gl.maximum(full_high // BN, split), last)
-    nothing = (first >= last) | (block * 64 >= sizes.q_len)
+    nothing = (first >= last) | (block * 64 >= sizes.q_len * PACK)
     return gl.where(nothing, NOWHERE, first), split, resume, gl.where(nothing, 0, last)
 
 
 @gluon.jit
-def tile_reach(bounds, mask, b, tile, sizes, NC: gl.constexpr, BN: gl.constexpr):
+def tile_reach(bounds, mask, b, tile, sizes, NC: gl.constexpr, PACK: gl.constexpr, BN: gl.constexpr):
     """Key tiles [first, last) that any of a CTA's NC blocks reaches; first >= last where there are none."""
-    first, _, _, last = block_bounds(bounds, mask, b, tile * NC, sizes, BN)
+    first, _, _, last = block_bounds(bounds, mask, b, tile * NC, sizes, PACK, BN)
     for c in gl.static_range(1, NC):
-        low, _, _, high = block_bounds(bounds, mask, b, tile * NC + c, sizes, BN)
+        low, _, _, high = block_bounds(bounds, mask, b, tile * NC + c, sizes, PACK, BN)
         first = gl.minimum(first, low)
         last = gl.maximum(last, high)
     return first, gl.maximum(last, first)

@@ -16,21 +16,27 @@ from .lists import HEAD
 from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
 from .order import Order
 from .store import store
-from .stream import Stream, flat, room, stream
+from .stream import Stream, flat, matrix_shape, packed_heads, room, stream
 
 
 @aggregate
 class Shared:
-    """Shared memory of one CTA. q and out may be one and the same: then Q of the next query tile waits until O has left."""
+    """Shared memory of one CTA. q and out may be one and the same: then Q of the next query tile waits until O has left.
+
+    ``bias`` has a tile per consumer and key tile, for modification number BIAS; where that is -1, it is some other stream.
+    """
 
     q: Stream
     k: Stream
     v: Stream
+    bias: Stream
     out: gl.shared_memory_descriptor
+    BIAS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, out):
-        self.q, self.k, self.v, self.out = q, k, v, out
+    def __init__(self, q, k, v, bias, out, BIAS):
+        self.q, self.k, self.v, self.bias, self.out = q, k, v, bias, out
+        self.BIAS = gl.constexpr(BIAS)
 
 
 @gluon.constexpr_function
@@ -46,24 +52,33 @@ def left_operand(columns):
 
 
 @gluon.jit
-def producer(Q, K, V, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
+def producer(Q, K, V, bias, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
     """Loads Q of one query tile after the other, and the keys and values that it reaches."""
+    PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     turn = 0
     n = 0  # key tiles
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
-        b, h = bh // sizes.heads, bh % sizes.heads
+        b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         for c in gl.static_range(NC):
-            shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
+            if PACK > 1:
+                shared.q.load(Q, [b, h, (tile * NC + c) * 64 // PACK, 0, 0], turn * NC + c)
+            else:
+                shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
         if mask.dense:
             listed = pointers(bounds, b, h, tile, tile * 0)
             first, last = 0, gl.load(listed) + gl.load(listed + 1)
         else:
-            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
+            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, PACK, BN)
         for j in range(first, last):
             i = gl.load(listed + HEAD + j) if mask.dense else j
-            shared.k.load(K, [b, h // sizes.group, i * BN, 0], n)
-            shared.v.load(V, [b, h // sizes.group, i * BN, 0], n)
+            shared.k.load(K, [b, h * PACK // sizes.group, i * BN, 0], n)
+            if shared.BIAS >= 0:
+                # A batch or head of its own, or one for all.
+                place = (gl.minimum(b, bias.shape[0] - 1), gl.minimum(h, bias.shape[1] - 1))
+                for c in gl.static_range(NC):
+                    shared.bias.load(bias, [place[0], place[1], (tile * NC + c) * 64, i * BN], n * NC + c)
+            shared.v.load(V, [b, h * PACK // sizes.group, i * BN, 0], n)
             n += 1
         turn += 1
 
@@ -79,9 +94,9 @@ def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.cons
     o = warpgroup_mma(p, shared.v.tile(n - 1), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     shared.k.ring.release(n)
-    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, alpha = online(s, hi, l, score, MASK != NOTHING or len(score.functions) > 0, BOUNDED)
-    narrow = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
+    narrow = gl.convert_layout(dropped(wide, i, row, shared, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(VD))
     # P, l and alpha are tied to the wait, so that the compiler may not move their arithmetic behind it.
     if BOUNDED:
         o, narrow, l = warpgroup_mma_wait(0, deps=(o, narrow, l))
@@ -94,10 +109,12 @@ def step(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.cons
 
 
 @gluon.jit
-def skip(n, count, shared):
+def skip(n, count, shared, C: gl.constexpr):
     """Gives back key tiles that other consumers of the CTA need and this one does not."""
     for j in range(n, n + count):
         shared.k.pass_over(j)
+        if shared.BIAS >= 0:
+            shared.bias.pass_over(j * shared.q.ring.stages + C)
         shared.v.pass_over(j)
 
 
@@ -109,9 +126,9 @@ def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.con
     s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     shared.k.ring.release(n)
-    s = tile_scores(s, i, row, mask, score, sizes, MASK, BN)
+    s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
-    p = gl.convert_layout(dropped(wide, i, row, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
+    p = gl.convert_layout(dropped(wide, i, row, shared, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
     return o, p, hi, l
 
 
@@ -165,18 +182,19 @@ def consumer(
     NC: gl.constexpr, BN: gl.constexpr, ENDS: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Computes the C-th block of one query tile after the other."""
-    VD: gl.constexpr = O.block_shape[3]
+    VD: gl.constexpr = matrix_shape(O.block_shape)[1]
+    PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     RS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
     q = flat(shared.q.tiles.index(C))
     turn = 0
     n = 0
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
-        b, h = bh // sizes.heads, bh % sizes.heads
+        b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         block = tile * NC + C
-        rows = block * 64 + gl.arange(0, 64, RS)
+        rows = (block * 64 + gl.arange(0, 64, RS)) // PACK
         start, end = row_intervals(mask, b, rows, sizes)
-        row = (b, h, rows, start, end, block * 64)
+        row = (b, h * PACK, rows, start, end, block * 64, C)
         o = gl.zeros((64, VD), gl.float32, accumulator(VD))
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
@@ -188,23 +206,23 @@ def consumer(
                 o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
             n += count
         else:
-            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, BN)
-            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, BN)
+            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, PACK, BN)
+            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, PACK, BN)
             first = gl.minimum(first, any_last)
             last = gl.maximum(last, first)
-            skip(n, first - any_first, shared)
+            skip(n, first - any_first, shared, C)
             n += first - any_first
             if first < last:
                 reach = (first, split, resume, last)
                 o, hi, l = attend(n, reach, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
             n += last - first
-            skip(n, any_last - last, shared)
+            skip(n, any_last - last, shared, C)
             n += any_last - last
         if BOUNDED:
             hi = bounded_base(l, score)
         if OWN_OUT:
             shared.q.ring.release(turn * NC + C)
-        total = order.heads.to(gl.int64) * sizes.q_len
+        total = order.heads.to(gl.int64) * PACK * sizes.q_len
         store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
         if not OWN_OUT:
             wait_reads(0)
@@ -215,34 +233,40 @@ def consumer(
 
 @gluon.jit
 def forward_kernel(
-    Q, K, V, O, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
+    Q, K, V, O, bias, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ENDS: gl.constexpr,
-    BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
+    BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches.
 
-    ENDS is what the mask may cut of a tile.
+    Where q_len is small, the heads of a group are packed into rows: Q and O are then [batch, key heads, queries, group, dim].
+    ENDS is what the mask may cut of a tile; ``bias`` a descriptor of modification number BIAS in boxes of 64 x BN, or None where that is -1.
     """
     queries = stream(Q, NC, 1)
     if OWN_OUT:
         out = room(O, NC)
     else:
         out = queries.tiles
-    shared = Shared(queries, stream(K, STAGES, NC), stream(V, STAGES, NC), out)
+    keys = stream(K, STAGES, NC)
+    if BIAS >= 0:
+        biases = stream(bias, STAGES * NC, 1)
+    else:
+        biases = keys
+    shared = Shared(queries, keys, stream(V, STAGES, NC), biases, out, BIAS)
     fence_async_shared()
-    tiles = (sizes.q_len + 64 * NC - 1) // (64 * NC)
+    tiles = (sizes.q_len * packed_heads(queries.tiles.shape) + 64 * NC - 1) // (64 * NC)
     order = Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together))
     outputs = (lse, stats, sinks, redo)
     if NC == 2:
         gl.warp_specialize([
             (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
+            (producer, (Q, K, V, bias, shared, order, bounds, mask, sizes, NC, BN)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
             (consumer, (2, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, shared, order, bounds, mask, sizes, NC, BN)),
+            (producer, (Q, K, V, bias, shared, order, bounds, mask, sizes, NC, BN)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

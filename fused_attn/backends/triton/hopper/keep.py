@@ -158,7 +158,16 @@ def masked(s, words, COLUMNS: gl.constexpr):
     """s [64, COLUMNS] with -inf where the words do not keep a pair: two instructions per score."""
     # Written out, for LLVM gathers comparisons of a tile into bit fields, and that takes seven.
     code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; selp.f32 $0, $1, 0fFF800000, p; }"
-    return gl.inline_asm_elementwise(code, "=f,f,r", [s, bits(words, s.type.layout, COLUMNS)], dtype=gl.float32, is_pure=True, pack=1)
+    layout: gl.constexpr = s.type.layout
+    return gl.inline_asm_elementwise(code, "=f,f,r", [s, bits(words, layout, COLUMNS)], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def kept_place(place, words, COLUMNS: gl.constexpr):
+    """int32 place [64, COLUMNS], -1 where the words do not keep a pair; as ``masked``."""
+    code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; selp.b32 $0, $1, -1, p; }"
+    layout: gl.constexpr = place.type.layout
+    return gl.inline_asm_elementwise(code, "=r,r,r", [place, bits(words, layout, COLUMNS)], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -125,6 +125,14 @@ def modified(s, score, at, tiles=None):
 
 
 @gluon.jit
+def whole_scores(s, score, at):
+    """The scores themselves of raw products s, those products if ``score.raw``."""
+    if not score.raw:
+        s = _through(s, score, at, None, len(score.functions), True)
+    return s
+
+
+@gluon.jit
 def exponents(score):
     """(factor, lift): log2 of exp(score) is ``modified`` * factor + lift.
 

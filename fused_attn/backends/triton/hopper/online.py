@@ -7,6 +7,7 @@ from ..masks import query_shift
 from .dropout import kept_of_rows
 from .keep import load_words, masked
 from .modifications import exponents, modified
+from .stream import packed_heads
 
 # What of a tile's pairs a mask may cut, besides the bits of a dense one: once every row has started, the ends alone.
 NOTHING, BITS_ONLY, END_ONLY, BOTH_ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
@@ -24,16 +25,29 @@ def cut(s, place, count):
 
 
 @gluon.jit
-def tile_scores(s, i, row, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
-    """Scores [64, BN] of key tile ``i`` as ``modifications.modified`` leaves them; row = (b, h, row indices, start, end, first row)."""
-    b, h, rows, start, end, first = row
+def tile_scores(s, i, n, row, shared, mask, score, sizes, MASK: gl.constexpr, BN: gl.constexpr):
+    """Scores [64, BN] of key tile ``i``, the CTA's ``n``-th, as ``modifications.modified`` leaves them.
+
+    row = (b, first head, query of each row, start, end, first row, consumer); rows hold PACK heads of one query after the other.
+    """
+    b, h, rows, start, end, first, consumer = row
+    PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     cols = i * BN + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
     if not score.raw:
         inside = (rows < sizes.q_len)[:, None] & (cols < sizes.kv_len)[None, :]
-        at = (b, h, rows[:, None], (rows + query_shift(mask, b))[:, None], cols[None, :], inside)
-        s = modified(s, score, at)
+        head = (h + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout)) % PACK)[:, None] if PACK > 1 else h
+        at = (b, head, rows[:, None], (rows + query_shift(mask, b))[:, None], cols[None, :], inside)
+        if shared.BIAS >= 0:
+            # As many stages of queries as consumers.
+            at_tile = n * shared.q.ring.stages + consumer
+            shared.bias.ring.wait_full(at_tile)
+            bias = shared.bias.tile(at_tile).load(s.type.layout)
+            shared.bias.ring.release(at_tile)
+            s = modified(s, score, at, (None,) * shared.BIAS + (bias,) + (None,) * (len(score.functions) - 1 - shared.BIAS))
+        else:
+            s = modified(s, score, at)
     if MASK != NOTHING and mask.dense:
-        s = masked(s, load_words(mask.keep, b, h, first, sizes.q_len, i * BN, sizes.kv_len, 1, BN), BN)
+        s = masked(s, load_words(mask.keep, b, h, first // PACK, sizes.q_len, i * BN, sizes.kv_len, PACK, BN), BN)
     if MASK == END_ONLY:
         s = cut(s, cols[None, :], end[:, None])
     if MASK == BOTH_ENDS:
@@ -72,9 +86,10 @@ def bounded_base(l, score):
 
 
 @gluon.jit
-def dropped(p, i, row, dropout, sizes, BN: gl.constexpr):
+def dropped(p, i, row, shared, dropout, sizes, BN: gl.constexpr):
     """What dropout leaves of the probabilities of key tile ``i``; the factor 1 / (1 - p) comes with the row's sum."""
     if dropout is not None:
-        b, h, _, _, _, first = row
-        p = gl.where(kept_of_rows(dropout, b, h, first, i * BN, sizes, 1, p.type.layout, BN), p, 0.0)
+        b, h, _, _, _, first, _ = row
+        PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
+        p = gl.where(kept_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, p.type.layout, BN), p, 0.0)
     return p

@@ -10,7 +10,7 @@ from .compat import aggregate
 class Order:
     """Tiles of all heads, dealt out to CTAs; no result depends on it.
 
-    ``heads`` counts those of all batches, ``together`` how many have their keys and values in the L2 cache at a time.
+    ``heads`` counts those of all batches, several packed into one as one, ``together`` how many have their keys and values in the L2 cache at a time.
     """
 
     heads: gl.tensor

@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from ..primitives import LOG2E
 from .compat import tma_store, wait_reads
 from .modifications import exponents
+from .stream import flat, packed_heads
 
 # The largest base whose rounding (2^-24 of it) leaves exponentials between 2^-2 and 2^2 at a row's maximum.
 LIMIT = gl.constexpr(2.0**26)
@@ -22,11 +23,9 @@ def with_sink(hi, l, sink, lift):
 
 
 @gluon.jit
-def store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes):
+def store_statistics(hi, l, empty, lse, stats, at, inside, total, score):
     """lse, and (m, l) in the kernel's unit: m is rounded, and l takes the difference. hi lies ``lift`` below log2 of the largest exponential."""
     _, lift = exponents(score)
-    inside = rows < sizes.q_len
-    at = bh.to(gl.int64) * sizes.q_len + rows
     none = l == 0.0
     ln2 = 1.0 / LOG2E
     gl.store(lse + at, gl.where(none, float("-inf"), gl.fma(hi + lift, ln2, gl.log(l))), mask=inside)
@@ -48,18 +47,30 @@ def wrong(hi, l, start, end, score):
 
 
 @gluon.jit
+def places(b, h, first, sizes, PACK: gl.constexpr, LAYOUT: gl.constexpr):
+    """(head, query, index among the rows of all heads) of each of 64 rows from ``first`` on; the head is a number where PACK is 1."""
+    r = gl.arange(0, 64, LAYOUT)
+    head = h
+    if PACK > 1:
+        head = h + r % PACK
+    query = (first + r) // PACK
+    return head, query, (b * sizes.heads + head).to(gl.int64) * sizes.q_len + query
+
+
+@gluon.jit
 def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT: gl.constexpr):
-    """Head row[1] in batch row[0]; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
+    """What 64 rows leave, ``row`` as in ``online``; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
     RS: gl.constexpr = hi.type.layout
     RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    b, h, rows, start, end, first = row
+    PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
+    b, h, rows, start, end, first, _ = row
     lse, stats, sinks, redo = outputs
-    bh = b * sizes.heads + h
+    head, _, at = places(b, h, first, sizes, PACK, RS)
     inside = rows < sizes.q_len
     bad = wrong(hi, l, start, end, score)
     empty = l == 0.0
     if sinks is not None:
-        hi, l, shrink = with_sink(hi, l, gl.load(sinks + h).to(gl.float32), exponents(score)[1])
+        hi, l, shrink = with_sink(hi, l, gl.load(sinks + head).to(gl.float32), exponents(score)[1])
         bad = bad | (gl.abs(hi) > LIMIT) & (hi != float("-inf")) | ((l - l) != 0.0)
     inverse = 1.0 / gl.where(l == 0.0, 1.0, l)
     if dropout is not None:
@@ -72,17 +83,21 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score
         # A NaN of a value that a row may not attend to; infinities show as NaN, too.
         broken = gl.sum(result * 0.0, 1)
         bad = bad | (gl.convert_layout(broken, RS) != 0.0)
-    gl.store(redo + bh * ((sizes.q_len + 63) // 64) + first // 64 + rows * 0, rows * 0 + 1, mask=bad & inside)
-    store_statistics(hi, l, empty, lse, stats, bh, rows, total, score, sizes)
+    gl.store(redo + (b * sizes.heads + head) * ((sizes.q_len + 63) // 64) + rows // 64, rows * 0 + 1, mask=bad & inside)
+    store_statistics(hi, l, empty, lse, stats, at, inside, total, score)
     if sinks is not None:
         # float32 beside the 16-bit output: columns of ``stats`` [2 + value_dim, batch, heads, q_len].
-        of_row = bh.to(gl.int64) * sizes.q_len + first + gl.arange(0, 64, RO)
+        _, query, of_row = places(b, h, first, sizes, PACK, RO)
         cols = gl.arange(0, result.shape[1], gl.SliceLayout(0, o.type.layout))
         wide = stats + (cols.to(gl.int64) + 2)[None, :] * total + of_row[:, None]
-        gl.store(wide, result, mask=(of_row - bh.to(gl.int64) * sizes.q_len < sizes.q_len)[:, None] & (cols < O.shape[3])[None, :])
+        width = O.shape[4] if PACK > 1 else O.shape[3]
+        gl.store(wide, result, mask=(query < sizes.q_len)[:, None] & (cols < width)[None, :])
     if OWN_OUT:
         wait_reads(0)
     out = shared.out.index(C)
-    out.reshape([64, result.shape[1]]).store(result.to(shared.out.dtype))
+    flat(out).store(result.to(shared.out.dtype))
     fence_async_shared()
-    tma_store(O, [b, h, first, 0], out)
+    if PACK > 1:
+        tma_store(O, [b, h // PACK, first // PACK, 0, 0], out)
+    else:
+        tma_store(O, [b, h, first, 0], out)

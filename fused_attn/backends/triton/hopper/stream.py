@@ -47,12 +47,33 @@ def stream(source, STAGES: gl.constexpr, EMPTIERS: gl.constexpr):
 
 @gluon.jit
 def room(source, COUNT: gl.constexpr):
-    """Shared memory for tiles of a descriptor of four dimensions."""
-    box: gl.constexpr = source.block_shape
-    return gl.allocate_shared_memory(source.dtype, [COUNT, box[0], box[1], box[2], box[3]], source.layout)
+    """Shared memory for tiles of a descriptor."""
+    return gl.allocate_shared_memory(source.dtype, staged(COUNT, source.block_shape), source.layout)
+
+
+@gluon.constexpr_function
+def staged(count, box):
+    """The shape of ``count`` boxes."""
+    return [count, *box]
 
 
 @gluon.jit
 def flat(tile):
-    """A [1, 1, rows, cols] tile as [rows, cols]."""
-    return tile.reshape([tile.shape[2], tile.shape[3]])
+    """A [1, 1, rows, cols] or packed [1, 1, rows / group, group, cols] tile as [rows, cols]."""
+    shape: gl.constexpr = matrix_shape(tile.shape)
+    return tile.reshape(shape)
+
+
+@gluon.constexpr_function
+def matrix_shape(box):
+    """Rows and columns of a tile."""
+    rows = 1
+    for size in box[:-1]:
+        rows *= int(size)
+    return [rows, int(box[-1])]
+
+
+@gluon.constexpr_function
+def packed_heads(tiles):
+    """How many heads the rows of query tiles hold, from the shape of all: 6-D where there are several."""
+    return int(tiles[4]) if len(tiles) == 6 else 1

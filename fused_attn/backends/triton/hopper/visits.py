@@ -123,7 +123,14 @@ def lists(call: LoweredAttention, mask: arguments.MaskArgs, tile: arguments.Tile
 
     spans = table(2, of_bounds, q_tiles * tile.q.value)
     bounds, rows = table(of_bounds, q_tiles, 4), batches * own_heads * kv_tiles
-    made = Lists(table(rows, q_tiles), table(rows, 2), table(rows, q_tiles) if ordered else None, own_heads * kv_tiles * (batches > 1), kv_tiles * (own_heads > 1), int(of_bounds > 1))
+    made = Lists(
+        table(rows, q_tiles),
+        table(rows, 2),
+        table(rows, q_tiles) if ordered else None,
+        own_heads * kv_tiles * (batches > 1),
+        kv_tiles * (own_heads > 1),
+        int(of_bounds > 1),
+    )
     own = (own_heads, int(of_bounds > 1), heads // kv_heads if own_heads > 1 else 1)
     shared = (mask, arguments.sizes(call), tile)
 
