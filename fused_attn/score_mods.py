@@ -264,6 +264,10 @@ class Bias(ScoreMod):
             yield cls(torch.sin(torch.arange(size, device=grid.device, dtype=torch.float32) * 0.7).view(shape))
 
 
+# The modifications of one tensor that add to the scores: the tensor itself, or its multiple of the distance.
+ADDED = (Bias.name, ALiBi.name)
+
+
 @dataclass(frozen=True, eq=False)
 class DecayBias(ScoreMod):
     """Adds c_i - c_j for query position i and key j: a learned forgetting curve (Forgetting Transformer, arXiv 2503.02130).

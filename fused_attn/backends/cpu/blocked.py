@@ -18,10 +18,11 @@ from fused_attn.backends.base import (
     device_type,
     transform_refusal,
 )
-from fused_attn.backends.cpu import attention, flash_blocks, softmax
+from fused_attn.backends.cpu import attention, softmax
 from fused_attn.checks import is_traced
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
+from fused_attn.score_mods import ADDED
 from fused_attn.scoring import Additive
 
 # Scores (batch * heads * q_len * kv_len) up to which eager's few large operations beat tiles whose own cost is per operation, in time
@@ -72,7 +73,7 @@ def _are_computed(problem: AttentionProblem) -> bool:
     """Whether there are modifications that torch's flash kernel does not take as a sum."""
     mods = problem.modifiers.score_mods
     is_flash = device_type(problem) == "cpu" and problem.q.shape[3] == problem.v.shape[3]
-    added = all(set(m.kernels or (m.name,)) <= set(flash_blocks.ADDED) and not any(t.requires_grad for t in m.tensors) for m in mods)
+    added = all(set(m.kernels or (m.name,)) <= set(ADDED) and not any(t.requires_grad for t in m.tensors) for m in mods)
     return bool(mods) and not (is_flash and added)
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming
 from fused_attn.backends.cpu import devices
-from fused_attn.backends.cpu.flash_blocks import ADDED, Block, Blocks
+from fused_attn.backends.cpu.flash_blocks import Block, Blocks
 from fused_attn.backends.cpu.tiles import is_finite
 from fused_attn.checks import has_finite_products
 from fused_attn.layout import empty_out, laid_out_like
 from fused_attn.lowering import LoweredAttention, stat_dtype
+from fused_attn.score_mods import ADDED
 
 # Its backward sees a row's sum only through lse; float32 keeps log S to 4e-6 below this size, and loses it at 1e6.
 LARGEST_LSE = 64.0

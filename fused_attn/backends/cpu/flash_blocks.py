@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_attn.backends.cpu.mask_tiles import MaskTiles, Region
 from fused_attn.backends.cpu.tiles import MIN_ROWS, TILE
 from fused_attn.lowering import LoweredAttention, Range
-from fused_attn.score_mods import ALiBi, Bias
+from fused_attn.score_mods import Bias
 
 # Elements of what is added, 16 MB of float32. Milliseconds forward/with backward of float32 B1 H4 D64 with a dense mask, 2 threads beside some
 # fifteen busy processes: L2048 2^20 895/2541, 2^21 752/2170, 2^22 448/1497; L4096 5168/15444, 3412/11303, 2209/6582.
@@ -27,8 +27,6 @@ MAX_ROWS, FEW_ROWS = 512, 256
 # The same where rows reach few keys; windows of 16 and 64 keys each side, L2048, one thread: 64 rows 10.3/26.6 and 13.7/37.3, 128 rows 10.3/29.0
 # and 12.7/37.6, 256 rows 13.2/40.3 and 15.7/46.4.
 NARROW_ROWS = 128
-# Modifications that add to the scores.
-ADDED = (Bias.name, ALiBi.name)
 
 
 def is_causal(call: LoweredAttention) -> bool:
@@ -58,7 +56,7 @@ class Blocks:
     """The blocks of a call in the order they are computed.
 
     Args:
-        call: a call whose modifications are all among ``ADDED``.
+        call: a call whose modifications are all among ``score_mods.ADDED``.
         dtype: of the arithmetic.
     """
 
@@ -149,7 +147,7 @@ class Blocks:
         part, (_, heads, rows, keys) = grid.crop(tensor).to(self.dtype), grid.sizes
         shape = (1, heads if self.heads > 1 else 1, rows, keys)
         room = self._room("sum", shape)
-        if name == ALiBi.name:
+        if name != Bias.name:
             first = region[3][0]  # subtracted as an integer, because positions may be too large for float32
             distance = ((grid.q_pos - first).to(self.dtype) - (grid.kv_idx - first).to(self.dtype)).abs_()
             if total is None:

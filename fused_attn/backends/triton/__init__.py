@@ -21,7 +21,7 @@ from fused_attn.backends.base import (
     transform_refusal,
 )
 from fused_attn.backends.triton.hopper import eligible
-from fused_attn.lowering import LoweredAttention, LoweredSoftmax
+from fused_attn.lowering import KernelMask, LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 MAX_HEAD_DIM = 256
@@ -70,7 +70,7 @@ class TritonBackend:
         """On Hopper, which kernels would run, and why not its own."""
         if isinstance(problem, SoftmaxProblem) or not has_wgmma(problem) or (problem.target is None and _interpreted()):
             return []
-        reasons = eligible.reasons((problem.q, problem.k, problem.v), problem.modifiers)
+        reasons = eligible.reasons((problem.q, problem.k, problem.v), problem.modifiers) or _unfit_functions(problem)
         return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons] or [
             "kernels for Hopper (TMA, warpgroup products)"
         ]
@@ -113,6 +113,18 @@ def _on_hopper(call: LoweredAttention) -> bool:
 
     chip = launch.target_chip or (0 if _interpreted() else config.chip_of(call.q.device))
     return chip == eligible.CHIP and 0 not in call.shape and not eligible.reasons((call.q, call.k, call.v), call.terms)
+
+
+def _unfit_functions(problem: AttentionProblem) -> list[str]:
+    """Which device functions of modifications Gluon does not compile; those of the package it does."""
+    mods = problem.modifiers.score_mods
+    if not _INSTALLED or _interpreted() or all(set(mod.kernels or (mod.name,)) <= set(BUILT_IN) for mod in mods):
+        return []
+    from fused_attn.backends.triton import arguments
+    from fused_attn.backends.triton.hopper import modifications
+
+    terms = Terms(KernelMask(), 1.0, mods=tuple(score for mod in mods for score in mod.lower(problem.grid)))
+    return modifications.reasons(arguments.scores(terms, problem.grid, problem.q.dtype))
 
 
 def _head_size_refusals(problem: AttentionProblem) -> list[str]:

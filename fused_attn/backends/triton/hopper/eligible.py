@@ -35,6 +35,10 @@ def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
         found.append("lengths of 2^31 and more have no coordinates in TMA")
     if terms.scoring is not None or terms.normalizer is not None:
         found.append("only the softmax of a dot product has Hopper kernels")
+    if terms.dropout is not None and terms.dropout.origin[3] % 4:
+        found.append(
+            f"the first key must stand where dropout begins to draw for four; got key {terms.dropout.origin[3]} of the whole problem"
+        )
     if not 1 / _LARGEST_SCALE <= terms.scale <= _LARGEST_SCALE:
         found.append(f"scores carry their scale along, which must be positive and in [2^-64, 2^64]; got {terms.scale}")
     return found
