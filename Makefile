@@ -17,11 +17,11 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.tx
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers quick sanitize lint matrix hopper table picture bench build clean distclean
+.PHONY: help demo test test-peers quick sanitize lint matrix hopper hopper-product table picture bench build clean distclean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(DONE)/package $(CPU) $(DONE)/demo $(DONE)/model  ## run a real sentence encoder on fused_attn and show what it gives
 	$(PY) -m fused_attn demo $(ARGS)
@@ -51,6 +51,9 @@ matrix: $(DONE)/package $(CPU) $(DONE)/test  ## compile and test with every supp
 
 hopper: $(DONE)/package $(DONE)/test  ## count the Hopper kernels' instructions with every supported Triton, write docs/matrix.md and the model (half an hour)
 	$(PY) -m tests.hopper_matrix $(ARGS)
+
+hopper-product: $(DONE)/package $(CPU) $(DONE)/test  ## run every combination of the Hopper kernels on the simulator, write docs/matrix.md (hours)
+	$(PY) -m tests.hopper_product $(ARGS)
 
 table: $(DONE)/package  ## write docs/backends.md's table of what runs where
 	$(PY) -m tests.capabilities

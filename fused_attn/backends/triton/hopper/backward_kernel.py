@@ -5,6 +5,8 @@ Consumers compute transposed tiles (keys x queries), so that P^T and dS^T are A 
 shared memory.
 """
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -222,9 +224,9 @@ def consumer(
         gl.store(broke + route.b * (sizes.heads // sizes.group) + route.kv_h, 1)
     # The other consumer reads all of K for dq until its last product is done.
     mbarrier.wait(shared.ds_ring.empty, (total(route, sizes) & 1) ^ 1)
-    k, v, half, ds_all = fixed_tiles(shared, 0, W, tile)
-    k.store((dk * score.scale).to(DTYPE))
-    v.store(dv.to(DTYPE))
+    fixed = fixed_tiles(shared, 0, W, tile)
+    fixed[0].store((dk * score.scale).to(DTYPE))
+    fixed[1].store(dv.to(DTYPE))
     fence_async_shared()
     to = [route.b, route.kv_h, route.kv_tile * tile.kv + W * 64, 0]
     tma_store(dk_out, to, shared.k.index(0).slice(W * 64, 64, dim=2))
@@ -264,7 +266,7 @@ def _attention_bwd_hopper_kernel(
         Ring(bell(2), bell(2), 1),
         ring(2, 1, 1),
     )
-    rows = ()
+    rows: Any = ()
     if starts is not None:
         rows = (
             gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], starts.layout),

@@ -53,9 +53,9 @@ def _kept_bits(x, words):
 
 @gluon.jit
 def cut(x, at, words, spans, mask, sizes):
-    """x [64, queries] of a mixed tile, 0 where a pair may not attend; words: of a dense mask (``keep.load_words``), or None;
-    spans: shared memory with the rows' starts and ends where tensors give those, or None.
+    """x [64, queries] of a mixed tile, 0 where a pair may not attend.
 
+    words: of a dense mask (``keep.load_words``), or None; spans: shared memory with the rows' starts and ends where tensors give them, or None.
     One bound after the other: rows' intervals in registers (``masks.row_intervals``) are half a tile's worth of them, and spill.
     """
     positions, keys = at[3], at[4]

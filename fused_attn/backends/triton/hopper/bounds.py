@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 
 from ..masks import row_intervals, tile_bounds
 from ..primitives import pointers
+from .lists import HEAD
 
 # First key tile of a block that reaches nothing: beyond every tile, so that a CTA's reach comes from its other blocks.
 NOWHERE = gl.constexpr(2**30)
@@ -29,8 +30,35 @@ def bounds_kernel(bounds, mask, sizes, PACK: tl.constexpr, BN: tl.constexpr):
 
 
 @gluon.jit
-def block_bounds(bounds, mask, b, block, sizes, PACK: gl.constexpr, BN: gl.constexpr):
-    """(first, split, resume, last) in key tiles, from the table or, without one, from the block's first and last row.
+def part_of(part, count):
+    """The numbers [low, high) that part (number, of how many) has of ``count``."""
+    each = (count + part[1] - 1) // part[1]
+    low = gl.minimum(part[0] * each, count)
+    return low, gl.minimum(low + each, count)
+
+
+@gluon.jit
+def within(x, low, high):
+    """x, or the nearer of the ends."""
+    return gl.minimum(gl.maximum(x, low), high)
+
+
+@gluon.jit
+def listed_tiles(lists, b, h, tile, part):
+    """Where the numbers of a tile's key tiles begin, how many of them are mixed, and how many there are; those of a part, or of all."""
+    at = pointers(lists, b, h, tile, tile * 0)
+    mixed = gl.load(at)
+    count = mixed + gl.load(at + 1)
+    first = at + HEAD
+    if part is not None:
+        low, high = part_of(part, count)
+        first, mixed, count = first + low, within(mixed, low, high) - low, high - low
+    return first, mixed, count
+
+
+@gluon.jit
+def block_bounds(bounds, mask, b, block, part, sizes, PACK: gl.constexpr, BN: gl.constexpr):
+    """(first, split, resume, last) in key tiles within ``part``, from the table or, without one, from the block's first and last row.
 
     Windows move with their rows, so that those two have the outermost ends; empty rows before and behind lie at the ends of the keys.
     """
@@ -44,16 +72,20 @@ def block_bounds(bounds, mask, b, block, sizes, PACK: gl.constexpr, BN: gl.const
         last = gl.maximum((high + BN - 1) // BN, first)
         split = gl.minimum(gl.maximum((full_low + BN - 1) // BN, first), last)
         resume = gl.minimum(gl.maximum(full_high // BN, split), last)
+    if part is not None:
+        low, high = part_of(part, (sizes.kv_len + BN - 1) // BN)
+        first, split = within(first, low, high), within(split, low, high)
+        resume, last = within(resume, low, high), within(last, low, high)
     nothing = (first >= last) | (block * 64 >= sizes.q_len * PACK)
     return gl.where(nothing, NOWHERE, first), split, resume, gl.where(nothing, 0, last)
 
 
 @gluon.jit
-def tile_reach(bounds, mask, b, tile, sizes, NC: gl.constexpr, PACK: gl.constexpr, BN: gl.constexpr):
+def tile_reach(bounds, mask, b, tile, part, sizes, NC: gl.constexpr, PACK: gl.constexpr, BN: gl.constexpr):
     """Key tiles [first, last) that any of a CTA's NC blocks reaches; first >= last where there are none."""
-    first, _, _, last = block_bounds(bounds, mask, b, tile * NC, sizes, PACK, BN)
+    first, _, _, last = block_bounds(bounds, mask, b, tile * NC, part, sizes, PACK, BN)
     for c in gl.static_range(1, NC):
-        low, _, _, high = block_bounds(bounds, mask, b, tile * NC + c, sizes, PACK, BN)
+        low, _, _, high = block_bounds(bounds, mask, b, tile * NC + c, part, sizes, PACK, BN)
         first = gl.minimum(first, low)
         last = gl.maximum(last, high)
     return first, gl.maximum(last, first)

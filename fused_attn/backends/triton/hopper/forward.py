@@ -14,7 +14,7 @@ from fused_attn.backends.triton.launch import run
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
-from . import modifications
+from . import modifications, split
 from .bounds import bounds_kernel
 from .descriptors import Tiles
 from .eligible import strides_reason
@@ -168,11 +168,17 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     # Of float16 probabilities neither 2^72 nor 2^-72 is left.
     bounded = is_bounded(score) and call.q.dtype == torch.bfloat16
     work = batch * heads // packed * -(-q_len * packed // (64 * chosen.consumers))
+    splits = split.parts(kv_len, max(head_dim, value_dim), q_len * packed)
+    partial, limit = (split.room(call, splits), splits) if splits > 1 else (None, None)
+    work = work * splits
+    shared = (mask, score, arguments.dropout(call.terms, call.shape))
     args = (
-        *tiles, lse, stats, call.terms.sinks, redo, arguments.matrix(table), batch * heads // packed, together,
-        mask, score, arguments.dropout(call.terms, call.shape), arguments.sizes(call),
+        *tiles, *(partial or (lse, stats)), call.terms.sinks, redo, arguments.matrix(table), batch * heads // packed * splits, together, limit,
+        *shared, arguments.sizes(call),
         chosen.consumers, chosen.keys, chosen.stages, chosen.registers, _ends(call), bounded, chosen.own_out, number,
     )  # fmt: skip
     launch(forward_kernel, (min(work, processors(call.q.device)),), args)
+    if partial is not None:
+        split.combine(call, partial, (out, lse, stats, call.terms.sinks, redo), shared, value_dim)
     plain.run(call, Forward(out, lse, stats), redo)
     return out, lse, stats

@@ -9,13 +9,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..masks import row_intervals
-from ..primitives import pointers
-from .bounds import block_bounds, tile_reach
+from .bounds import block_bounds, listed_tiles, tile_reach
 from .compat import aggregate, wait_reads
-from .lists import HEAD
 from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
 from .order import Order
-from .store import store
+from .store import store, store_part
 from .stream import Stream, flat, matrix_shape, packed_heads, room, stream
 
 
@@ -40,25 +38,29 @@ class Shared:
 
 
 @gluon.constexpr_function
-def accumulator(columns):
+def accumulator(columns: int) -> gl.NVMMADistributedLayout:
     """How 4 warps hold [64, columns] of a product."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.constexpr_function
-def left_operand(columns):
+def left_operand(columns: int) -> gl.DotOperandLayout:
     """How they hold the 16-bit left factor of such a product."""
     return gl.DotOperandLayout(operand_index=0, parent=accumulator(columns), k_width=2)
 
 
 @gluon.jit
-def producer(Q, K, V, bias, shared, order, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
+def producer(Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
     """Loads Q of one query tile after the other, and the keys and values that it reaches."""
     PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     turn = 0
     n = 0  # key tiles
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
+        part = None
+        if splits is not None:
+            part = (bh % splits, splits)
+            bh = bh // splits
         b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         for c in gl.static_range(NC):
             if PACK > 1:
@@ -66,12 +68,12 @@ def producer(Q, K, V, bias, shared, order, bounds, mask, sizes, NC: gl.constexpr
             else:
                 shared.q.load(Q, [b, h, (tile * NC + c) * 64, 0], turn * NC + c)
         if mask.dense:
-            listed = pointers(bounds, b, h, tile, tile * 0)
-            first, last = 0, gl.load(listed) + gl.load(listed + 1)
+            listed, _, last = listed_tiles(bounds, b, h, tile, part)
+            first = last * 0
         else:
-            first, last = tile_reach(bounds, mask, b, tile, sizes, NC, PACK, BN)
+            first, last = tile_reach(bounds, mask, b, tile, part, sizes, NC, PACK, BN)
         for j in range(first, last):
-            i = gl.load(listed + HEAD + j) if mask.dense else j
+            i = gl.load(listed + j) if mask.dense else j
             shared.k.load(K, [b, h * PACK // sizes.group, i * BN, 0], n)
             if shared.BIAS >= 0:
                 # A batch or head of its own, or one for all.
@@ -161,24 +163,23 @@ def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, ENDS: g
 
 @gluon.jit
 def attend_listed(
-    n, listed, carry, q, shared, row, mask, score, dropout, sizes, ENDS: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr
+    n, tiles, carry, q, shared, row, mask, score, dropout, sizes, ENDS: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr
 ):
     """``attend`` for the key tiles of a list: its mixed ones, of which any pair may be masked, then its full ones."""
-    mixed = gl.load(listed)
-    count = mixed + gl.load(listed + 1)
-    o, p, hi, l = begin(gl.load(listed + HEAD), n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
+    listed, mixed, count = tiles
+    o, p, hi, l = begin(gl.load(listed), n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
     for j in range(1, mixed):
-        i = gl.load(listed + HEAD + j)
+        i = gl.load(listed + j)
         o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
     for j in range(gl.maximum(mixed, 1), count):
-        i = gl.load(listed + HEAD + j)
+        i = gl.load(listed + j)
         o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, NOTHING, BOUNDED, BN)
     return finish(n + count - 1, o, p, shared), hi, l
 
 
 @gluon.jit
 def consumer(
-    C: gl.constexpr, O, outputs, shared, order, bounds, mask, score, dropout, sizes,
+    C: gl.constexpr, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, ENDS: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Computes the C-th block of one query tile after the other."""
@@ -190,6 +191,10 @@ def consumer(
     n = 0
     while order.index(turn) < order.total():
         bh, tile = order.place(order.index(turn))
+        part = None
+        if splits is not None:
+            part = (bh % splits, splits)
+            bh = bh // splits
         b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         block = tile * NC + C
         rows = (block * 64 + gl.arange(0, 64, RS)) // PACK
@@ -200,14 +205,15 @@ def consumer(
         l = gl.zeros((64,), gl.float32, RS)
         shared.q.ring.wait_full(turn * NC + C)
         if mask.dense:
-            listed = pointers(bounds, b, h, tile, tile * 0)
-            count = gl.load(listed) + gl.load(listed + 1)
+            listed, mixed, count = listed_tiles(bounds, b, h, tile, part)
             if count > 0:
-                o, hi, l = attend_listed(n, listed, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
+                o, hi, l = attend_listed(
+                    n, (listed, mixed, count), (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN
+                )
             n += count
         else:
-            any_first, any_last = tile_reach(bounds, mask, b, tile, sizes, NC, PACK, BN)
-            first, split, resume, last = block_bounds(bounds, mask, b, block, sizes, PACK, BN)
+            any_first, any_last = tile_reach(bounds, mask, b, tile, part, sizes, NC, PACK, BN)
+            first, split, resume, last = block_bounds(bounds, mask, b, block, part, sizes, PACK, BN)
             first = gl.minimum(first, any_last)
             last = gl.maximum(last, first)
             skip(n, first - any_first, shared, C)
@@ -223,9 +229,14 @@ def consumer(
         if OWN_OUT:
             shared.q.ring.release(turn * NC + C)
         total = order.heads.to(gl.int64) * PACK * sizes.q_len
-        store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
+        if splits is not None:
+            # As many rows as all parts have together; part by part.
+            store_part(o, hi, l, outputs, part[0] * (total // splits), total, row, O, sizes, PACK)
+        else:
+            store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
+            if not OWN_OUT:
+                wait_reads(0)
         if not OWN_OUT:
-            wait_reads(0)
             shared.q.ring.release(turn * NC + C)
         turn += 1
     wait_reads(0)
@@ -233,13 +244,14 @@ def consumer(
 
 @gluon.jit
 def forward_kernel(
-    Q, K, V, O, bias, lse, stats, sinks, redo, bounds, heads, together, mask, score, dropout, sizes,
+    Q, K, V, O, bias, lse, stats, sinks, redo, bounds, heads, together, splits, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ENDS: gl.constexpr,
     BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches.
 
     Where q_len is small, the heads of a group are packed into rows: Q and O are then [batch, key heads, queries, group, dim].
+    With ``splits`` parts of the keys each is a head of its own, lse takes bases and sums, stats the float32 accumulators; see ``split``.
     ENDS is what the mask may cut of a tile; ``bias`` a descriptor of modification number BIAS in boxes of 64 x BN, or None where that is -1.
     """
     queries = stream(Q, NC, 1)
@@ -259,14 +271,14 @@ def forward_kernel(
     outputs = (lse, stats, sinks, redo)
     if NC == 2:
         gl.warp_specialize([
-            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, bias, shared, order, bounds, mask, sizes, NC, BN)),
+            (consumer, (0, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (producer, (Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC, BN)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (consumer, (1, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (consumer, (2, O, outputs, shared, order, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, bias, shared, order, bounds, mask, sizes, NC, BN)),
+            (consumer, (0, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (2, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (producer, (Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC, BN)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -47,6 +47,36 @@ def wrong(hi, l, start, end, score):
 
 
 @gluon.jit
+def settled(hi, l, sink, start, end, score, dropout):
+    """Bases and sums with a sink, or None; what the accumulator is multiplied by; which rows have no scores, and which to do again."""
+    bad = wrong(hi, l, start, end, score)
+    empty = l == 0.0
+    shrink = 1.0
+    if sink is not None:
+        hi, l, shrink = with_sink(hi, l, sink, exponents(score)[1])
+        bad = bad | ((gl.abs(hi) > LIMIT) & (hi != float("-inf"))) | ((l - l) != 0.0)
+    inverse = shrink / gl.where(l == 0.0, 1.0, l)
+    if dropout is not None:
+        inverse = inverse * dropout.factor
+    return hi, l, inverse, empty, bad
+
+
+@gluon.jit
+def store_part(o, hi, l, outputs, first_row, total, row, O, sizes, PACK: gl.constexpr):
+    """Accumulator, base and sum of one part of the keys, for ``split.combine_kernel``; outputs = (bases and sums, accumulators, ...)."""
+    b, h, _, _, _, first, _ = row
+    statistics, accumulators, _, _ = outputs
+    _, query, at = places(b, h, first, sizes, PACK, hi.type.layout)
+    gl.store(statistics + first_row + at, hi, mask=query < sizes.q_len)
+    gl.store(statistics + total + first_row + at, l, mask=query < sizes.q_len)
+    _, query, at = places(b, h, first, sizes, PACK, gl.SliceLayout(1, o.type.layout))
+    cols = gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout))
+    width = O.shape[4] if PACK > 1 else O.shape[3]
+    inside = (query < sizes.q_len)[:, None] & (cols < width)[None, :]
+    gl.store(accumulators + (first_row + at)[:, None] * width + cols[None, :], o, mask=inside)
+
+
+@gluon.jit
 def places(b, h, first, sizes, PACK: gl.constexpr, LAYOUT: gl.constexpr):
     """(head, query, index among the rows of all heads) of each of 64 rows from ``first`` on; the head is a number where PACK is 1."""
     r = gl.arange(0, 64, LAYOUT)
@@ -67,16 +97,10 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score
     lse, stats, sinks, redo = outputs
     head, _, at = places(b, h, first, sizes, PACK, RS)
     inside = rows < sizes.q_len
-    bad = wrong(hi, l, start, end, score)
-    empty = l == 0.0
+    sink = None
     if sinks is not None:
-        hi, l, shrink = with_sink(hi, l, gl.load(sinks + head).to(gl.float32), exponents(score)[1])
-        bad = bad | (gl.abs(hi) > LIMIT) & (hi != float("-inf")) | ((l - l) != 0.0)
-    inverse = 1.0 / gl.where(l == 0.0, 1.0, l)
-    if dropout is not None:
-        inverse = inverse * dropout.factor
-    if sinks is not None:
-        inverse = inverse * shrink
+        sink = gl.load(sinks + head).to(gl.float32)
+    hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout)
     # 0 * NaN: an empty row is zeros whatever its values hold.
     result = gl.where(gl.convert_layout(empty, RO)[:, None], 0.0, o * gl.convert_layout(inverse, RO)[:, None])
     if mask.restricts:

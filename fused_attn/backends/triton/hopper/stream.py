@@ -1,5 +1,7 @@
 """Tiles that one warp loads and others read: shared memory and the ring that hands it over."""
 
+from collections.abc import Sequence
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -52,7 +54,7 @@ def room(source, COUNT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def staged(count, box):
+def staged(count: int, box: Sequence[int]) -> list[int]:
     """The shape of ``count`` boxes."""
     return [count, *box]
 
@@ -65,7 +67,7 @@ def flat(tile):
 
 
 @gluon.constexpr_function
-def matrix_shape(box):
+def matrix_shape(box: Sequence[int]) -> list[int]:
     """Rows and columns of a tile."""
     rows = 1
     for size in box[:-1]:
@@ -74,6 +76,6 @@ def matrix_shape(box):
 
 
 @gluon.constexpr_function
-def packed_heads(tiles):
+def packed_heads(tiles: Sequence[int]) -> int:
     """How many heads the rows of query tiles hold, from the shape of all: 6-D where there are several."""
     return int(tiles[4]) if len(tiles) == 6 else 1
