@@ -150,6 +150,8 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     batch, heads, q_len, kv_len = call.shape
     head_dim, value_dim = padded(call.q.shape[-1]), padded(call.v.shape[-1])
     chosen, number, packed = _tiles(call), _bias_of(call), packed_heads(call)
+    if not chosen.own_out:  # O takes the place of Q, so their tiles have one width
+        head_dim = value_dim = max(head_dim, value_dim)
     out = empty_out(call.q, call.v.shape[-1])
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
     stats = call.q.new_empty(stats_shape, dtype=torch.float32)
