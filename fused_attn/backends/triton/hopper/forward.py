@@ -51,7 +51,10 @@ class Shape(NamedTuple):
         bias = _bias_of(call) if packed == 1 and (size, "bias") in TABLE else -1
         heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed > 1
         kind = "bias" if bias >= 0 else "heavy" if heavy else "plain"
-        return cls(head_dim, value_dim, packed, bias, TABLE[size, kind], split.parts(call.shape[3], size, call.shape[2] * packed))
+        tiles = TABLE[size, kind]
+        if head_dim != value_dim:
+            tiles = tiles._replace(own_out=True)  # O does not fit Q's place, and what is smaller than the table's leaves room
+        return cls(head_dim, value_dim, packed, bias, tiles, split.parts(call.shape[3], size, call.shape[2] * packed))
 
     def blocks(self, q_len: int) -> int:
         """Blocks of 64 rows of one batch and head, or group of packed heads."""
