@@ -52,7 +52,7 @@ _TILES = {
 
 
 _WITH_BIAS = {64: ForwardTiles(2, 128, 2, 240, True), 128: ForwardTiles(2, 128, 2, 240, False)}
-# Dropout's counters and words of a dense mask need registers: at head size 64 three consumers with 160 each make 200 and 13 local accesses in
+# Dropout's counters, words of a dense mask and heads of rows need registers: at head size 64 three consumers with 160 each make 200 and 13 local accesses in
 # a trip, two with 240 none.
 _HEAVY = {64: ForwardTiles(2, 128, 2, 240, True)}
 
@@ -62,7 +62,7 @@ def _tiles(call: LoweredAttention) -> ForwardTiles:
     size = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
     if _bias_of(call) >= 0:
         return _WITH_BIAS[size]
-    heavy = call.terms.dropout is not None or call.terms.mask.keep is not None
+    heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed_heads(call) > 1
     return (heavy and _HEAVY.get(size)) or _TILES[size]
 
 

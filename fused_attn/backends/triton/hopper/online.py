@@ -91,5 +91,6 @@ def dropped(p, i, row, shared, dropout, sizes, BN: gl.constexpr):
     if dropout is not None:
         b, h, _, _, _, first, _ = row
         PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
-        p = gl.where(kept_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, p.type.layout, BN), p, 0.0)
+        LAYOUT: gl.constexpr = p.type.layout
+        p = gl.where(kept_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, LAYOUT, BN), p, 0.0)
     return p
