@@ -64,12 +64,12 @@ for combination in sys.argv[1:]:
 """.replace("\\\\", "\\")
 
 
-def front_end(root: Path, version: str, combinations: list[str]) -> Iterator[tuple[str, str, int]]:
-    """(combination, hash of its kernels' code and options, how many) by one fresh process of a checkout and a Triton."""
+def front_end(root: Path, version: str | None, combinations: list[str]) -> Iterator[tuple[str, str, int]]:
+    """(combination, hash of its kernels' code and options, how many) by one fresh process of a checkout and a Triton, or the environment's."""
     with tempfile.TemporaryDirectory() as cache:
         variables = matrix.environment(version) | {"TRITON_CACHE_DIR": cache}
         # The checkout comes before the Triton, and before an installed package.
-        variables["PYTHONPATH"] = f"{root}{os.pathsep}{variables['PYTHONPATH']}"
+        variables["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [variables.get("PYTHONPATH")])])
         command = [sys.executable, "-c", FRONT_END, *combinations]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=variables) as process:
             assert process.stdout is not None
@@ -78,7 +78,7 @@ def front_end(root: Path, version: str, combinations: list[str]) -> Iterator[tup
             raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def differences(revision: Path, version: str, combinations: list[str]) -> list[str]:
+def differences(revision: Path, version: str | None, combinations: list[str]) -> list[str]:
     """Combinations whose code is not the revision's."""
     now, then = ({c: (h, n) for c, h, n in front_end(root, version, combinations)} for root in (matrix.ROOT, revision))
     assert set(now) == set(then) == set(combinations)
