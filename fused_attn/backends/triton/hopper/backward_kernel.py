@@ -5,8 +5,6 @@ Consumers compute transposed tiles (keys x queries), so that P^T and dS^T are A 
 shared memory.
 """
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -266,9 +264,9 @@ def _attention_bwd_hopper_kernel(
         Ring(bell(2), bell(2), 1),
         ring(2, 1, 1),
     )
-    rows: Any = ()
+    rows = ()
     if starts is not None:
-        rows = (
+        rows = (  # type: ignore[assignment]
             gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], starts.layout),
             gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], ends.layout),
         )

@@ -123,10 +123,11 @@ def lists(call: LoweredAttention, mask: arguments.MaskArgs, tile: arguments.Tile
 
     spans = table(2, of_bounds, q_tiles * tile.q.value)
     bounds, rows = table(of_bounds, q_tiles, 4), batches * own_heads * kv_tiles
+    tiles = table(rows, q_tiles)
     made = Lists(
-        table(rows, q_tiles),
+        tiles,
         table(rows, 2),
-        table(rows, q_tiles) if ordered else None,
+        table(rows, q_tiles) if ordered else tiles,
         own_heads * kv_tiles * (batches > 1),
         kv_tiles * (own_heads > 1),
         int(of_bounds > 1),

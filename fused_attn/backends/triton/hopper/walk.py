@@ -16,7 +16,8 @@ class Lists(NamedTuple):
     Args:
         tiles: int32 [batch|1, key heads|1, key tiles, query tiles]: full ones from the front, mixed ones from the back.
         counts: int32 [batch|1, key heads|1, key tiles, 2]: how many of both.
-        ranks: int32 like ``tiles``, at [key tile, query tile]: how many key tiles before meet the query tile; None where nobody asks.
+        ranks: int32 like ``tiles``, at [key tile, query tile]: how many key tiles before meet the query tile. Any tensor where
+            nobody asks: None is what Triton 3.6 cannot compare the tuple with.
         batch: key tiles from one batch to the next, 0 where all share the lists.
         head: key tiles from one key head to the next, 0 where all share the lists.
         own_rows: 1 where each batch has its own rows' intervals, 0 where all share them.
