@@ -49,7 +49,7 @@ def tile_scores(s, i, n, row, shared, mask, score, sizes, MASK: gl.constexpr, BN
     if MASK != NOTHING and mask.dense:
         s = masked(s, load_words(mask.keep, b, h, first // PACK, sizes.q_len, i * BN, sizes.kv_len, PACK, BN), BN)
     if MASK == END_ONLY:
-        s = cut(s, cols[None, :], end[:, None])
+        s = cut(s, cols[None, :], gl.maximum(end, 0)[:, None])
     if MASK == BOTH_ENDS:
         # One unsigned comparison for both ends: what lies before the start is huge.
         s = cut(s, cols[None, :] - start[:, None], gl.maximum(end - start, 0)[:, None])
