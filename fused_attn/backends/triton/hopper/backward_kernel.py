@@ -9,8 +9,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
+from .backward_tile import coordinates, cut, dropout_words, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
+from .dropout import marked, thinned_by
 from .keep import load_words
 from .registers import written
 from .roles import Ring, bell, ring
@@ -163,7 +164,7 @@ def step(
     s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
-    at, stays, words, spans = None, None, None, None
+    at, words, spans = None, None, None
     if PLACED:
         q_tile = visited(route, n, lists, sizes, tile, not MASKED)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
@@ -177,13 +178,15 @@ def step(
         p = cut(p, at, words, spans, mask, sizes)
     weights = p
     if APART:
-        stays = kept(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
-        weights = gl.where(stays, p * dropout.factor, 0.0)
+        drawn = dropout_words(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
+        p = marked(p, drawn, dropout)
+        weights = gl.maximum(p, 0.0)
     pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
-        dp = gl.where(stays, dp * dropout.factor, 0.0) + shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :]
+        dp = gl.fma(thinned_by(dp, p), dropout.factor, shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :])
+        p = gl.abs(p)
     ds = score_gradients(p, dp, s, at, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
@@ -226,6 +229,8 @@ def consumer(
     mbarrier.wait(shared.ds_ring.empty, (total(route, sizes) & 1) ^ 1)
     fixed = fixed_tiles(shared, 0, W, tile)
     fixed[0].store((dk * score.scale).to(DTYPE))
+    if dropout is not None:
+        dv = dv * dropout.factor
     fixed[1].store(dv.to(DTYPE))
     fence_async_shared()
     to = [route.b, route.kv_h, route.kv_tile * tile.kv + W * 64, 0]
