@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_attn import autograd, backends, query_blocks
+from fused_attn import autograd, backends, ops, query_blocks
 from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.backends import eager
 from fused_attn.checks import captured
@@ -46,9 +46,16 @@ def _fused_softmax(scores: Tensor) -> Tensor:
 
 def _with_picked_rows(problem: AttentionProblem, request: AuxRequest, backend: str) -> tuple[Tensor, AuxOutput]:
     rest = replace(request, probs=False, scores=False, scores_dtype=None, rows=None, heads=None)
-    out, aux = attention(replace(problem, aux=rest if rest.names else None), backend)
-    rows = picked(problem, request)
-    return out, replace(aux, probs=rows.probs, scores=rows.scores)
+    kernel = getattr(backends.get(backend), "attention_picked", None)
+    if kernel is None or problem.requires_grad or captured(problem.q) or problem.empty_rows != "zero":
+        out, aux = attention(replace(problem, aux=rest if rest.names else None), backend)
+        rows = picked(problem, request)
+        return out, replace(aux, probs=rows.probs, scores=rows.scores)
+    out, aux = attention(replace(problem, aux=replace(rest, lse=True)), backend)
+    # Probabilities are those before dropout, which would draw a seed here.
+    call = ops.fitted(replace(problem, modifiers=replace(problem.modifiers, dropout=None)).lower(), backend)
+    found = kernel(call, aux.lse, request) or picked(problem, request)
+    return out, replace(aux, probs=found.probs, scores=found.scores, lse=aux.lse if request.lse else None)
 
 
 def _with_empty_rows(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:

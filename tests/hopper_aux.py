@@ -263,12 +263,41 @@ def check_rows(which: Rows) -> None:
         assert bool((error <= limit).all()), f"{which}: {name} errs by {float(error.max())}"
 
 
+def check_picked() -> None:
+    """Chosen rows and heads, in any order and repeated: TMA's rows and others, grouped heads, a dense mask; once through the public function."""
+    rows_of, heads_of = torch.tensor([5, -1, 70, 5, 199]), torch.tensor([3, 0, -2])
+    mods = {"score_mods": (fa.SoftCap(4.0), fa.ALiBi(torch.rand(4))), "sinks": torch.randn(4)}
+    dense = {"mask": fa.Causal() & fa.Dense(torch.rand(1, 1, 200, 129) > 0.4)}
+    for kv_len, options, asked in (
+        (136, mods | {"mask": fa.SlidingWindow(90, 20)}, fa.AuxRequest(probs=True, scores=True, rows=rows_of, heads=heads_of)),
+        (129, dense, fa.AuxRequest(scores=True, scores_dtype=torch.float32, rows=rows_of)),
+        (136, {}, fa.AuxRequest(probs=True, heads=heads_of)),
+    ):
+        inputs = [torch.randn(2, heads, n, 64).bfloat16() for heads, n in ((4, 200), (2, kv_len), (2, kv_len))]
+        given, wide = options | {"q_offset": 0}, [t.double() for t in inputs]
+        exact = fa.attention(*wide, **given, return_aux=replace(asked, lse=True), backend="eager")[1]
+        if options:
+            every = dict.fromkeys(("mask", "scale", "sinks", "dropout", "return_aux", "scoring")) | {"score_mods": ()}
+            call = AttentionProblem.check(*inputs, every | given).lower()
+            found = rows.attention_picked(call, exact.lse.float(), asked)
+        else:
+            found = fa.attention(*inputs, **given, return_aux=asked, backend="triton")[1]
+            assert "rows_kernel" in [name for name, _ in hopper.compiled], "the definition computed them"
+        for name in asked.names:
+            got, right = getattr(found, name), getattr(exact, name)
+            limit = torch.finfo(got.dtype).eps / 2 * right.abs() + 2e-5
+            error = torch.where(got == right, 0.0, (got.double() - right).abs())
+            assert got.shape == right.shape and bool((error <= limit).all()), f"{name}: {float(error.max())}"
+        hopper.compiled.clear()
+
+
 PARTS: dict[str, Any] = {
     "modifications": check_modifications,
     "functions": check_functions_of_users,
     "dropout": check_dropout,
     "bits": check_bits,
     "rows": lambda: [check_rows(which) for which in row_cases()],
+    "picked": check_picked,
 }
 
 if __name__ == "__main__":

@@ -195,7 +195,9 @@ def _composition_notes(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
     if problem.empty_rows != "zero":
         notes.append(f"empty_rows={problem.empty_rows!r}: rows without keys run in a second pass")
     if request is not None and request.is_picked:
-        notes.append("rows and heads of probs and scores are computed by the definition, O(rows * kv_len) memory")
+        notes.append(
+            "rows and heads of probs and scores are computed by the definition (by a kernel on Hopper without gradients), O(rows * kv_len) memory"
+        )
     if request is not None and problem.requires_grad and (request.max_scores or request.column_sums or request.entropy):
         notes.append("gradients of max_scores, column_sums and entropy recompute through the definition, O(block * kv_len) memory")
     return notes

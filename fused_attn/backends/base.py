@@ -80,7 +80,8 @@ class Backend(Protocol):
     for each, None where not wanted. Results are laid out by the rule of ``layout.py``; row statistics are the backend's own
     business, but their shape must be ``stats_shape``. A backend that makes auxiliary outputs in the forward's own pass has
     ``attention_fwd_aux(call, request) -> (Forward, AuxTensors)`` besides, and one to which it matters that nobody wants lse and statistics
-    ``attention_out(call) -> Tensor``. A backend that has ``evaluates_rules = True`` gets masks with rules, evaluated
+    ``attention_out(call) -> Tensor``. ``attention_picked(call, lse, request) -> AuxTensors | None`` computes the rows and heads of probabilities
+    and scores that a request picks, or leaves them to the definition; there is nothing to differentiate then. A backend that has ``evaluates_rules = True`` gets masks with rules, evaluated
     region by region; any other gets them as ``keep``. What one that has ``notes(problem)`` says there, ``explain`` repeats.
     """
 

@@ -89,6 +89,13 @@ class TritonBackend:
             from fused_attn.backends.triton.attention_aux import attention_aux
         return attention_aux(call, forward, request)
 
+    def attention_picked(self, call: LoweredAttention, lse: Tensor, request: AuxRequest) -> AuxTensors | None:
+        if not _on_hopper(call):
+            return None
+        from fused_attn.backends.triton.hopper.rows import attention_picked
+
+        return attention_picked(call, lse, request)
+
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
         if _on_hopper(call):
             from fused_attn.backends.triton.hopper.backward import attention_bwd

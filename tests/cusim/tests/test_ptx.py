@@ -80,6 +80,11 @@ def s(x):
     return x - 2**32 if x >> 31 else x
 
 
+def s16(x):
+    x = int(x) & 0xFFFF
+    return x - 2**16 if x >> 15 else x
+
+
 def trunc_div(a, b):
     q = abs(a) // abs(b)
     return q if (a < 0) == (b < 0) else -q
@@ -93,6 +98,8 @@ INT2 = {
     "mul.hi.s32 d, a0, a1;": lambda a, b: (s(a) * s(b)) >> 32,
     "min.s32 d, a0, a1;": lambda a, b: min(s(a), s(b)),
     "max.u32 d, a0, a1;": max,
+    "min.relu.s32 d, a0, a1;": lambda a, b: max(min(s(a), s(b)), 0),
+    "max.relu.s32 d, a0, a1;": lambda a, b: max(s(a), s(b), 0),
     "and.b32 d, a0, a1;": lambda a, b: a & b,
     "xor.b32 d, a0, a1;": lambda a, b: a ^ b,
     "lop3.b32 d, a0, a1, 12345, 0xE8;": lambda a, b: (a & b) | (a & 12345) | (b & 12345),
@@ -130,6 +137,7 @@ INT2 = {
     "set.ge.u32.s32 d, a0, a1;": lambda a, b: M32 if s(a) >= s(b) else 0,
     "setp.ne.u32 p, a0, 0; setp.eq.and.u32 q, a1, a1, !p; selp.u32 d, 1, 0, q;": lambda a, b: int(a == 0),
     "slct.u32.s32 d, a0, a1, a0;": lambda a, b: a if s(a) >= 0 else b,
+    "max.relu.s16x2 d, a0, a1;": lambda a, b: sum(max(s16(a >> k), s16(b >> k), 0) << k for k in (0, 16)),
     "min.s16x2 d, a0, a1;": lambda a, b: sum((min((a >> k & 0xFFFF ^ 0x8000), (b >> k & 0xFFFF ^ 0x8000)) ^ 0x8000) << k for k in (0, 16)),
 }
 

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
 from .keep import load_words
+from .registers import written
 from .roles import Ring, bell, ring
 from .walk import rank, route_of, steps_of, total, visited
 
@@ -225,6 +226,7 @@ def consumer(
     DTYPE: gl.constexpr = shared.k.dtype
     dk = gl.zeros((64, tile.d), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.d, 16]))
     dv = gl.zeros((64, tile.dv), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.dv, 16]))
+    dk, dv = written(dk), written(dv)
     mbarrier.wait(shared.keys_here, 0)
     for part in gl.static_range(2):
         for member in range(sizes.group):

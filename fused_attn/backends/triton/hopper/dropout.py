@@ -40,31 +40,56 @@ def _first_counters(dropout, b, h, q_idx, sizes):
     return counters
 
 
+@gluon.constexpr_function
+def _product_of(multiplier):
+    """Both halves of a product of 32 by 32 bits, by one instruction, which ``umulhi`` and ``mul`` would make two of."""
+    return "{.reg .u64 whole; mul.wide.u32 whole, $2, " + str(multiplier) + "; mov.b64 {$1, $0}, whole;}"
+
+
+@gluon.jit
+def _product(x, MULTIPLIER: gl.constexpr):
+    """High and low half of x times a constant."""
+    asm: gl.constexpr = _product_of(MULTIPLIER)
+    return gl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1)
+
+
 @gluon.jit
 def _words(seed, counters):
-    """The words of four keys, uint32 with the key as last dimension: Philox4x32-7 as ``fused_attn.dropout`` defines it."""
-    a: gl.constexpr = 0xD2511F53
-    b: gl.constexpr = 0xCD9E8D57
+    """The words of four keys, uint32 each: Philox4x32-7 as ``fused_attn.dropout`` defines it."""
     key0 = (seed & 0xFFFFFFFF).to(gl.uint32)
     key1 = ((seed >> 32) & 0xFFFFFFFF).to(gl.uint32)
-    c0 = (counters & 0xFFFFFFFF).to(gl.uint32)
     # The first round, whose third and fourth word are 0.
-    product = c0.to(gl.uint64) * a
-    c0 = ((counters >> 32) & 0xFFFFFFFF).to(gl.uint32) ^ key0
+    high, c3 = _product((counters & 0xFFFFFFFF).to(gl.uint32), 0xD2511F53)
+    c0, c2 = ((counters >> 32) & 0xFFFFFFFF).to(gl.uint32) ^ key0, high ^ key1
     c1 = gl.zeros_like(c0)
-    c2 = (product >> 32).to(gl.uint32) ^ key1
-    c3 = product.to(gl.uint32)
     for i in gl.static_range(1, 7):
-        # One multiplication of 32 by 32 bits gives both halves, which ``umulhi`` and ``mul`` would make two of.
-        k0 = key0 + ((i * 0x9E3779B9) & 0xFFFFFFFF)
-        k1 = key1 + ((i * 0xBB67AE85) & 0xFFFFFFFF)
-        first = c2.to(gl.uint64) * b
-        second = c0.to(gl.uint64) * a
-        c0 = (first >> 32).to(gl.uint32) ^ c1 ^ k0
-        c1 = first.to(gl.uint32)
-        c2 = (second >> 32).to(gl.uint32) ^ c3 ^ k1
-        c3 = second.to(gl.uint32)
-    return gl.join(gl.join(c0, c2), gl.join(c1, c3))
+        first, low1 = _product(c2, 0xCD9E8D57)
+        second, low3 = _product(c0, 0xD2511F53)
+        c0 = first ^ c1 ^ (key0 + ((i * 0x9E3779B9) & 0xFFFFFFFF))
+        c2 = second ^ c3 ^ (key1 + ((i * 0xBB67AE85) & 0xFFFFFFFF))
+        c1, c3 = low1, low3
+    return c0, c1, c2, c3
+
+
+@gluon.jit
+def _exchanged(words, is_odd):
+    """What lanes g + 8 and g of a key group take from each other: words 0 and 1 of both their queries the even one, 2 and 3 the odd one."""
+    asm: gl.constexpr = """{
+        .reg .pred odd; .reg .b32 a, b;
+        setp.ne.u32 odd, $8, 0;
+        selp.b32 a, $4, $6, odd; selp.b32 b, $5, $7, odd;
+        shfl.sync.bfly.b32 a, a, 1, 31, -1; shfl.sync.bfly.b32 b, b, 1, 31, -1;
+        selp.b32 $0, a, $4, odd; selp.b32 $1, b, $5, odd; selp.b32 $2, $6, a, odd; selp.b32 $3, $7, b, odd;
+    }"""
+    w0, w1, w2, w3 = words
+    return gl.inline_asm_elementwise(
+        asm,
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [w0, w1, w2, w3, is_odd],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -86,8 +111,11 @@ def kept_of_rows(dropout, b, h, first_query, first_key, sizes, GROUP: gl.constex
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     counters = _first_counters(dropout, b, h + rows % GROUP, first_query + rows // GROUP, sizes)
     groups = (first_key // 4 + gl.arange(0, KEYS // 4, gl.SliceLayout(0, layout))).to(gl.uint32)
-    words = _words(gl.load(dropout.seed), counters[:, None] + groups[None, :]).reshape([ROWS, KEYS])
-    return gl.convert_layout(words, LAYOUT) >= dropout.limit.to(gl.uint32)
+    words = _words(gl.load(dropout.seed), counters[:, None] + groups[None, :])
+    a, b, c, d = _exchanged(words, (rows[:, None] & 8) + groups[None, :].to(gl.int32) * 0)
+    # Query g's two words, then those of g + 8: lanes now stand for keys where their layout says 8 rows.
+    mine = gl.join(gl.join(a, c), gl.join(b, d)).reshape([4, 2, 8, KEYS // 4, 2, 2]).permute([0, 4, 2, 3, 1, 5]).reshape([ROWS, KEYS])
+    return gl.convert_layout(mine, LAYOUT) >= dropout.limit.to(gl.uint32)
 
 
 @gluon.jit
@@ -96,5 +124,6 @@ def kept_of_columns(dropout, b, h, first_query, first_key, sizes, LAYOUT: gl.con
     layout: gl.constexpr = _by_columns(QUERIES)
     counters = _first_counters(dropout, b, h, first_query + gl.arange(0, QUERIES, gl.SliceLayout(0, layout)), sizes)
     groups = (first_key // 4 + gl.arange(0, ROWS // 4, gl.SliceLayout(1, layout))).to(gl.uint32)
-    words = _words(gl.load(dropout.seed), counters[None, :] + groups[:, None]).permute([0, 2, 3, 1]).reshape([ROWS, QUERIES])
-    return gl.convert_layout(words, LAYOUT) >= dropout.limit.to(gl.uint32)
+    w0, w1, w2, w3 = _words(gl.load(dropout.seed), counters[None, :] + groups[:, None])
+    words = gl.join(gl.join(w0, w2), gl.join(w1, w3)).permute([0, 2, 3, 1])
+    return gl.convert_layout(words.reshape([ROWS, QUERIES]), LAYOUT) >= dropout.limit.to(gl.uint32)

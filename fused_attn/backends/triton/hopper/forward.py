@@ -52,7 +52,7 @@ _TILES = {
 
 
 _WITH_BIAS = {64: ForwardTiles(2, 128, 2, 240, True), 128: ForwardTiles(2, 128, 2, 240, False)}
-# Dropout's counters and words of a dense mask need registers: at head size 64 three consumers with 160 each make 200 and 13 local accesses in
+# Dropout's counters, words of a dense mask and heads of rows need registers: at head size 64 three consumers with 160 each make 200 and 13 local accesses in
 # a trip, two with 240 none.
 _HEAVY = {64: ForwardTiles(2, 128, 2, 240, True)}
 
@@ -62,7 +62,7 @@ def _tiles(call: LoweredAttention) -> ForwardTiles:
     size = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
     if _bias_of(call) >= 0:
         return _WITH_BIAS[size]
-    heavy = call.terms.dropout is not None or call.terms.mask.keep is not None
+    heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed_heads(call) > 1
     return (heavy and _HEAVY.get(size)) or _TILES[size]
 
 
@@ -150,6 +150,8 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     batch, heads, q_len, kv_len = call.shape
     head_dim, value_dim = padded(call.q.shape[-1]), padded(call.v.shape[-1])
     chosen, number, packed = _tiles(call), _bias_of(call), packed_heads(call)
+    if not chosen.own_out:  # O takes the place of Q, so their tiles have one width
+        head_dim = value_dim = max(head_dim, value_dim)
     out = empty_out(call.q, call.v.shape[-1])
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
     stats = call.q.new_empty(stats_shape, dtype=torch.float32)

@@ -13,6 +13,7 @@ from .bounds import block_bounds, listed_tiles, tile_reach
 from .compat import aggregate, wait_reads
 from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
 from .order import Order
+from .registers import written
 from .store import store, store_part
 from .stream import Stream, flat, matrix_shape, packed_heads, room, stream
 
@@ -131,7 +132,7 @@ def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.con
     s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
     wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
     p = gl.convert_layout(dropped(wide, i, row, shared, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
-    return o, p, hi, l
+    return written(o), p, hi, l
 
 
 @gluon.jit

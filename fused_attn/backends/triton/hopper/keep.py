@@ -122,7 +122,7 @@ def _along(DIM: gl.constexpr, SIZE: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def load_words(words, b, h, first_row, row_count, first_column, column_count, GROUP: gl.constexpr, COLUMNS: gl.constexpr):
+def load_words(words, b, h, first_row, row_count, first_column, column_count, GROUP: gl.constexpr, COLUMNS: gl.constexpr, chosen=None):
     """The words of a tile, int32 [64, COLUMNS // 32] in a layout of their own: COLUMNS / 16 per lane, to be loaded ahead of ``bits``.
 
     Args:
@@ -135,12 +135,15 @@ def load_words(words, b, h, first_row, row_count, first_column, column_count, GR
         column_count: of the call.
         GROUP: heads packed into a tile's rows, as in ``dropout.kept_of_rows``.
         COLUMNS: of the tile, at least 32.
+        chosen: None, or int32 rows of the mask for each row of the call, by ``rows.Choice``.
     """
     layout: gl.constexpr = _per_word(COLUMNS)
     place = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
     rows = (first_row + place // GROUP)[:, None]
     at = (first_column // 32 + gl.arange(0, COLUMNS // 32, gl.SliceLayout(0, layout)))[None, :]
     there = (rows < row_count) & (at < (column_count + 31) // 32)
+    if chosen is not None:
+        rows = gl.load(chosen + rows, mask=rows < row_count, other=0)
     return gl.load(pointers(words, b, (h + place % GROUP)[:, None], rows, at), mask=there, other=0)
 
 

@@ -49,7 +49,7 @@ def tile_scores(s, i, n, row, shared, mask, score, sizes, MASK: gl.constexpr, BN
     if MASK != NOTHING and mask.dense:
         s = masked(s, load_words(mask.keep, b, h, first // PACK, sizes.q_len, i * BN, sizes.kv_len, PACK, BN), BN)
     if MASK == END_ONLY:
-        s = cut(s, cols[None, :], end[:, None])
+        s = cut(s, cols[None, :], gl.maximum(end, 0)[:, None])
     if MASK == BOTH_ENDS:
         # One unsigned comparison for both ends: what lies before the start is huge.
         s = cut(s, cols[None, :] - start[:, None], gl.maximum(end - start, 0)[:, None])
@@ -91,5 +91,6 @@ def dropped(p, i, row, shared, dropout, sizes, BN: gl.constexpr):
     if dropout is not None:
         b, h, _, _, _, first, _ = row
         PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
-        p = gl.where(kept_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, p.type.layout, BN), p, 0.0)
+        LAYOUT: gl.constexpr = p.type.layout
+        p = gl.where(kept_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, LAYOUT, BN), p, 0.0)
     return p

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,43 +35,87 @@ class RowTiles(NamedTuple):
 _TILES = {64: RowTiles(2, 128, 2, 240), 128: RowTiles(2, 128, 2, 240), 256: RowTiles(2, 64, 2, 240)}
 
 
+class Choice(NamedTuple):
+    """Which rows and heads of a call its outputs hold: int32 indices, None for all of them, and how many they are."""
+
+    rows: Any
+    heads: Any
+    row_count: int
+    head_count: int
+
+
 def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
     """The requested tensors, as the plain kernels' ``attention_aux``; sums over queries are theirs here too."""
-    score = arguments.scores(call.terms, call.grid, call.q.dtype)
     of_rows = request.probs or request.scores or request.max_scores or request.entropy
-    if not of_rows or modifications.reasons(score):
+    if not of_rows or modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype)):
         return plain.attention_aux(call, forward, request)
     batch, heads, q_len, _ = call.shape
-    shape = (batch, heads, q_len)
-    result = AuxTensors(
-        call.q.new_empty(call.shape) if request.probs else None,
-        call.q.new_empty(call.shape, dtype=request.scores_dtype or call.q.dtype) if request.scores else None,
-        call.q.new_empty(shape, dtype=torch.float32) if request.max_scores else None,
-        None,
-        call.q.new_empty(shape, dtype=torch.float32) if request.entropy else None,
+    result = _room(call, Choice(None, None, q_len, heads), request)
+    result = result._replace(
+        max_scores=call.q.new_empty((batch, heads, q_len), dtype=torch.float32) if request.max_scores else None,
+        entropy=call.q.new_empty((batch, heads, q_len), dtype=torch.float32) if request.entropy else None,
     )
-    # Scores that are given out must be right relative to themselves, however small they are.
-    exact = request.scores or request.max_scores
-    _launch(call, forward.stats, score if exact else modifications.fast(score), result)
+    _launch(call, call.q, forward.stats, Choice(None, None, q_len, heads), result)
     if not request.column_sums:
         return result
     return result._replace(column_sums=plain.attention_aux(call, forward, AuxRequest(column_sums=True)).column_sums)
 
 
-def _launch(call: LoweredAttention, stats: Tensor, score: arguments.ScoreArgs, result: AuxTensors) -> None:
-    batch, heads, q_len, _ = call.shape
+def attention_picked(call: LoweredAttention, lse: Tensor, request: AuxRequest) -> AuxTensors | None:
+    """Probabilities and scores of the rows and heads that a request picks; None where these kernels do not compute them.
+
+    Args:
+        call: the whole call.
+        lse: of its rows, float32 [batch, heads, q_len].
+        request: with ``rows`` or ``heads``.
+    """
+    if modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype)):
+        return None
+    _, heads, q_len, _ = call.shape
+    head_index, row_index = request.indices(heads, q_len)
+    choice = Choice(
+        None if row_index is None else row_index.int(),
+        None if head_index is None else head_index.int(),
+        q_len if row_index is None else len(row_index),
+        heads if head_index is None else len(head_index),
+    )
+    q = call.q if head_index is None else call.q.index_select(1, head_index)
+    q = q if row_index is None else q.index_select(2, row_index)
+    # A base and a sum per row, of which the sum says whether there is a key.
+    unit = call.terms.scale if arguments.unit_is_raw(call.terms) else 1.0
+    stats = torch.stack((lse / unit, (lse != -torch.inf).to(lse.dtype)))
+    result = _room(call, choice, request)
+    if 0 not in q.shape:
+        _launch(call, q.contiguous(), stats, choice, result)
+    return result
+
+
+def _room(call: LoweredAttention, choice: Choice, request: AuxRequest) -> AuxTensors:
+    """Empty probabilities and scores where they are asked for."""
+    shape = (call.shape[0], choice.head_count, choice.row_count, call.shape[3])
+    return AuxTensors(
+        call.q.new_empty(shape) if request.probs else None,
+        call.q.new_empty(shape, dtype=request.scores_dtype or call.q.dtype) if request.scores else None,
+    )
+
+
+def _launch(call: LoweredAttention, q: Tensor, stats: Tensor, choice: Choice, result: AuxTensors) -> None:
     size = padded(call.q.shape[-1])
     chosen = _TILES[size]
+    score = arguments.scores(call.terms, call.grid, call.q.dtype)
+    # Scores that are given out must be right relative to themselves, however small they are.
+    if result.scores is None and result.max_scores is None:
+        score = modifications.fast(score)
     per_row = (None if t is None else arguments.matrix(t[..., None]) for t in (result.max_scores, result.entropy))
     args = (
-        Tiles(call.q, (1, 1, 64, size)),
+        Tiles(q, (1, 1, 64, size)),
         Tiles(call.k, (1, 1, chosen.keys, size)),
         _by_tma(result.probs, chosen.keys),
         _by_tma(result.scores, chosen.keys),
-        arguments.matrix(stats), arguments.matrix(result.probs), arguments.matrix(result.scores), *per_row, batch * heads,
-        mask_arguments(call.terms), score, arguments.sizes(call), *chosen,
+        arguments.matrix(stats), arguments.matrix(result.probs), arguments.matrix(result.scores), *per_row,
+        q.shape[0] * choice.head_count, mask_arguments(call.terms), score, choice, arguments.sizes(call), *chosen,
     )  # fmt: skip
-    work = batch * heads * -(-q_len // (64 * chosen.consumers))
+    work = q.shape[0] * choice.head_count * -(-choice.row_count // (64 * chosen.consumers))
     launch(rows_kernel, (min(work, processors(call.q.device)),), args)
 
 

@@ -66,10 +66,12 @@ def store_part(o, hi, l, outputs, first_row, total, row, O, sizes, PACK: gl.cons
     """Accumulator, base and sum of one part of the keys, for ``split.combine_kernel``; outputs = (bases and sums, accumulators, ...)."""
     b, h, _, _, _, first, _ = row
     statistics, accumulators, _, _ = outputs
-    _, query, at = places(b, h, first, sizes, PACK, hi.type.layout)
+    RS: gl.constexpr = hi.type.layout
+    RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    _, query, at = places(b, h, first, sizes, PACK, RS)
     gl.store(statistics + first_row + at, hi, mask=query < sizes.q_len)
     gl.store(statistics + total + first_row + at, l, mask=query < sizes.q_len)
-    _, query, at = places(b, h, first, sizes, PACK, gl.SliceLayout(1, o.type.layout))
+    _, query, at = places(b, h, first, sizes, PACK, RO)
     cols = gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout))
     width = O.shape[4] if PACK > 1 else O.shape[3]
     inside = (query < sizes.q_len)[:, None] & (cols < width)[None, :]
