@@ -154,11 +154,14 @@ class _OnePass:
             if form.kv_start is not None or form.kv_end is not None:
                 rows = tuple(Tiles(t, (1, bm), swizzled=False) for t in spans.unbind())
         loaded, bias = _loaded_bias(call)
-        biases, dbias = (None, None) if bias is None else (Tiles(bias, (1, 1, bm, KEYS)), None), self.dbias
-        if dbias is not None and loaded == self.written and not strides_reason(dbias):
-            biases, dbias = (biases[0], Tiles(dbias, (1, 1, bm, KEYS))), None
-        arriving = (arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, dbias))
-        given = Given(*arriving, tl.constexpr(self.written))
+        biases: list[Tiles | None] = [None if t is None else Tiles(t, (1, 1, bm, KEYS)) for t in (bias, self.dbias)]
+        leaves_in_tiles = self.dbias is not None and loaded == self.written and not strides_reason(self.dbias)
+        if not leaves_in_tiles:
+            biases[1] = None
+        dprobs, dscores, dbias = (
+            arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, None if leaves_in_tiles else self.dbias)
+        )
+        given = Given(dprobs, dscores, dbias, tl.constexpr(self.written))
         terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
         args = (self.skipped, self.broke, met, turns, ticket, given, *terms, stages, registers)
         launch(
