@@ -133,7 +133,7 @@ def load_words(words, b, h, first_row, row_count, first_column, column_count, GR
         row_count: of the call.
         first_column: of the tile, a multiple of 32.
         column_count: of the call.
-        GROUP: heads packed into a tile's rows, as in ``dropout.kept_of_rows``.
+        GROUP: heads packed into a tile's rows, as in ``dropout.words_of_rows``.
         COLUMNS: of the tile, at least 32.
         chosen: None, or int32 rows of the mask for each row of the call, by ``rows.Choice``.
     """
