@@ -16,7 +16,7 @@ from torch import Tensor
 import fused_attn as fa
 from fused_attn.backends import get
 from fused_attn.problem import AttentionProblem
-from tests import hopper
+from tests import hopper, native
 
 MODES: dict[str, dict[str, Any]] = {
     "late": {"async_mode": "late"},
@@ -213,7 +213,29 @@ def slices() -> None:
             assert torch.equal(a.narrow(dim, 1, 1), b), f"{case.name}: the slice of a batch differs from a batch of one"
 
 
-CHECKS = (huge_scores, broken_values, bias_that_masks, slices)
+def planted_faults() -> None:
+    """The simulator reports each fault of the forward kernel's PTX."""
+    from tests.hopper_backward import FAULTS, _damaged
+
+    cusim, compiles, case = native.simulator(), hopper._compile, Case(q_len=130, kv_len=600)
+    hopper.simulate(**MODES["late"])
+    for name in ("no fence before the asynchronous proxy", "no wait for products", "no arrival at a barrier", "waits for the wrong phase"):
+        *fault, kinds = FAULTS[name]
+
+        def damaging(kernel: Any, *rest: Any, fault: list[str] = fault) -> Any:
+            compiled = compiles(kernel, *rest)
+            return _damaged(compiled, *fault) if kernel.fn.__name__ == "forward_kernel" else compiled
+
+        with mock.patch.object(hopper, "_compile", damaging):
+            try:
+                _forward(inputs_of(case), options_of(case))
+                found = "nothing"
+            except cusim.SimError as error:
+                found = error.kind
+        assert found in kinds, f"{name}: the simulator reports {found}"
+
+
+CHECKS = (huge_scores, broken_values, bias_that_masks, slices, planted_faults)
 
 
 # Beside the pairs that ``hopper_product`` meets: heads packed into rows, keys in parts, a bias that TMA loads, odd head sizes.
