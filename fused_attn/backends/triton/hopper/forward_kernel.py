@@ -122,16 +122,33 @@ def skip(n, count, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def begin(i, n, carry, q, shared, row, mask, score, dropout, sizes, MASK: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
-    """The first key tile of a block: its softmax alone. carry = (o, hi, l); ``step`` says what comes out."""
+def begin(
+    i,
+    n,
+    carry,
+    q,
+    shared,
+    row,
+    mask,
+    score,
+    dropout,
+    sizes,
+    MASK: gl.constexpr,
+    SOME: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """The first key tile of a block, or of the rest where there were SOME: its softmax alone. carry = (o, hi, l); ``step`` says what comes out."""
     o, hi, l = carry
     shared.k.ring.wait_full(n)
     s = warpgroup_mma(q, shared.k.tile(n).permute((1, 0)), gl.zeros((64, BN), gl.float32, accumulator(BN)), use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     shared.k.ring.release(n)
     s = tile_scores(s, i, n, row, shared, mask, score, sizes, MASK, BN)
-    wide, hi, l, _ = online(s, hi, l, score, True, BOUNDED)
+    wide, hi, l, alpha = online(s, hi, l, score, True, BOUNDED)
     p = gl.convert_layout(dropped(wide, i, row, shared, dropout, sizes, BN).to(shared.v.tiles.dtype), left_operand(o.shape[1]))
+    if SOME and not BOUNDED:
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, accumulator(o.shape[1])))[:, None]
     return written(o), p, hi, l
 
 
@@ -149,10 +166,20 @@ def finish(n, o, p, shared):
 def attend(n, reach, carry, q, shared, row, mask, score, dropout, sizes, ENDS: gl.constexpr, BOUNDED: gl.constexpr, BN: gl.constexpr):
     """Key tiles (first, split, resume, last), of which the first is the CTA's n-th: O before division, bases and sums. carry = (o, hi, l)."""
     first, split, resume, last = reach
-    # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
-    o, p, hi, l = begin(first, n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
     shift = n - first  # from a key tile's place to its number in this CTA
-    if ENDS == BOTH_ENDS:
+    APART: gl.constexpr = ENDS == BOTH_ENDS and carry[0].shape[1] > 128
+    if APART:
+        # One tile after the other: in a third loop that keeps P from trip to trip every full trip has 16 moves (1680 warp instructions per tile, 1612 so).
+        rest = gl.maximum(gl.minimum(split, last - 1), first)
+        o, hi, l = carry
+        for i in range(first, rest):
+            o, p, hi, l = begin(i, i + shift, (o, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, True, BOUNDED, BN)
+            o = finish(i + shift, o, p, shared)
+        first = rest
+        carry = (o, hi, l)
+    # The first tile is masked whether it needs it or not: that is cheaper than one more copy of its code.
+    o, p, hi, l = begin(first, first + shift, carry, q, shared, row, mask, score, dropout, sizes, ENDS, APART, BOUNDED, BN)
+    if ENDS == BOTH_ENDS and not APART:
         for i in range(first + 1, split):
             o, p, hi, l = step(i, i + shift, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, BOTH_ENDS, BOUNDED, BN)
     for i in range(gl.maximum(split, first + 1), resume):
@@ -168,7 +195,7 @@ def attend_listed(
 ):
     """``attend`` for the key tiles of a list: its mixed ones, of which any pair may be masked, then its full ones."""
     listed, mixed, count = tiles
-    o, p, hi, l = begin(gl.load(listed), n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
+    o, p, hi, l = begin(gl.load(listed), n, carry, q, shared, row, mask, score, dropout, sizes, ENDS, False, BOUNDED, BN)
     for j in range(1, mixed):
         i = gl.load(listed + j)
         o, p, hi, l = step(i, n + j, (o, p, hi, l), q, shared, row, mask, score, dropout, sizes, ENDS, BOUNDED, BN)
