@@ -88,6 +88,16 @@ def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[int,
     return -1, len(needs)
 
 
+def _loaded_bias(call: LoweredAttention) -> tuple[int, Tensor | None]:
+    """The one bias of a call and its place, if it has 16 bits and a value per query and key and TMA can load it; else (-1, None)."""
+    places = [place for place, mod in enumerate(call.terms.mods) if mod.name == "bias"]
+    if len(places) == 1:
+        (bias,) = on_device(call.terms.mods[places[0]], call.grid).tensors
+        if bias.dtype.itemsize == 2 and bias.shape[2:] == call.shape[2:] and not strides_reason(bias):
+            return places[0], bias
+    return -1, None
+
+
 class _OnePass:
     """Buffers and arguments of one call."""
 
@@ -143,10 +153,22 @@ class _OnePass:
             met, spans = lists(call, mask, tile, turns is not None)
             if form.kv_start is not None or form.kv_end is not None:
                 rows = tuple(Tiles(t, (1, bm), swizzled=False) for t in spans.unbind())
-        given = (*(arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, self.dbias)), tl.constexpr(self.written))
+        loaded, bias = _loaded_bias(call)
+        biases: list[Tiles | None] = [None if t is None else Tiles(t, (1, 1, bm, KEYS)) for t in (bias, self.dbias)]
+        leaves_in_tiles = self.dbias is not None and loaded == self.written and not strides_reason(self.dbias)
+        if not leaves_in_tiles:
+            biases[1] = None
+        dprobs, dscores, dbias = (
+            arguments.matrix(t) for t in (self.incoming.dprobs, self.incoming.dscores, None if leaves_in_tiles else self.dbias)
+        )
+        given = Given(dprobs, dscores, dbias, tl.constexpr(self.written))
         terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
-        args = (self.skipped, self.broke, met, turns, ticket, Given(*given), *terms, stages, registers)
-        launch(_attention_bwd_hopper_kernel, (-(-kv_len // KEYS) * batch * call.k.shape[1],), (*self._descriptors(dk, dv), *rows, *args))
+        args = (self.skipped, self.broke, met, turns, ticket, given, *terms, stages, registers)
+        launch(
+            _attention_bwd_hopper_kernel,
+            (-(-kv_len // KEYS) * batch * call.k.shape[1],),
+            (*self._descriptors(dk, dv), *rows, *biases, *args),
+        )
 
     def _descriptors(self, dk: Tensor, dv: Tensor) -> tuple[Tiles, ...]:
         call, bm, d, v = self.call, self.config.block_q, self.d, self.dv

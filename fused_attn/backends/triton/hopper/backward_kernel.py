@@ -43,7 +43,7 @@ class Shared:
 
 
 @gluon.jit
-def producer(k, v, q, dout, lse, minus, starts, ends, shared, rows, block, skipped, lists, mask, sizes, tile):
+def producer(k, v, q, dout, lse, minus, starts, ends, bias, shared, rows, biases, block, skipped, lists, mask, sizes, tile):
     """Loads the keys and values once, then what belongs to each query tile."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
     mbarrier.expect(shared.keys_here, k.block_type.nbytes + v.block_type.nbytes)
@@ -59,12 +59,15 @@ def producer(k, v, q, dout, lse, minus, starts, ends, shared, rows, block, skipp
                 shared.queries.wait_empty(i)
                 full = shared.queries.full_at(i)
                 st = shared.queries.stage(i)
-                if part == 1 and len(rows) > 0:
-                    mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 16 * tile.q)
+                SPANS: gl.constexpr = 8 * tile.q if part == 1 and len(rows) > 0 else 0
+                BIAS: gl.constexpr = bias.block_type.nbytes if bias is not None else 0
+                mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q + SPANS + BIAS)
+                if SPANS > 0:
                     tma_load(starts, [route.b * lists.own_rows, row], full, rows[0].index(st))
                     tma_load(ends, [route.b * lists.own_rows, row], full, rows[1].index(st))
-                else:
-                    mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes + 8 * tile.q)
+                if bias is not None:
+                    its_batch, its_head = gl.minimum(route.b, bias.shape[0] - 1), gl.minimum(h, bias.shape[1] - 1)
+                    tma_load(bias, [its_batch, its_head, row, first], full, biases[0].index(st))
                 tma_load(q, [route.b, h, row, 0], full, shared.q.index(st))
                 tma_load(lse, [route.b, h, row], full, shared.lse.index(st))
                 tma_load(dout, [route.b, h, row, 0], full, shared.dout.index(st))
@@ -72,8 +75,8 @@ def producer(k, v, q, dout, lse, minus, starts, ends, shared, rows, block, skipp
 
 
 @gluon.jit
-def reducer(dq, turns, shared, block, skipped, lists, mask, sizes, tile):
-    """Adds both halves of each dq tile to global memory, in ascending order of key tiles if there are ``turns``."""
+def reducer(dq, dbias, turns, shared, biases, block, skipped, lists, mask, sizes, tile):
+    """Adds both halves of each dq tile to global memory, in ascending order of key tiles if there are ``turns``; writes tiles of dbias."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
     q_tiles = (sizes.q_len + tile.q - 1) // tile.q
     for part in gl.static_range(2):
@@ -89,10 +92,17 @@ def reducer(dq, turns, shared, block, skipped, lists, mask, sizes, tile):
                 for w in gl.static_range(2):
                     mbarrier.wait(shared.dq_ring.full.index(w), i & 1)
                     tma_add(dq, [route.b, h, q_tile * tile.q, w * (tile.d // 2)], shared.dq.index(w))
-                wait_reads(1)
+                AFTER: gl.constexpr = 1 if dbias is not None else 0
+                if dbias is not None:
+                    to = [route.b, h, q_tile * tile.q, route.kv_tile * tile.kv]
+                    tma_store(dbias, to, biases[0].index(shared.queries.stage(i)))
+                wait_reads(AFTER + 1)
                 mbarrier.arrive(shared.dq_ring.empty.index(0), count=1)
-                wait_reads(0)
+                wait_reads(AFTER)
                 mbarrier.arrive(shared.dq_ring.empty.index(1), count=1)
+                if dbias is not None:
+                    wait_reads(0)
+                    shared.queries.release(i)
                 if turns is not None:
                     pass_turn(turn)
     wait_reads(0)
@@ -134,7 +144,7 @@ def pinned(x):
 
 @gluon.jit
 def step(
-    dk, dv, i, n, h, W: gl.constexpr, shared, rows, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
+    dk, dv, i, n, h, W: gl.constexpr, shared, rows, biases, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
 ):  # fmt: skip
     """dk [64, tile.d] and dv [64, tile.dv] and what one query tile adds to them; its part of dq goes to the reducer."""
     HALF: gl.constexpr = tile.d // 2
@@ -165,11 +175,15 @@ def step(
         s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
-    at, words, spans = None, None, None
+    at, words, spans, tiles, its_place = None, None, None, None, None
     if PLACED:
         q_tile = visited(route, n, lists, sizes, tile, not MASKED)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
-    p = probabilities(s, lse, at, score)
+    if len(biases) > 0:
+        its_place = biases[0].index(st).reshape([tile.q, tile.kv]).slice(W * 64, 64, dim=1).permute((1, 0))
+        # Only a bias looks for a tile, and there is but one.
+        tiles = (its_place.load(LS),) * len(score.functions)
+    p = probabilities(s, lse, at, tiles, score)
     if MASKED:
         if len(rows) > 0:
             spans = (rows[0].index(st).reshape([tile.q]), rows[1].index(st).reshape([tile.q]))
@@ -192,7 +206,7 @@ def step(
     else:
         dp = warpgroup_mma_wait(0, deps=(dp,))
         dv = warpgroup_mma(pb, dout, dv, is_async=True)
-    ds = score_gradients(p, dp, s, at, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
+    ds = score_gradients(p, dp, s, at, tiles, its_place, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
     fence_async_shared()
@@ -213,7 +227,7 @@ def step(
 
 @gluon.jit
 def consumer(
-    W: gl.constexpr, dk_out, dv_out, broke, shared, rows, block, skipped, lists, given, mask, score, dropout, sizes, tile
+    W: gl.constexpr, dk_out, dv_out, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile
 ):  # fmt: skip
     """64 keys: sums dk and dv over the query tiles, full ones first, and writes them over its keys and values."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
@@ -227,7 +241,9 @@ def consumer(
             low, high = steps_of(route, member, sizes, part == 0)
             h = route.kv_h * sizes.group + member
             for i in range(low, high):
-                dk, dv = step(dk, dv, i, i - low, h, W, shared, rows, route, lists, given, mask, score, dropout, sizes, tile, part == 1)
+                dk, dv = step(
+                    dk, dv, i, i - low, h, W, shared, rows, biases, route, lists, given, mask, score, dropout, sizes, tile, part == 1
+                )
     if nans(dk) + nans(dv) > 0:
         gl.store(broke + route.b * (sizes.heads // sizes.group) + route.kv_h, 1)
     # The other consumer reads all of K for dq until its last product is done.
@@ -252,7 +268,7 @@ def nans(x):
 
 @gluon.jit
 def _attention_bwd_hopper_kernel(
-    q, k, v, dout, dq, dk, dv, lse, minus, starts, ends, skipped, broke, lists, turns, ticket, given, mask, score, dropout, sizes, tile,
+    q, k, v, dout, dq, dk, dv, lse, minus, starts, ends, bias, dbias, skipped, broke, lists, turns, ticket, given, mask, score, dropout, sizes, tile,
     STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """One CTA per key tile and key head, key tiles of a head after each other.
@@ -260,7 +276,8 @@ def _attention_bwd_hopper_kernel(
     dq: float32 sums [batch, heads, q_len, head_dim], box [1, 1, tile.q, tile.d / 2]; lse and minus: log2 of the rows' sums and -delta,
     float32 [batch, heads, q_len rounded up], box [1, 1, tile.q]; skipped, broke: int32 [batch, key heads], heads that others do, and
     heads whose dk or dv has a NaN; turns: int32 zeros [batch, heads, query tiles] where dq is summed in order, with an int32 zero
-    ``ticket``; starts, ends: int32 [batch|1, q_len rounded up], box [1, tile.q], where tensors give the rows' intervals; CONSUMER: registers of a thread of the second consumer.
+    ``ticket``; starts, ends: int32 [batch|1, q_len rounded up], box [1, tile.q], where tensors give the rows' intervals; bias, dbias: one
+    modification and its gradient, box [1, 1, tile.q, tile.kv], see ``Given``; CONSUMER: registers of a thread of the second consumer.
     """
     shared = Shared(
         gl.allocate_shared_memory(k.dtype, [1, 1, 1, tile.kv, tile.d], k.layout),
@@ -272,7 +289,7 @@ def _attention_bwd_hopper_kernel(
         gl.allocate_shared_memory(k.dtype, [1, tile.kv, tile.q], gl.NVMMASharedLayout.get_default_for([tile.kv, tile.q], k.dtype)),
         gl.allocate_shared_memory(gl.float32, [2, 1, 1, tile.q, tile.d // 2], dq.layout),
         bell(1),
-        ring(STAGES, 1, 2),
+        ring(STAGES, 1, 2 if dbias is None else 3),
         Ring(bell(2), bell(2), 1),
         ring(2, 1, 1),
     )
@@ -282,6 +299,9 @@ def _attention_bwd_hopper_kernel(
             gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], starts.layout),
             gl.allocate_shared_memory(gl.int32, [STAGES, 1, tile.q], ends.layout),
         )
+    biases = ()
+    if bias is not None:
+        biases = (gl.allocate_shared_memory(bias.dtype, [STAGES, 1, 1, tile.q, tile.kv], bias.layout),)  # type: ignore[assignment]
     fence_async_shared()
     block = gl.program_id(0)
     if ticket is not None:
@@ -289,8 +309,8 @@ def _attention_bwd_hopper_kernel(
         block = gl.atomic_add(ticket, 1)
     # Each role finds the route by itself: numbers handed over lie in shared memory, where some of them would be read beyond their end.
     gl.warp_specialize([
-        (consumer, (0, dk, dv, broke, shared, rows, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
-        (consumer, (1, dk, dv, broke, shared, rows, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
-        (producer, (k, v, q, dout, lse, minus, starts, ends, shared, rows, block, skipped, lists, mask, sizes, tile)),
-        (reducer, (dq, turns, shared, block, skipped, lists, mask, sizes, tile)),
+        (consumer, (0, dk, dv, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (consumer, (1, dk, dv, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (producer, (k, v, q, dout, lse, minus, starts, ends, bias, shared, rows, biases, block, skipped, lists, mask, sizes, tile)),
+        (reducer, (dq, dbias, turns, shared, biases, block, skipped, lists, mask, sizes, tile)),
     ], [4, 1, 1], [CONSUMER, 24, 24])  # fmt: skip

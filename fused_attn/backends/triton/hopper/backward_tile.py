@@ -18,13 +18,14 @@ from .modifications import _pulled_back_through, exponents, modified, pulled_bac
 class Given(NamedTuple):
     """Gradients of probabilities and scores [batch, heads, q_len, kv_len], None where none arrive, and the bias whose gradient leaves.
 
-    ``bias`` is the modification's place (a constant, -1 for none) and ``dbias`` its gradient's matrix [batch, heads, q_len, kv_len].
+    ``written`` is the modification's place, a constant, -1 for none; ``dbias`` its gradient's matrix [batch, heads, q_len, kv_len], or None
+    where that leaves in the tiles in which the bias came.
     """
 
     dprobs: Any
     dscores: Any
     dbias: Any
-    bias: Any
+    written: Any
 
 
 @gluon.jit
@@ -75,13 +76,13 @@ def cut(x, at, words, spans, mask, sizes):
 
 
 @gluon.jit
-def probabilities(s, lse, at, score):
-    """exp(score - lse) of raw products s; lse [queries] in log2."""
+def probabilities(s, lse, at, tiles, score):
+    """exp(score - lse) of raw products s; lse [queries] in log2; tiles: of biases, as ``modified`` takes them."""
     factor, lift = exponents(score)
     minus = lse * -1.0
     if len(score.functions) > 0:
         minus = minus + lift
-    return gl.exp2(gl.fma(modified(s, score, at), factor, minus[None, :]))
+    return gl.exp2(gl.fma(modified(s, score, at, tiles), factor, minus[None, :]))
 
 
 @gluon.jit
@@ -99,23 +100,27 @@ def dropout_words(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.conste
 
 
 @gluon.jit
-def score_gradients(p, dp, s, at, words, spans, given, mask, score, sizes, MASKED: gl.constexpr):
+def written_bias(ds, s, at, tiles, place, given, score):
+    """Writes the gradient of a bias, what comes down to it of ds: into the tile's place in shared memory, or to global memory."""
+    for i in gl.static_range(len(score.functions) - given.written):
+        ds = _pulled_back_through(ds, s, score, at, tiles, len(score.functions) - 1 - i)
+    if given.dbias is None:
+        place.store(ds.to(place.dtype))
+    else:
+        gl.store(pointers(given.dbias, at[0], at[1], at[2], at[4]), ds.to(given.dbias.ptr.dtype.element_ty), mask=at[5])
+
+
+@gluon.jit
+def score_gradients(p, dp, s, at, tiles, place, words, spans, given, mask, score, sizes, MASKED: gl.constexpr):
     """p * dp pulled back through the modifications; dp is the gradient of the probabilities less delta."""
     if given.dprobs is not None:
         dp = dp + gl.load(pointers(given.dprobs, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
     ds = p * dp
     if given.dscores is not None:
         ds = ds + gl.load(pointers(given.dscores, at[0], at[1], at[2], at[4]), mask=at[5], other=0.0).to(gl.float32)
-    if given.dbias is not None:
-        before = ds
-        for i in gl.static_range(len(score.functions) - given.bias):
-            before = _pulled_back_through(before, s, score, at, None, len(score.functions) - 1 - i)
-        if MASKED:
-            before = cut(before, at, words, spans, mask, sizes)
-        to = pointers(given.dbias, at[0], at[1], at[2], at[4])
-        gl.store(to, before.to(given.dbias.ptr.dtype.element_ty), mask=at[5])
-    ds = pulled_back(ds, s, score, at)
-    # p is 0 where a mask forbids: only what was added or pulled back since may have made something of that.
-    if MASKED and (given.dscores is not None or len(score.functions) > 0):
+    # p is 0 where a mask forbids, unless something was added; and no slope of a modification makes something of that but a NaN.
+    if MASKED and given.dscores is not None:
         ds = cut(ds, at, words, spans, mask, sizes)
-    return ds
+    if given.written >= 0:
+        written_bias(ds, s, at, tiles, place, given, score)
+    return pulled_back(ds, s, score, at, tiles)
