@@ -173,7 +173,7 @@ def step(
     s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
-    at, stays, words, spans, tiles, its_place = None, None, None, None, None, None
+    at, words, spans, tiles, its_place = None, None, None, None, None
     if PLACED:
         q_tile = visited(route, n, lists, sizes, tile, not MASKED)
         at = coordinates(h, q_tile, W, route, mask, sizes, tile, LS)
@@ -191,13 +191,17 @@ def step(
         p = cut(p, at, words, spans, mask, sizes)
     weights = p
     if APART:
+        # A removed pair is remembered by its sign: otherwise what decides waits in a register for the end of the other product.
         stays = kept(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
-        weights = gl.where(stays, p * dropout.factor, 0.0)
+        p = gl.where(stays, p, p * -1.0)
+        weights = gl.where(p > 0.0, p * dropout.factor, 0.0)
     pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
-        dp = gl.where(stays, dp * dropout.factor, 0.0) + shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :]
+        minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
+        dp = gl.where(p > 0.0, dp * dropout.factor, 0.0) + minus[None, :]
+        p = gl.abs(p)
     ds = score_gradients(p, dp, s, at, tiles, its_place, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
