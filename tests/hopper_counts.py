@@ -93,7 +93,8 @@ class Configuration:
     @property
     def consumers(self) -> int:
         """Warpgroups that have a copy of the loop of their own."""
-        return 3 if self.direction == "forward" and max(self.head_dim, self.value_dim) <= 64 else 2
+        heavy = self.what in ("bias", "dense", "dropout")
+        return 3 if self.direction == "forward" and max(self.head_dim, self.value_dim) <= 64 and not heavy else 2
 
     @property
     def padded(self) -> tuple[int, int]:

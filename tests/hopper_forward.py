@@ -219,6 +219,7 @@ CHECKS = (huge_scores, broken_values, bias_that_masks, slices)
 # Beside the pairs that ``hopper_product`` meets: heads packed into rows, keys in parts, a bias that TMA loads, odd head sizes.
 CASES = (
     Case(40, 72, 65, 65, "lengths", batch=2, mode="random"),
+    Case(256, 8, 65, 129, "window", q_offset=60, mode="early"),
     Case(128, 128, 35, 300, "documents", "alibi", heads=(4, 1), q_offset=0, mode="random"),
     Case(64, 64, 3, 4500, "causal", "sinks", heads=(4, 2), batch=2, q_offset=4497, mode="early"),
     Case(64, 64, 5, 4200, "dense", q_offset=4000),

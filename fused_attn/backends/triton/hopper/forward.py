@@ -51,7 +51,10 @@ class Shape(NamedTuple):
         bias = _bias_of(call) if packed == 1 and (size, "bias") in TABLE else -1
         heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed > 1
         kind = "bias" if bias >= 0 else "heavy" if heavy else "plain"
-        return cls(head_dim, value_dim, packed, bias, TABLE[size, kind], split.parts(call.shape[3], size, call.shape[2] * packed))
+        tiles = TABLE[size, kind]
+        if head_dim != value_dim:
+            tiles = tiles._replace(own_out=True)  # O does not fit Q's place, and what is smaller than the table's leaves room
+        return cls(head_dim, value_dim, packed, bias, tiles, split.parts(call.shape[3], size, call.shape[2] * packed))
 
     def blocks(self, q_len: int) -> int:
         """Blocks of 64 rows of one batch and head, or group of packed heads."""
@@ -97,7 +100,9 @@ def _ends(call: LoweredAttention) -> int:
 
 def reasons(call: LoweredAttention) -> list[str]:
     """Why this pass of an eligible call runs on the plain kernels; empty if it does not."""
-    found = modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
+    found = []
+    if not all(mod.name in BUILT_IN for mod in call.terms.mods):
+        found += modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
     dropout = call.terms.dropout
     if dropout is not None and dropout.counters(call.shape)[1]:
         found.append("the first key's dropout stands inside a group of four")
