@@ -206,6 +206,8 @@ def check_bits() -> None:
     ):
         form = KernelMask(keep=_keep(shape))
         _, states = keep.pack(form.keep, transposed)
+        expanded = keep.pack(form.keep.expand(SHAPE[0], SHAPE[1], *form.keep.shape[2:]), transposed)[1]
+        assert torch.equal(expanded, states), "an expanded mask is packed once"
         assert torch.equal(states, form.tile_summary(Grid(SHAPE, torch.device("cpu")), 64, 64)), shape
         out, state = torch.empty(64, columns).fill_(torch.nan), torch.full((1,), -1, dtype=torch.int32)
         counts, h = SHAPE[2:][:: -1 if transposed else 1], 0 if group > 1 else 1

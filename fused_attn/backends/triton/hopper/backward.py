@@ -13,6 +13,7 @@ from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton import attention_bwd as plain
 from fused_attn.backends.triton.attention_bwd import Arriving
 from fused_attn.backends.triton.launch import run
+from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
 
@@ -70,7 +71,8 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     dbias, dq, dk, dv = _OnePass(call, forward, incoming, arriving, place).run()
     others = list(plain.other_gradients(arriving, forward, (*needs[:number], False, *needs[number + 1 :])))
     if dbias is not None:
-        others[number - 3] = in_own_shape((dbias,), call.terms.mods[place], call.grid)[0]
+        (bias,) = on_device(call.terms.mods[place], call.grid).tensors
+        others[number - 3] = in_own_shape((laid_out_like(dbias, bias),), call.terms.mods[place], call.grid)[0]
     return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, *others
 
 

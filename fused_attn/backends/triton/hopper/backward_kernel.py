@@ -167,11 +167,12 @@ def step(
     # dP - delta comes out of the tensor cores: the accumulator starts at -delta. That saves an addition per score, and the registers
     # in which a column's delta (tile.q / 4 per lane) would wait.
     if APART:
-        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # dP comes later: its registers are those of the random words.
+        s = warpgroup_mma_wait(0, deps=(s,))
     else:
         minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
         dp = warpgroup_mma(v, dout.permute((1, 0)), minus[None, :].broadcast_to([64, tile.q]), is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+        s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
     at, words, spans, tiles, its_place = None, None, None, None, None
@@ -196,11 +197,15 @@ def step(
         p = marked(p, drawn, dropout)
         weights = gl.maximum(p, 0.0)
     pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
-    dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
+        dv = warpgroup_mma(pb, dout, dv, is_async=True)
+        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp, dv = warpgroup_mma_wait(0, deps=(dp, dv))
         dp = gl.fma(thinned_by(dp, p), dropout.factor, shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :])
         p = gl.abs(p)
+    else:
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(pb, dout, dv, is_async=True)
     ds = score_gradients(p, dp, s, at, tiles, its_place, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)

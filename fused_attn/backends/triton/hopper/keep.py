@@ -68,6 +68,9 @@ def pack(keep: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
         int32 words [batch|1, heads|1, rows|1, ceil(columns / 32)|1], where bit i of word j belongs to column 32 j + i, and int8 states
         [batch|1, heads|1, ceil(q_len / 64)|1, ceil(kv_len / 64)|1]: 0 nothing may attend, 1 mixed, 2 everything may.
     """
+    # What was expanded stands in memory once, and is packed once.
+    for dim in range(4):
+        keep = keep[(slice(None),) * dim + (slice(1),)] if keep.stride(dim) == 0 else keep
     batch, heads, q_len, kv_len = keep.shape
     rows, columns = (kv_len, q_len) if transposed else (q_len, kv_len)
     words = torch.empty((batch, heads, rows, -(-columns // 32)), dtype=torch.int32, device=keep.device)
