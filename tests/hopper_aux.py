@@ -143,12 +143,15 @@ def check_functions_of_users() -> None:
 def _drop(out, dropout_args, b, h, q_first, kv_first, sizes, GROUP: gl.constexpr, TRANSPOSED: gl.constexpr, COLUMNS: gl.constexpr):
     layout: gl.constexpr = accumulator(COLUMNS)
     b = gl.program_id(0) + b
-    if TRANSPOSED:
-        stays = dropout.kept_of_columns(dropout_args, b, h, q_first, kv_first, sizes, layout, COLUMNS)
-    else:
-        stays = dropout.kept_of_rows(dropout_args, b, h, q_first, kv_first, sizes, GROUP, layout, COLUMNS)
     at = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None] * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
-    gl.store(out + at, gl.where(stays, 1, 0))
+    ones = gl.full_like(at, 1).to(gl.float32)
+    if TRANSPOSED:
+        words = dropout.words_of_columns(dropout_args, b, h, q_first, kv_first, sizes, layout, COLUMNS)
+        found = dropout.thinned_by(ones, dropout.marked(ones * 0.0, words, dropout_args))
+    else:
+        words = dropout.words_of_rows(dropout_args, b, h, q_first, kv_first, sizes, GROUP, layout, COLUMNS)
+        found = dropout.thinned(ones, words, dropout_args)
+    gl.store(out + at, found)
 
 
 def check_dropout() -> None:
@@ -162,7 +165,7 @@ def check_dropout() -> None:
         (part, 1, True, 128),
     ):
         call, h = lowered(dropout=given), 0 if group > 1 else 2
-        out = torch.full((64, columns), -1, dtype=torch.int32)
+        out = torch.full((64, columns), torch.nan)
         numbers = (1, h, 64, 128, arguments.sizes(call), group, transposed, columns)
         launch.launch(_drop, (1,), (out, arguments.dropout(call.terms, SHAPE), *numbers))
         assert call.terms.dropout is not None
@@ -203,6 +206,8 @@ def check_bits() -> None:
     ):
         form = KernelMask(keep=_keep(shape))
         _, states = keep.pack(form.keep, transposed)
+        expanded = keep.pack(form.keep.expand(SHAPE[0], SHAPE[1], *form.keep.shape[2:]), transposed)[1]
+        assert torch.equal(expanded, states), "an expanded mask is packed once"
         assert torch.equal(states, form.tile_summary(Grid(SHAPE, torch.device("cpu")), 64, 64)), shape
         out, state = torch.empty(64, columns).fill_(torch.nan), torch.full((1,), -1, dtype=torch.int32)
         counts, h = SHAPE[2:][:: -1 if transposed else 1], 0 if group > 1 else 1

@@ -41,7 +41,7 @@ class Counts:
         tiles: 64 x 64 tiles of a warpgroup's loop.
         products: tensor products by shape and where A lies, in one loop.
         mufu: instructions for exponentials in one loop.
-        shared_bytes: what a warp's own loads and stores move through shared memory in one loop.
+        shared_bytes: what a warp's own loads and stores take of shared memory's bandwidth in one loop.
         waits: most waits for products in a full loop.
         local: most accesses to local memory in any loop over tiles.
         copies: bulk loads, stores and sums in the code.

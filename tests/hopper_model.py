@@ -67,13 +67,13 @@ class Model:
 def copied(configuration: Configuration, tiles: float) -> float:
     """Bytes that bulk copies move per trip, which all consumers share.
 
-    Forward: a tile of keys and values. Backward: a tile of queries and of gradients of the output, two float32 numbers per row, and the float32
+    Forward: a tile of keys and values, and of a dense 16-bit bias one per consumer. Backward: a tile of queries and of gradients of the output, two float32 numbers per row, and the float32
     tile of dq that is added to global memory.
     """
     c, rows = configuration, 64 * tiles
     head, value = c.padded
     if c.direction == "forward":
-        return rows * (head + value) * 2
+        return rows * (head + value) * 2 + (c.what == "bias") * c.consumers * 64 * rows * 2
     return rows * ((head + value) * 2 + 2 * 4 + head * 4)
 
 
@@ -112,7 +112,8 @@ An estimate; nothing in this section was measured: no GPU was there. `make hoppe
 - Counted: instructions, tensor products and exponentials in the loop over full tiles, the worst consumer's taken for all of them
   (`tests/hopper_counts.json`); bytes that products read of shared memory, from their shapes; bytes of tiles that are copied.
 - Estimated: rates per clock of a multiprocessor, {TENSOR} multiply-adds in the tensor cores, {ISSUE} warp instructions, {MUFU} exponentials,
-  {SHARED} bytes of shared memory; that units overlap perfectly. Not in it: latencies, conflicts of shared memory's banks, global memory, masked
+  {SHARED} bytes of shared memory; that a warp's load takes one clock of it (lanes share rows' statistics) and its stores no more than their
+  bytes; that units overlap perfectly. Not in it: latencies, conflicts of shared memory's banks, global memory, masked
   tiles, prologue and epilogue, the grid's tail. A kernel reaches less than the last column says.
 - Measured: nothing. `python -m benchmarks.gpu_check` does where there is a GPU.
 

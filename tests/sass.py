@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # A lane's share of 64 x 64 scores among 4 warps.
 EXPONENTIALS = 32
-_WIDTH = re.compile(r"^(?:LDS|STS)\S*?\.(64|128|U8|U16|S8|S16)\b")
+_WIDTH = re.compile(r"^STS\S*?\.(64|128|U8|U16)\b")
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\S* R\d+, (gdesc|R)")
 
 
@@ -50,7 +50,7 @@ class Loop:
 
     @property
     def shared_bytes(self) -> int:
-        """What a warp's loads and stores move through shared memory, each lane's bytes counted, conflicts not."""
+        """What a warp's loads and stores take of shared memory's bandwidth, without conflicts."""
         return sum(_moved(line) for line in self.lines)
 
 
@@ -67,13 +67,16 @@ def kind(line: str) -> str:
 
 
 def _moved(line: str) -> int:
+    """Bytes of shared memory's bandwidth. Loads of up to 64 bits count 128 of them: in these kernels lanes share most of what they load."""
     text = re.sub(r"^@!?U?P\w+\s+", "", line)
     if text.startswith(("STSM", "LDSM")):
         return 128 * int(re.search(r"M88\.(\d)", text)[1]) if "M88." in text else 128
-    if not text.startswith(("LDS.", "LDS ", "STS.", "STS ")):
+    if text.startswith(("LDS.", "LDS ")):
+        return 256 if text.startswith("LDS.128") else 128
+    if not text.startswith(("STS.", "STS ")):
         return 0
     width = _WIDTH.match(text)
-    return 32 * ({"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}[width[1]] if width else 4)
+    return 32 * ({"64": 8, "128": 16, "U8": 1, "U16": 2}[width[1]] if width else 4)
 
 
 def functions(text: str) -> Iterator[list[tuple[int, str]]]:

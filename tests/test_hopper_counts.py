@@ -125,7 +125,7 @@ def test_loops_over_tiles_are_found_and_read() -> None:
     assert [len(loop.lines) for loop in found] == [len(masked) + 1, len(full) + 1]
     assert [loop.local for loop in found] == [1, 0] and [loop.waits for loop in found] == [0, 1]
     assert found[1].products == [(128, True), (64, False), (64, False), (64, False)]
-    assert found[1].mufu == 32 and found[1].shared_bytes == 512 + 256
+    assert found[1].mufu == 32 and found[1].shared_bytes == 512 + 128
 
 
 @pytest.mark.quick

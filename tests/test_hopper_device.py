@@ -69,6 +69,25 @@ def test_parity(head_dim: int, mask: str, extra: str) -> None:
     check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{head_dim} {mask} {extra}")
 
 
+@pytest.mark.parametrize("length", [997, 1002])
+def test_rows_whose_length_is_not_for_tma(length: int) -> None:
+    q, k, v, _ = tensors((1, 4, length, 64), 2, torch.bfloat16)
+    check_inputs(inputs_of(q, k, v, mask=fa.Causal()), "triton", DIFFERENTIABLE, title=f"rows of {length}")
+
+
+@pytest.mark.parametrize("length", [997, 1000])
+def test_chosen_rows_and_heads_are_those_of_all(length: int) -> None:
+    """Up to a rounding, for the base of a row is another one: its lse."""
+    q, k, v, _ = tensors((2, 4, length, 128), 2, torch.bfloat16)
+    heads, rows = torch.tensor([3, 0], device="cuda"), torch.tensor([5, -1, 700, 5], device="cuda")
+    asked = {"probs": True, "scores": True}
+    every = fa.attention(q, k, v, mask=fa.Causal(), return_aux=fa.AuxRequest(**asked), backend="triton")[1]
+    some = fa.attention(q, k, v, mask=fa.Causal(), return_aux=fa.AuxRequest(**asked, heads=heads, rows=rows), backend="triton")[1]
+    for name in asked:
+        right = getattr(every, name)[:, heads][:, :, rows]
+        torch.testing.assert_close(getattr(some, name), right, rtol=torch.finfo(q.dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask", ["full", "causal", "documents"])
 def test_the_same_bits_twice(mask: str, head_dim: int) -> None:

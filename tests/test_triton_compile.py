@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from fused_attn.backends.triton import config
-from tests import matrix
+from tests import matrix, same_code
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -111,6 +112,20 @@ def test_the_environment_does_not_decide_how_results_are_rounded(tmp_path: Path)
     contracted = code("1")
     assert {line.split()[0] for line in contracted} >= {"_attention_fwd_kernel", "_tile_summary_kernel", "_softmax_fwd_kernel"}
     assert code("0") == contracted
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+def test_whether_a_checkout_has_the_same_code_is_seen(tmp_path: Path) -> None:
+    for folder in ("fused_attn", "tests"):
+        shutil.copytree(matrix.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    combinations = ["90:bfloat16:softmax"]
+    assert same_code.differences(tmp_path, None, combinations) == []
+    changed = tmp_path / "fused_attn" / "backends" / "triton" / "masks.py"
+    text = changed.read_text()
+    changed.write_text(text.replace("    end = start + sizes.kv_len\n", "    end = start + sizes.kv_len - 1\n"))
+    assert changed.read_text() != text
+    assert same_code.differences(tmp_path, None, combinations) == [f"{None} {combinations[0]}"]
 
 
 @pytest.mark.quick

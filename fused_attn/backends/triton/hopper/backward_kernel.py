@@ -9,8 +9,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .backward_tile import coordinates, cut, kept, probabilities, score_gradients
+from .backward_tile import coordinates, cut, dropout_words, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
+from .dropout import marked, thinned_by
 from .keep import load_words
 from .registers import written
 from .roles import Ring, bell, ring
@@ -166,11 +167,12 @@ def step(
     # dP - delta comes out of the tensor cores: the accumulator starts at -delta. That saves an addition per score, and the registers
     # in which a column's delta (tile.q / 4 per lane) would wait.
     if APART:
-        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # dP comes later: its registers are those of the random words.
+        s = warpgroup_mma_wait(0, deps=(s,))
     else:
         minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
         dp = warpgroup_mma(v, dout.permute((1, 0)), minus[None, :].broadcast_to([64, tile.q]), is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+        s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
     at, words, spans, tiles, its_place = None, None, None, None, None
@@ -191,17 +193,19 @@ def step(
         p = cut(p, at, words, spans, mask, sizes)
     weights = p
     if APART:
-        # A removed pair is remembered by its sign: otherwise what decides waits in a register for the end of the other product.
-        stays = kept(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
-        p = gl.where(stays, p, p * -1.0)
-        weights = gl.where(p > 0.0, p * dropout.factor, 0.0)
+        drawn = dropout_words(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
+        p = marked(p, drawn, dropout)
+        weights = gl.maximum(p, 0.0)
     pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
-    dv = warpgroup_mma(pb, dout, dv, is_async=True)
     if APART:
-        minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
-        dp = gl.where(p > 0.0, dp * dropout.factor, 0.0) + minus[None, :]
+        dv = warpgroup_mma(pb, dout, dv, is_async=True)
+        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp, dv = warpgroup_mma_wait(0, deps=(dp, dv))
+        dp = gl.fma(thinned_by(dp, p), dropout.factor, shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :])
         p = gl.abs(p)
+    else:
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(pb, dout, dv, is_async=True)
     ds = score_gradients(p, dp, s, at, tiles, its_place, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
     ds_all.slice(W * 64, 64).store(ds)
@@ -246,6 +250,8 @@ def consumer(
     mbarrier.wait(shared.ds_ring.empty, (total(route, sizes) & 1) ^ 1)
     fixed = fixed_tiles(shared, 0, W, tile)
     fixed[0].store((dk * score.scale).to(DTYPE))
+    if dropout is not None:
+        dv = dv * dropout.factor
     fixed[1].store(dv.to(DTYPE))
     fence_async_shared()
     to = [route.b, route.kv_h, route.kv_tile * tile.kv + W * 64, 0]

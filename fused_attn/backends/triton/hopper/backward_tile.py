@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from fused_attn.backends.triton.masks import query_shift
 from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
 
-from .dropout import kept_of_columns
+from .dropout import words_of_columns
 from .keep import bits
 from .modifications import _pulled_back_through, exponents, modified, pulled_back
 
@@ -86,18 +86,17 @@ def probabilities(s, lse, at, tiles, score):
 
 
 @gluon.jit
-def kept(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
-    """Which pairs dropout leaves."""
+def dropout_words(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
+    """The word that decides on each pair, as ``dropout.words_of_rows``."""
     if dropout.shift == 0:
-        return kept_of_columns(dropout, at[0], at[1], q_tile * tile.q, first_key, sizes, LAYOUT, tile.q)
+        return words_of_columns(dropout, at[0], at[1], q_tile * tile.q, first_key, sizes, LAYOUT, tile.q)
     else:
         # Keys begin inside of a group of four: every pair makes its own call.
         kv = at[4] + dropout.shift
         row = dropout_row(dropout, at[0], at[1], sizes) + at[2].to(gl.int64) * dropout.row
         w0, w1, w2, w3 = _words(dropout, row, None, kv // 4)
         lane = kv % 4
-        word = gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
-        return word >= dropout.limit.to(gl.uint32)
+        return gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
 
 
 @gluon.jit

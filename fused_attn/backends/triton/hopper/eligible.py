@@ -10,6 +10,8 @@ from torch import Tensor
 
 CHIP = 90
 MAX_HEAD_DIM = 256
+# Of the one-pass backward: dk and dv of more columns do not fit the registers of two consumers.
+MAX_BACKWARD_DIM = 128
 # TMA's unit in bytes: addresses and strides are multiples of it.
 UNIT = 16
 # A scale s is divided by, and multiplied with log2(e): far from where float32 ends.
@@ -53,10 +55,10 @@ def strides_reason(tensor: Tensor) -> str:
         >>> strides_reason(torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16).expand(1, 2, 8, 64))
         'has stride 0 along dimension 1'
     """
-    size = tensor.element_size()
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return f"must have stride 1 along its last dimension; got {tensor.stride(-1)}"
-    for dim, (length, stride) in enumerate(zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)):
+    size, (*lengths, last), (*strides, unit) = tensor.element_size(), tensor.shape, tensor.stride()
+    if last > 1 and unit != 1:
+        return f"must have stride 1 along its last dimension; got {unit}"
+    for dim, (length, stride) in enumerate(zip(lengths, strides, strict=True)):
         if length > 1 and stride == 0:
             return f"has stride 0 along dimension {dim}"
         if length > 1 and stride * size % UNIT:
@@ -68,6 +70,8 @@ def strides_reason(tensor: Tensor) -> str:
 
 def _is_fake(tensor: Tensor) -> bool:
     """Whether the tensor has no address to ask for."""
+    if type(tensor) is Tensor:
+        return tensor.is_meta
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+    return isinstance(tensor, FakeTensor) or tensor.is_meta

@@ -194,7 +194,8 @@ def consumer(
         bh, tile = order.place(order.index(turn))
         part = None
         if splits is not None:
-            part = (bh % splits, splits)
+            number = bh % splits
+            part = (number, splits)
             bh = bh // splits
         b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         block = tile * NC + C
@@ -232,7 +233,7 @@ def consumer(
         total = order.heads.to(gl.int64) * PACK * sizes.q_len
         if splits is not None:
             # As many rows as all parts have together; part by part.
-            store_part(o, hi, l, outputs, part[0] * (total // splits), total, row, O, sizes, PACK)
+            store_part(o, hi, l, outputs, number * (total // splits), total, row, O, sizes, PACK)
         else:
             store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
             if not OWN_OUT:

@@ -68,6 +68,9 @@ def pack(keep: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
         int32 words [batch|1, heads|1, rows|1, ceil(columns / 32)|1], where bit i of word j belongs to column 32 j + i, and int8 states
         [batch|1, heads|1, ceil(q_len / 64)|1, ceil(kv_len / 64)|1]: 0 nothing may attend, 1 mixed, 2 everything may.
     """
+    # What was expanded stands in memory once, and is packed once.
+    for dim in range(4):
+        keep = keep[(slice(None),) * dim + (slice(1),)] if keep.stride(dim) == 0 else keep
     batch, heads, q_len, kv_len = keep.shape
     rows, columns = (kv_len, q_len) if transposed else (q_len, kv_len)
     words = torch.empty((batch, heads, rows, -(-columns // 32)), dtype=torch.int32, device=keep.device)
@@ -133,7 +136,7 @@ def load_words(words, b, h, first_row, row_count, first_column, column_count, GR
         row_count: of the call.
         first_column: of the tile, a multiple of 32.
         column_count: of the call.
-        GROUP: heads packed into a tile's rows, as in ``dropout.kept_of_rows``.
+        GROUP: heads packed into a tile's rows, as in ``dropout.words_of_rows``.
         COLUMNS: of the tile, at least 32.
         chosen: None, or int32 rows of the mask for each row of the call, by ``rows.Choice``.
     """

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..masks import query_shift
-from .dropout import kept_of_rows
+from .dropout import thinned, words_of_rows
 from .keep import load_words, masked
 from .modifications import exponents, modified
 from .stream import packed_heads
@@ -92,5 +92,5 @@ def dropped(p, i, row, shared, dropout, sizes, BN: gl.constexpr):
         b, h, _, _, _, first, _ = row
         PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
         LAYOUT: gl.constexpr = p.type.layout
-        p = gl.where(kept_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, LAYOUT, BN), p, 0.0)
+        p = thinned(p, words_of_rows(dropout, b, h, first // PACK, i * BN, sizes, PACK, LAYOUT, BN), dropout)
     return p

@@ -1,9 +1,21 @@
 """The order in which persistent CTAs take up query tiles."""
 
+import functools
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .compat import aggregate
+
+# Simulated and compiled without a device: the processors of a whole chip.
+_PROCESSORS = 132
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, each of which runs one CTA."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else _PROCESSORS
 
 
 @aggregate

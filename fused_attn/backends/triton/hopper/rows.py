@@ -16,9 +16,10 @@ from fused_attn.lowering import LoweredAttention
 from . import modifications
 from .descriptors import Tiles
 from .eligible import UNIT
-from .forward import padded, processors
+from .forward_config import padded
 from .keep import mask_arguments
 from .launch import launch
+from .order import processors
 from .rows_kernel import rows_kernel
 
 
