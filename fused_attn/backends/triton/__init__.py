@@ -71,9 +71,12 @@ class TritonBackend:
         if isinstance(problem, SoftmaxProblem) or not has_wgmma(problem) or (problem.target is None and _interpreted()):
             return []
         reasons = eligible.reasons((problem.q, problem.k, problem.v), problem.modifiers) or _unfit_functions(problem)
-        return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons] or [
-            "kernels for Hopper (TMA, warpgroup products)"
-        ]
+        if reasons:
+            return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons]
+        found, size = ["kernels for Hopper (TMA, warpgroup products)"], max(problem.q.shape[-1], problem.v.shape[-1])
+        if problem.requires_grad and size > eligible.MAX_BACKWARD_DIM:
+            found.append(f"plain Triton kernels for the backward: Hopper's has head sizes up to {eligible.MAX_BACKWARD_DIM}; got {size}")
+        return found
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
         if _on_hopper(call):

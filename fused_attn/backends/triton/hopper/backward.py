@@ -23,7 +23,7 @@ from .backward_redo import redo_bias
 from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Given
 from .descriptors import Tiles
-from .eligible import strides_reason
+from .eligible import MAX_BACKWARD_DIM, strides_reason
 from .keep import mask_arguments
 from .launch import launch
 from .visits import lists
@@ -45,7 +45,6 @@ BACKWARD = {
     (128, False): BackwardConfig(64, 2, 240),
     (128, True): BackwardConfig(64, 2, 240),
 }
-MAX_HEAD_DIM = 128
 KEYS = 128
 
 
@@ -57,8 +56,8 @@ def padded(dim: int) -> int:
 def reasons(call: LoweredAttention) -> list[str]:
     """Why the backward of an eligible call runs on the plain kernels; empty if it does not."""
     found = modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
-    if max(call.q.shape[-1], call.v.shape[-1]) > MAX_HEAD_DIM:
-        found.append(f"the one-pass backward has head sizes up to {MAX_HEAD_DIM}")
+    if max(call.q.shape[-1], call.v.shape[-1]) > MAX_BACKWARD_DIM:
+        found.append(f"the one-pass backward has head sizes up to {MAX_BACKWARD_DIM}")
     return found
 
 

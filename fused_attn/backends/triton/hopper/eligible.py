@@ -10,6 +10,8 @@ from torch import Tensor
 
 CHIP = 90
 MAX_HEAD_DIM = 256
+# Of the one-pass backward: dk and dv of more columns do not fit the registers of two consumers.
+MAX_BACKWARD_DIM = 128
 # TMA's unit in bytes: addresses and strides are multiples of it.
 UNIT = 16
 # A scale s is divided by, and multiplied with log2(e): far from where float32 ends.
