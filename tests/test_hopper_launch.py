@@ -161,6 +161,7 @@ def test_explain_says_which_kernels_run_on_hopper() -> None:
     kernels = "kernels for Hopper (TMA, warpgroup products)"
     assert kernels in notes(mask=fa.Causal())
     assert kernels in notes(torch.float16, 256, score_mods=(fa.SoftCap(3.0),))
+    assert kernels in notes(scoring=fa.DotProduct(scale=0.3))
     assert kernels not in notes(torch.float32)  # the cuda backend runs it
     q = torch.zeros(1, 2, 30, 64, dtype=torch.bfloat16)
     assert fa.explain(q, q, q, on="sm_100").notes == fa.explain(q, q, q, on="sm_80").notes == ()

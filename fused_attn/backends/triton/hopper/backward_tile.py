@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fused_attn.backends.triton.masks import query_shift
-from fused_attn.backends.triton.primitives import _words, dropout_row, pointers
+from fused_attn.backends.triton.primitives import pointers
 
 from .dropout import words_of_columns
 from .keep import bits
@@ -48,7 +48,8 @@ def _from(x, a, b):
 def _kept_bits(x, words):
     """x where the words keep a pair, else 0; written out as ``keep.masked`` is."""
     code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; selp.f32 $0, $1, 0f00000000, p; }"
-    of_pairs = bits(words, x.type.layout, x.shape[1])
+    LAYOUT: gl.constexpr = x.type.layout
+    of_pairs = bits(words, LAYOUT, x.shape[1])
     return gl.inline_asm_elementwise(code, "=f,f,r", [x, of_pairs], dtype=gl.float32, is_pure=True, pack=1)
 
 
@@ -88,15 +89,7 @@ def probabilities(s, lse, at, tiles, score):
 @gluon.jit
 def dropout_words(dropout, at, q_tile, first_key, sizes, tile, LAYOUT: gl.constexpr):
     """The word that decides on each pair, as ``dropout.words_of_rows``."""
-    if dropout.shift == 0:
-        return words_of_columns(dropout, at[0], at[1], q_tile * tile.q, first_key, sizes, LAYOUT, tile.q)
-    else:
-        # Keys begin inside of a group of four: every pair makes its own call.
-        kv = at[4] + dropout.shift
-        row = dropout_row(dropout, at[0], at[1], sizes) + at[2].to(gl.int64) * dropout.row
-        w0, w1, w2, w3 = _words(dropout, row, None, kv // 4)
-        lane = kv % 4
-        return gl.where(lane == 0, w0, gl.where(lane == 1, w1, gl.where(lane == 2, w2, w3)))
+    return words_of_columns(dropout, at[0], at[1], q_tile * tile.q, first_key, sizes, LAYOUT, tile.q)
 
 
 @gluon.jit

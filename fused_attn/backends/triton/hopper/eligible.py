@@ -33,7 +33,8 @@ def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
         found += [f"{name} {why}" for name, tensor in zip("qkv", tensors, strict=True) if (why := strides_reason(tensor))]
     if any(size > _LONGEST for tensor in tensors for size in tensor.shape):
         found.append("lengths of 2^31 and more have no coordinates in TMA")
-    if terms.scoring is not None or terms.normalizer is not None:
+    # A scoring that is a dot product of other operands has become one by the time that a call is lowered.
+    if (terms.scoring is not None and not getattr(terms.scoring, "lowers", False)) or terms.normalizer is not None:
         found.append("only the softmax of a dot product has Hopper kernels")
     if terms.dropout is not None and terms.dropout.origin[3] % 4:
         found.append(

@@ -100,13 +100,9 @@ def _ends(call: LoweredAttention) -> int:
 
 def reasons(call: LoweredAttention) -> list[str]:
     """Why this pass of an eligible call runs on the plain kernels; empty if it does not."""
-    found = []
-    if not all(mod.name in BUILT_IN for mod in call.terms.mods):
-        found += modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
-    dropout = call.terms.dropout
-    if dropout is not None and dropout.counters(call.shape)[1]:
-        found.append("the first key's dropout stands inside a group of four")
-    return found
+    if all(mod.name in BUILT_IN for mod in call.terms.mods):
+        return []
+    return modifications.reasons(arguments.scores(call.terms, call.grid, call.q.dtype))
 
 
 def reach(call: LoweredAttention, mask: arguments.MaskArgs, shape: Shape) -> Tensor | None:
