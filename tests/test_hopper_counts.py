@@ -129,6 +129,16 @@ def test_loops_over_tiles_are_found_and_read() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("sizes", "consumers", "full"),
+    [([410, 410, 411], 3, 3), ([410, 410, 555, 557], 3, 2), ([464, 466, 607, 667], 2, 2), ([361, 370, 402, 412], 2, 2), ([596, 726], 3, 1)],
+    ids=str,
+)
+def test_consumers_may_share_a_loop(sizes: list[int], consumers: int, full: int) -> None:
+    assert len(hopper_counts.full_tiles([sass.Loop(("NOP",) * n) for n in sizes], consumers)) == full
+
+
+@pytest.mark.quick
 def test_a_branch_back_from_behind_is_no_loop_of_its_own() -> None:
     text = text_of([*PRODUCTS, *EXPONENTIALS])
     behind = f"        /*{16 * 99:04x}*/                   @P0 BRA 0x10 ;   /* 0x0 */"
