@@ -55,8 +55,8 @@ HOPPER = KERNELS / "hopper"
 
 
 def sources() -> str:
-    """A hash of what decides the plain kernels' compiled code; Hopper's have a record of their own."""
-    return digest(p for p in (*KERNELS.rglob("*.py"), ROOT / "tests" / "aot.py") if HOPPER not in p.parents)
+    """A hash of what decides the plain kernels' compiled code, which choosing a backend does not; Hopper's have a record of their own."""
+    return digest(p for p in (*KERNELS.glob("*.py"), ROOT / "tests" / "aot.py") if p.name != "__init__.py")
 
 
 def digest(paths: Iterable[Path]) -> str:
