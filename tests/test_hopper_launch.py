@@ -165,6 +165,9 @@ def test_explain_says_which_kernels_run_on_hopper() -> None:
     assert kernels not in notes(torch.float32)  # the cuda backend runs it
     q = torch.zeros(1, 2, 30, 64, dtype=torch.bfloat16)
     assert fa.explain(q, q, q, on="sm_100").notes == fa.explain(q, q, q, on="sm_80").notes == ()
+    wide = torch.zeros(1, 2, 30, 192, dtype=torch.bfloat16, requires_grad=True)
+    plain = "plain Triton kernels for the backward: Hopper's has head sizes up to 128; got 192"
+    assert {kernels, plain} <= set(fa.explain(wide, wide, wide, on="sm_90").notes)
 
 
 @pytest.mark.parametrize(
