@@ -53,6 +53,7 @@ def check(case: Case) -> None:
 # Beside the pairs that ``hopper_product`` meets.
 CASES = (
     Case(mask="window", heads=(4, 2), batch=2, q_len=200, q_offset=torch.tensor([30, -20]), mode="random"),
+    Case(mask="causal", batch=2, q_len=100, q_offset=torch.tensor([2**33, -(2**33)]), mode="early"),
     Case(mask="lengths", batch=2, q_len=129, dtype=torch.float16, mode="late"),
     Case(128, 128, 100, 129, "dense", "alibi", q_offset=29, mode="random"),
     Case(128, 128, 70, 129, "full", "everything", q_offset=9, mode="late"),
