@@ -80,6 +80,12 @@ def options_of(case: Case) -> dict[str, Any]:
         "softcap": lambda: (fa.SoftCap(2.0),),
         "alibi": lambda: (fa.ALiBi(torch.rand(heads)),),
         "both": lambda: (fa.SoftCap(2.0), fa.Bias(torch.randn(1, 1, case.q_len, case.kv_len).to(case.dtype))),
+        "bias first": lambda: (
+            fa.Bias(torch.randn(1, heads, case.q_len, case.kv_len).to(case.dtype)),
+            fa.ALiBi(torch.rand(heads)),
+            fa.SoftCap(2.0),
+        ),
+        "two biases": lambda: tuple(fa.Bias(torch.randn(b, heads, case.q_len, case.kv_len).to(case.dtype)) for b in (case.batch, 1)),
         "everything": lambda: (fa.SoftCap(2.0), fa.ALiBi(torch.rand(heads)), fa.Bias(torch.randn(1, heads, 1, case.kv_len))),
     }
     options |= {"q_offset": case.q_offset, "mask": mask_of(case), "score_mods": mods.get(case.extra, tuple)()}
@@ -247,6 +253,8 @@ CASES = (
     Case(64, 64, 3, 4500, "causal", "sinks", heads=(4, 2), batch=2, q_offset=4497, mode="early"),
     Case(64, 64, 5, 4200, "dense", q_offset=4000),
     Case(64, 64, 129, 200, "dense", "both", q_offset=71, mode="early"),
+    Case(64, 64, 70, 136, "full", "bias first", q_offset=66, mode="late"),
+    Case(64, 64, 70, 136, "full", "two biases", batch=2, q_offset=66, mode="random"),
 )
 
 

@@ -89,16 +89,6 @@ def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[int,
     return -1, len(needs)
 
 
-def _loaded_bias(call: LoweredAttention) -> tuple[int, Tensor | None]:
-    """The one bias of a call and its place, if it has 16 bits and a value per query and key and TMA can load it; else (-1, None)."""
-    places = [place for place, mod in enumerate(call.terms.mods) if mod.name == "bias"]
-    if len(places) == 1:
-        (bias,) = on_device(call.terms.mods[places[0]], call.grid).tensors
-        if bias.dtype.itemsize == 2 and bias.shape[2:] == call.shape[2:] and not strides_reason(bias):
-            return places[0], bias
-    return -1, None
-
-
 class _OnePass:
     """Buffers and arguments of one call."""
 
@@ -154,7 +144,7 @@ class _OnePass:
             met, spans = lists(call, mask, tile, turns is not None)
             if form.kv_start is not None or form.kv_end is not None:
                 rows = tuple(Tiles(t, (1, bm), swizzled=False) for t in spans.unbind())
-        loaded, bias = _loaded_bias(call)
+        loaded, bias = modifications.loaded_bias(call)
         biases: list[Tiles | None] = [None if t is None else Tiles(t, (1, 1, bm, KEYS)) for t in (bias, self.dbias)]
         leaves_in_tiles = self.dbias is not None and loaded == self.written and not strides_reason(self.dbias)
         if not leaves_in_tiles:

@@ -17,13 +17,12 @@ from fused_attn.lowering import LoweredAttention
 from . import modifications, split
 from .bounds import bounds_kernel
 from .descriptors import Tiles
-from .eligible import strides_reason
 from .forward_config import TABLE, ForwardTiles, padded
 from .forward_kernel import forward_kernel
 from .keep import mask_arguments
 from .launch import launch
 from .lists import tile_lists
-from .modifications import fast, is_bounded
+from .modifications import fast, is_bounded, loaded_bias
 from .online import BITS_ONLY, BOTH_ENDS, END_ONLY
 from .order import processors
 
@@ -48,7 +47,7 @@ class Shape(NamedTuple):
         """By sizes of heads, groups and lengths alone, so that a batch's slice is a batch of one."""
         head_dim, value_dim, packed = padded(call.q.shape[-1]), padded(call.v.shape[-1]), packed_heads(call)
         size = max(head_dim, value_dim)
-        bias = _bias_of(call) if packed == 1 and (size, "bias") in TABLE else -1
+        bias = loaded_bias(call)[0] if packed == 1 and (size, "bias") in TABLE else -1
         heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed > 1
         kind = "bias" if bias >= 0 else "heavy" if heavy else "plain"
         tiles = TABLE[size, kind]
@@ -77,16 +76,6 @@ def packed_heads(call: LoweredAttention) -> int:
         return 1
     packed, apart = -(-q_len * group // _PACKED_ROWS), group * -(-q_len // _PACKED_ROWS)
     return group if 2 * packed <= apart else 1
-
-
-def _bias_of(call: LoweredAttention) -> int:
-    """Which modification is a 16-bit bias of the scores' own shape that TMA can load; -1 where none is."""
-    for number, mod in enumerate(call.terms.mods):
-        if mod.name == "bias":
-            (bias,) = mod.tensors
-            if bias.dtype in (torch.float16, torch.bfloat16) and bias.shape[2:] == call.shape[2:] and not strides_reason(bias):
-                return number
-    return -1
 
 
 def _ends(call: LoweredAttention) -> int:

@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +20,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from fused_attn.backends.triton import score_mods
 from fused_attn.backends.triton.arguments import Matrix, ScoreArgs
 from fused_attn.backends.triton.primitives import base, is_finite, pointers
+from fused_attn.lowering import LoweredAttention
+from fused_attn.score_mods import on_device
+
+from .eligible import strides_reason
 
 LOG2E = gl.constexpr(1.4426950408889634)
 # The sigmoid's form of a soft cap errs by a unit of float32 at the cap, whatever the score is: at 50 by up to 8e-6 (simulator), which the
@@ -182,6 +187,16 @@ def fast(score: ScoreArgs) -> ScoreArgs:
         return softcap if value is score_mods.softcap and args[0] <= LARGEST_CAP else value
 
     return score._replace(functions=tuple(map(chosen, score.functions, score.mods)))
+
+
+def loaded_bias(call: LoweredAttention) -> tuple[int, Tensor | None]:
+    """The one bias of a call and its place, if it has 16 bits and a value per query and key and TMA can load it; else (-1, None)."""
+    places = [place for place, mod in enumerate(call.terms.mods) if mod.name == "bias"]
+    if len(places) == 1:
+        (bias,) = on_device(call.terms.mods[places[0]], call.grid).tensors
+        if bias.dtype.itemsize == 2 and bias.shape[2:] == call.shape[2:] and not strides_reason(bias):
+            return places[0], bias
+    return -1, None
 
 
 def is_bounded(score: ScoreArgs) -> bool:

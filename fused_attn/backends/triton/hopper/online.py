@@ -43,7 +43,8 @@ def tile_scores(s, i, n, row, shared, mask, score, sizes, MASK: gl.constexpr, BN
             shared.bias.ring.wait_full(at_tile)
             bias = shared.bias.tile(at_tile).load(s.type.layout)
             shared.bias.ring.release(at_tile)
-            s = modified(s, score, at, (None,) * shared.BIAS + (bias,) + (None,) * (len(score.functions) - 1 - shared.BIAS))
+            # Only a bias looks for a tile, and there is but one (``loaded_bias``).
+            s = modified(s, score, at, (bias,) * len(score.functions))
         else:
             s = modified(s, score, at)
     if MASK != NOTHING and mask.dense:
