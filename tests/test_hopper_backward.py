@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from tests import hopper_backward  # noqa: E402
 
 
+@pytest.mark.peers  # two minutes of one process; the cover of test_hopper_simulated.py meets every kind of call in each run
 @pytest.mark.slow
 def test_the_one_pass_backward_is_right_on_the_simulator() -> None:
     """Broken and huge inputs, dq in order, planted faults, unusual calls."""
