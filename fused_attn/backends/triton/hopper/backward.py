@@ -24,6 +24,7 @@ from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Given
 from .descriptors import Tiles
 from .eligible import MAX_BACKWARD_DIM, strides_reason
+from .forward_config import padded
 from .keep import mask_arguments
 from .launch import launch
 from .visits import lists
@@ -46,11 +47,6 @@ BACKWARD = {
     (128, True): BackwardConfig(64, 2, 240),
 }
 KEYS = 128
-
-
-def padded(dim: int) -> int:
-    """The power of two from 64 on that a head size becomes."""
-    return max(64, 1 << (dim - 1).bit_length())
 
 
 def reasons(call: LoweredAttention) -> list[str]:
