@@ -20,7 +20,7 @@ int64_t batch_heads(const Sizes& sizes) { return static_cast<int64_t>(sizes.batc
 template <class T, int kHeadSize, bool kModified>
 cudaError_t dkdv(const AttentionParams& p, int64_t blocks, cudaStream_t stream) {
   using C = Dkdv<T, kHeadSize>;
-  const auto run = [&](auto kernel) { return launch(kernel, p, blocks, C::kThreads, C::kSharedBytes, stream); };
+  const auto run = [&](auto kernel) { return launch<C::kThreads, C::kSharedBytes>(kernel, p, blocks, stream); };
   if constexpr (C::together(kModified)) {
     return run(attention_bwd_dkdv_kernel<T, kHeadSize, kModified, true, true>);
   } else {
@@ -35,27 +35,27 @@ template <class T, int kHeadSize>
 cudaError_t Passes<T, kHeadSize>::fwd(const AttentionParams& p, cudaStream_t stream) {
   using C = Fwd<T, kHeadSize>;
   const auto kernel = is_modified(p) ? attention_fwd_kernel<T, kHeadSize, true> : attention_fwd_kernel<T, kHeadSize, false>;
-  return launch(kernel, p, tiles(p.sizes.q_len, C::kShape.q) * batch_heads(p.sizes), C::kThreads, C::kSharedBytes, stream);
+  return launch<C::kThreads, C::kSharedBytes>(kernel, p, tiles(p.sizes.q_len, C::kShape.q) * batch_heads(p.sizes), stream);
 }
 
 template <class T, int kHeadSize>
 cudaError_t Passes<T, kHeadSize>::rows(const AttentionParams& p, cudaStream_t stream) {
   using C = Rows<T, kHeadSize>;
   const int64_t blocks = tiles(p.sizes.q_len, C::kShape.q) * batch_heads(p.sizes);
-  return launch(attention_rows_kernel<T, kHeadSize>, p, blocks, C::kThreads, C::kSharedBytes, stream);
+  return launch<C::kThreads, C::kSharedBytes>(attention_rows_kernel<T, kHeadSize>, p, blocks, stream);
 }
 
 template <class T, int kHeadSize>
 cudaError_t Passes<T, kHeadSize>::columns(const AttentionParams& p, cudaStream_t stream) {
   using C = Columns<T, kHeadSize>;
   const int64_t blocks = tiles(p.sizes.kv_len, C::kShape.kv) * batch_heads(p.sizes);
-  return launch(attention_columns_kernel<T, kHeadSize>, p, blocks, C::kThreads, C::kSharedBytes, stream);
+  return launch<C::kThreads, C::kSharedBytes>(attention_columns_kernel<T, kHeadSize>, p, blocks, stream);
 }
 
 template <class T, int kHeadSize>
 cudaError_t Passes<T, kHeadSize>::bwd_delta(const AttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = (batch_heads(p.sizes) * p.sizes.q_len + 3) / 4;
-  return launch(attention_bwd_delta_kernel<T>, p, blocks, 128, 0, stream);
+  return launch<128>(attention_bwd_delta_kernel<T>, p, blocks, stream);
 }
 
 template <class T, int kHeadSize>
@@ -63,7 +63,7 @@ cudaError_t Passes<T, kHeadSize>::bwd_dq(const AttentionParams& p, cudaStream_t 
   using C = Dq<T, kHeadSize, Pass::kDq>;
   const bool modified = is_modified(p) || p.dout.data == nullptr;
   const auto kernel = modified ? attention_bwd_dq_kernel<T, kHeadSize, true> : attention_bwd_dq_kernel<T, kHeadSize, false>;
-  return launch(kernel, p, tiles(p.sizes.q_len, C::kShape.q) * batch_heads(p.sizes), C::kThreads, C::kSharedBytes, stream);
+  return launch<C::kThreads, C::kSharedBytes>(kernel, p, tiles(p.sizes.q_len, C::kShape.q) * batch_heads(p.sizes), stream);
 }
 
 template <class T, int kHeadSize>
@@ -79,7 +79,7 @@ cudaError_t Passes<T, kHeadSize>::bwd_bias(const AttentionParams& p, cudaStream_
   using C = Dq<T, kHeadSize, Pass::kBias>;
   const int64_t own_q = p.over_q ? 1 : tiles(p.sizes.q_len, C::kShape.q), own_kv = p.over_kv ? 1 : tiles(p.sizes.kv_len, C::kShape.kv);
   const int64_t blocks = own_q * own_kv * (p.sizes.batch / p.over_batch) * (p.sizes.heads / p.over_heads);
-  return launch(attention_bwd_bias_kernel<T, kHeadSize>, p, blocks, C::kThreads, C::kSharedBytes, stream);
+  return launch<C::kThreads, C::kSharedBytes>(attention_bwd_bias_kernel<T, kHeadSize>, p, blocks, stream);
 }
 
 template struct Passes<FUSED_ATTN_DTYPE, FUSED_ATTN_HEAD_SIZE>;

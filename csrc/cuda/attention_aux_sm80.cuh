@@ -27,7 +27,6 @@ struct Rows {
   using QTile = SharedTile<T, kShape.q, kHeadSize>;
   using KvTile = SharedTile<T, kShape.kv, kHeadSize>;
   static constexpr int kSharedBytes = QTile::kBytes + kShape.stages * KvTile::kBytes;
-  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // Four words of each of four neighbouring lanes, transposed: word i of lane t goes to word t of lane i.
@@ -165,7 +164,6 @@ struct Columns {
   using QTile = SharedTile<T, kShape.q, kHeadSize>;
   using KTile = SharedTile<T, kShape.kv, kHeadSize>;
   static constexpr int kSharedBytes = KTile::kBytes + QTile::kBytes;
-  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // column_sums[b, h, kv]: probabilities summed over the queries, by one block per tile of keys.

@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kBias>::kThreads, 1)
   using C = Dq<T, kHeadSize, Pass::kBias>;
   constexpr int kBlockQ = C::kShape.q, kBlockKv = C::kShape.kv, kN = kBlockKv / 8, kWarps = C::kThreads / 32;
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ float sums[kWarps][kBlockKv];
   const Sizes& sizes = p.sizes;
   const int q_tiles = (sizes.q_len + kBlockQ - 1) / kBlockQ, kv_tiles = (sizes.kv_len + kBlockKv - 1) / kBlockKv;
   const int own_q = p.over_q ? 1 : q_tiles, own_kv = p.over_kv ? 1 : kv_tiles, own_heads = sizes.heads / p.over_heads;
@@ -64,6 +63,10 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kBias>::kThreads, 1)
   // Indices of dbias: a dimension that is shared has one element.
   const int b = b_own / p.over_batch, h = h_own / p.over_heads, row = q_first + warp_row + threadIdx.x % 32 / 4;
   float row_sums[2] = {};
+  // Every warp's column sums [kWarps, kBlockKv], where the tiles were.
+  float* const sums = reinterpret_cast<float*>(shared);
+  static_assert(kWarps * kBlockKv * sizeof(float) <= C::kSharedBytes);
+  if (p.over_q) __syncthreads();
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kBias>::kThreads, 1)
       else if (!p.over_q && q < sizes.q_len && kv < sizes.kv_len) store(p.dbias, p.dbias_dtype, b, h, q, kv, total[n][e]);
       if (p.over_q && e < 2) {
         const float sum = column_sum(total[n][e] + total[n][e + 2]);
-        if (threadIdx.x % 32 < 4) sums[threadIdx.x / 32][local] = sum;
+        if (threadIdx.x % 32 < 4) sums[threadIdx.x / 32 * kBlockKv + local] = sum;
       }
     }
   }
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(Dq<T, kHeadSize, Pass::kBias>::kThreads, 1)
     __syncthreads();
     for (int i = threadIdx.x; i < kBlockKv && kv_first + i < sizes.kv_len; i += C::kThreads) {
       float sum = 0.f;
-      for (int w = 0; w < kWarps; ++w) sum += sums[w][i];
+      for (int w = 0; w < kWarps; ++w) sum += sums[w * kBlockKv + i];
       store(p.dbias, p.dbias_dtype, b, h, 0, kv_first + i, sum);
     }
   }

@@ -75,7 +75,6 @@ struct Dq {
   using QTile = SharedTile<T, kShape.q, kHeadSize>;
   using KvTile = SharedTile<T, kShape.kv, kHeadSize>;
   static constexpr int kSharedBytes = 2 * QTile::kBytes + 2 * kShape.stages * KvTile::kBytes;
-  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // Gradients of the scores [16, kN * 8] of a warp's queries and a tile of keys, from the products s = q k^T and dp = dout v^T.
@@ -216,7 +215,6 @@ struct Dkdv {
   using QTile = SharedTile<T, kShape.q, kHeadSize>;
   using KvTile = SharedTile<T, kShape.kv, kHeadSize>;
   static constexpr int kSharedBytes = 2 * KvTile::kBytes + 2 * kShape.stages * QTile::kBytes;
-  static_assert(kSharedBytes <= kMaxSharedBytes);
   // Whether both accumulators fit the registers; dk and dv come from two launches otherwise.
   static constexpr bool together(bool modified) { return kHeadSize <= 64 || (kHeadSize <= 128 && sizeof(T) == 2 && !modified); }
 };

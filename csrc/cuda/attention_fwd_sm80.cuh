@@ -13,7 +13,6 @@ struct Fwd {
   using QTile = SharedTile<T, kShape.q, kHeadSize>;
   using KvTile = SharedTile<T, kShape.kv, kHeadSize>;
   static constexpr int kSharedBytes = QTile::kBytes + 2 * kShape.stages * KvTile::kBytes;
-  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // 0 * NaN is NaN: a broken value must reach only rows that attend to it, so mixed tiles are cleaned of NaN and infinities first. When that

@@ -23,7 +23,7 @@ struct TileShape {
   int q, kv, stages, split = 1;
 };
 
-constexpr int kMaxSharedBytes = 98 * 1024;  // and 1 KB for what a kernel declares itself
+constexpr int kMaxSharedBytes = 99 * 1024;
 
 constexpr TileShape tile_shape(Pass pass, int bytes, int head_size) {
   const bool wide = bytes == 4;

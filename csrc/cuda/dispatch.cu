@@ -69,7 +69,7 @@ TileShape attention_tile_shape(Pass pass, const Sizes& sizes, DType dtype) {
 cudaError_t tile_summary(const Matrix& keep, const Matrix& summary, const Sizes& extent, TileShape shape, cudaStream_t stream) {
   const int q_tiles = static_cast<int>(tiles(extent.q_len, shape.q)), kv_tiles = static_cast<int>(tiles(extent.kv_len, shape.kv));
   const SummaryParams p{keep, summary, extent.q_len, extent.kv_len, shape.q, shape.kv, q_tiles, kv_tiles, extent.heads};
-  return launch(tile_summary_kernel, p, static_cast<int64_t>(extent.batch) * extent.heads * q_tiles * kv_tiles, 128, 0, stream);
+  return launch<128>(tile_summary_kernel, p, static_cast<int64_t>(extent.batch) * extent.heads * q_tiles * kv_tiles, stream);
 }
 
 cudaError_t attention_fwd(const AttentionParams& p, DType dtype, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// Starting a kernel with more dynamic shared memory than the default 48 KB.
+// Starting a kernel within the rules of every chip for threads, blocks and shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,16 +7,20 @@
 
 namespace fused_attn {
 
-// kernel<<<blocks, threads, bytes, stream>>>(params); nothing for zero blocks, an error beyond the 2^31 - 1 that a grid has room for.
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks, int threads, int bytes, cudaStream_t stream) {
+// kernel<<<blocks, kThreads, kSharedBytes, stream>>>(params); nothing for zero blocks, an error beyond the 2^31 - 1 that a grid has room
+// for. A kernel without the attribute has 48 KB of shared memory, what it declares itself included: one that is given any here declares
+// nothing but `extern __shared__`, so that kSharedBytes is all of it.
+template <int kThreads, int kSharedBytes = 0, class Params>
+cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks, cudaStream_t stream) {
+  static_assert(kThreads <= 1024 && kThreads % 32 == 0);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "the smallest chip gives a block no more");
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if constexpr (kSharedBytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(params);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, kSharedBytes, stream>>>(params);
   return cudaGetLastError();
 }
 

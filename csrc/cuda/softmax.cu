@@ -26,7 +26,7 @@ template <class T>
 cudaError_t forward(const SoftmaxParams& p, cudaStream_t stream) {
   return by_length<T>(p.sizes.kv_len, [&](auto spread) {
     using S = decltype(spread);
-    return launch(softmax_fwd_kernel<T, S>, p, (rows_of(p) + S::kRows - 1) / S::kRows, S::kThreads, 0, stream);
+    return launch<S::kThreads>(softmax_fwd_kernel<T, S>, p, (rows_of(p) + S::kRows - 1) / S::kRows, stream);
   });
 }
 
@@ -34,11 +34,11 @@ template <class T>
 cudaError_t backward(const SoftmaxParams& p, cudaStream_t stream) {
   const cudaError_t error = by_length<T>(p.sizes.kv_len, [&](auto spread) {
     using S = decltype(spread);
-    return launch(softmax_bwd_kernel<T, S>, p, (rows_of(p) + S::kRows - 1) / S::kRows, S::kThreads, 0, stream);
+    return launch<S::kThreads>(softmax_bwd_kernel<T, S>, p, (rows_of(p) + S::kRows - 1) / S::kRows, stream);
   });
   if (error != cudaSuccess || p.dbias == nullptr) return error;
   const int64_t blocks = tiles(p.sizes.kv_len, kBiasColumns) * p.bias.batch * p.bias.heads * p.bias.q_len * p.bias_splits;
-  return launch(softmax_bwd_bias_kernel<T>, p, blocks, kBiasColumns * kBiasRows, 0, stream);
+  return launch<kBiasColumns * kBiasRows>(softmax_bwd_bias_kernel<T>, p, blocks, stream);
 }
 
 }  // namespace
