@@ -12,6 +12,7 @@ import torch
 
 CU = Path(__file__).parent / "cu"
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+INVALID_VALUE, INVALID_CONFIGURATION = 1, 9  # of cudaError_t
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,56 @@ def test_library(built):
     lib = ctypes.CDLL(str(built / "lib.so"))
     assert lib.demo() == 0
     with cusim.environment(quiet=1):
-        assert lib.too_much_shared() == 9 and "cudaFuncSetAttribute allows 49152" in cusim.last_message()
+        assert lib.too_much_shared() == INVALID_VALUE and "may be 49152 together without cudaFuncSetAttribute" in cusim.last_message()
         assert lib.driver() == 0
         assert lib.out_of_bounds() == 700 and "out-of-bounds" in cusim.last_message()
     assert lib.demo() == 0 and cusim.last_stats()["inst"] > 0
+
+
+def test_shared_memory_that_a_kernel_declares_counts(built):
+    """An H100 answered "invalid argument" to 48 KB for a kernel that declares 512 bytes."""
+    own, room, chip, small = 512, 48 * 1024, 232_448, 101_376
+    cusim.runtime()
+    lib = ctypes.CDLL(str(built / "lib.so"))
+    with cusim.environment(quiet=1, chip="H100"):
+        assert lib.room_of_mixed() == room - own
+        assert lib.launch_mixed(room - own) == 0
+        assert lib.launch_mixed(room) == INVALID_VALUE and "49152 bytes of dynamic shared memory and 512 that" in cusim.last_message()
+        assert lib.allow_mixed(chip) == lib.allow_mixed(-1) == INVALID_VALUE
+        assert lib.launch_mixed(room) == INVALID_VALUE, "a refused attribute changes nothing"
+        assert lib.allow_mixed(room) == lib.launch_mixed(room) == 0
+        assert lib.launch_mixed(room + 4) == INVALID_VALUE and "asked for 49152" in cusim.last_message()
+        assert lib.allow_mixed(chip - own) == lib.launch_mixed(chip - own) == 0
+        assert lib.launch_greedy() == INVALID_CONFIGURATION and "the kernel declares 49156 bytes" in cusim.last_message()
+    with cusim.environment(quiet=1, chip="A100"):
+        assert lib.launch_mixed(chip - own) == INVALID_CONFIGURATION and "the chip allows 166912" in cusim.last_message()
+    other = cusim.Module(cusim.compile_cuda((CU / "runtime.cu").read_text(), "sm_80", ["-DNO_DRIVER"]))
+    (mixed,) = [name for name in other.kernels if "mixed" in name]
+    with cusim.environment(chip="sm_120"):
+        other.launch(mixed, 1, 32, [torch.zeros(32)], shared=small - own)
+        with pytest.raises(cusim.SimError, match="the chip allows 101376"):
+            other.launch(mixed, 1, 32, [torch.zeros(32)], shared=small)
+
+
+def test_grids_and_blocks(built):
+    cusim.runtime()
+    lib = ctypes.CDLL(str(built / "lib.so"))
+    with cusim.environment(quiet=1):
+        for fits in (
+            (70_000, 1, 1, 1, 1, 1),
+            (1, 65_535, 1, 1, 1, 1),
+            (1, 1, 65_535, 1, 1, 1),
+            (1, 1, 1, 16, 1, 64),
+            (1, 1, 1, 1, 1024, 1),
+        ):
+            assert lib.launch_nothing(*fits) == 0, fits
+        for wrong in (
+            *((1, 65_536, 1, 1, 1, 1), (1, 1, 65_536, 1, 1, 1), (0, 1, 1, 1, 1, 1), (-(2**31), 1, 1, 1, 1, 1)),
+            *((1, 1, 1, 1025, 1, 1), (1, 1, 1, 1, 1, 65), (1, 1, 1, 32, 64, 1), (1, 1, 1, 65_536, 65_536, 1), (1, 1, 1, 0, 1, 1)),
+        ):
+            assert lib.launch_nothing(*wrong) == INVALID_CONFIGURATION, wrong
+        assert lib.launch_narrow(64) == 0 and lib.launch_narrow(65) == INVALID_CONFIGURATION
+        assert "the kernel allows 64" in cusim.last_message()
 
 
 def test_cluster():
