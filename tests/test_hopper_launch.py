@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +78,20 @@ class Recorded:
 def test_the_launcher_inside_takes_maps() -> None:
     kernel = Recorded()
     assert compat.takes_tensor_maps(kernel).run.launch is kernel.launcher
+
+
+def test_launches_reach_tritons_own_launcher() -> None:
+    """With and without descriptors, and where Triton hands out a kernel that was taken apart before."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "tests.hopper_driver"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["4"]
+
+
+def test_a_launcher_of_another_form_is_refused() -> None:
+    kernel = SimpleNamespace(_init_handles=lambda: None, run=SimpleNamespace(launch=lambda *args: None))
+    with pytest.raises(RuntimeError, match=r"a closure around it named 'launcher'; got .*FUSED_ATTN_HOPPER=off"):
+        compat.takes_tensor_maps(kernel)
 
 
 def test_one_compilation_and_one_map_per_kind(driver: Utils, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 from triton.experimental import gluon
@@ -75,9 +76,16 @@ def takes_tensor_maps(compiled: Any) -> Any:
     """The same kernel, which from here on is given (tensor map, *sizes, *strides) in each descriptor's place.
 
     Triton makes the maps anew at every call. Its launcher is a closure around one that takes what they expand to; this is that one.
+    A kernel without descriptors, and one that was here before (our kinds of arguments are finer than Triton's), has no such closure.
     """
     compiled._init_handles()
     launch = compiled.run.launch
-    names = launch.__code__.co_freevars
-    compiled.run.launch = launch.__closure__[names.index("launcher")].cell_contents
+    names = launch.__code__.co_freevars if isinstance(launch, FunctionType) else ()
+    if "launcher" in names:
+        compiled.run.launch = launch.__closure__[names.index("launcher")].cell_contents
+    elif isinstance(launch, FunctionType):
+        raise RuntimeError(
+            f"Triton's launcher must be one of C or a closure around it named 'launcher'; got {launch.__qualname__} around {names}. "
+            "Set FUSED_ATTN_HOPPER=off, or use Triton 3.6 to 3.9."
+        )
     return compiled
