@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,20 @@ def test_on_the_cpu_nothing_asks_for_a_capability(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: pytest.fail("there is no GPU to ask"))
     q = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
     assert fa.explain(q, q, q).chosen == "cpu"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), HOPPER, (12, 1)], ids=lambda c: f"{c[0]}.{c[1]}")
+def test_a_compiler_traces_the_rules_of_capabilities(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_capability", lambda device: capability)
+    torch._dynamo.reset()
+    problem: Any = SimpleNamespace(target=None, device=torch.device("cuda"))
+
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        return x + len(base.capability_refusal(problem)) + 2 * base.has_wgmma(problem)
+
+    compiled = torch.compile(asked, fullgraph=True, backend="eager")
+    for length in (3, 4):  # the second time with symbolic sizes
+        assert compiled(torch.zeros(length)).tolist() == [int(capability < (8, 0)) + 2 * (capability == HOPPER)] * length
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from fused_attn.testing import EVERYTHING, Case, Inputs, check_inputs, make_inpu
 
 pytestmark = pytest.mark.quick
 TITLE = "user code"
+CPU = torch.device("cpu")
 
 
 class Checkers(Mask):
@@ -141,9 +142,9 @@ def plain():
     backends.unregister("plain")
 
 
-def problem_with(mask=None, mods=(), lengths=(9, 13)):
+def problem_with(mask=None, mods=(), lengths=(9, 13), device=CPU):
     """A problem with grouped heads and unequal lengths, with everything asked for, and the gradients that arrive."""
-    inputs = make_inputs(Case((2, 4, 2), lengths, (16, 16), offset="bottom"))
+    inputs = make_inputs(Case((2, 4, 2), lengths, (16, 16), offset="bottom"), device)
     options = {
         "mask": mask,
         "scale": None,
@@ -157,48 +158,59 @@ def problem_with(mask=None, mods=(), lengths=(9, 13)):
     return Inputs(type(problem).check(problem.q, problem.k, problem.v, options), inputs.incoming)
 
 
+def padding(device=CPU):
+    return fa.KeyPadding(torch.arange(26, device=device).view(2, 13) % 5 > 0)
+
+
+def recent(device=CPU):
+    return Recent(torch.tensor([3, 5], device=device))
+
+
 MASKS = {
-    "dense": Checkers(),
-    "lowered": Recent(torch.tensor([3, 5])),
-    "combined": Checkers() & Recent(torch.tensor([3, 5])) & fa.KeyPadding(torch.arange(26).view(2, 13) % 5 > 0),
+    "dense": lambda device: Checkers(),
+    "lowered": recent,
+    "combined": lambda device: Checkers() & recent(device) & padding(device),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_mask(mask, backend):
-    check_inputs(problem_with(mask), backend, ("out", "probs"), TITLE)
+def test_mask(mask, backend, device):
+    check_inputs(problem_with(mask(device), device=device), backend, ("out", "probs"), TITLE)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_mask_lowers_to_its_meaning(mask):
-    grid = problem_with(mask).problem.grid
+def test_mask_lowers_to_its_meaning(mask, device):
+    mask = mask(device)
+    grid = problem_with(mask, device=device).problem.grid
     assert mask.lower(grid).dense(grid).expand(grid.shape).equal(mask.keep(grid).expand(grid.shape))
 
 
-def test_mask_compiles_and_is_explained(kernel_backend):
-    problem = problem_with(MASKS["combined"]).problem
+def test_mask_compiles_and_is_explained(kernel_backend, device):
+    problem = problem_with(MASKS["combined"](device), device=device).problem
     q, k, v = problem.q, problem.k, problem.v
+    counts = recent(device).counts
 
     def run(q, k, v):
-        return fa.attention(q, k, v, mask=Checkers() & Recent(torch.tensor([3, 5])), q_offset=4, backend=kernel_backend)
+        return fa.attention(q, k, v, mask=Checkers() & Recent(counts), q_offset=4, backend=kernel_backend)
 
     assert torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v).equal(run(q, k, v))
-    assert fa.explain(q, k, v, mask=Recent(torch.tensor([3, 5])), q_offset=4).chosen in backends.names()
+    assert fa.explain(q, k, v, mask=recent(device), q_offset=4).chosen in backends.names()
 
 
-def test_mask_in_masked_softmax(backend):
-    scores = torch.randn(2, 3, 9, 9)
+def test_mask_in_masked_softmax(backend, device):
+    scores = torch.randn(2, 3, 9, 9, device=device)
     probs = fa.masked_softmax(scores, Checkers() & fa.Causal(), backend=backend)
     expected = (
         scores.double()
-        .masked_fill(~torch.tensor([[(q - k) % 2 == 0 and k <= q for k in range(9)] for q in range(9)]), -torch.inf)
+        .masked_fill(~torch.tensor([[(q - k) % 2 == 0 and k <= q for k in range(9)] for q in range(9)], device=device), -torch.inf)
         .softmax(-1)
     )
     assert (probs - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps
 
 
-def test_score_mod(mod, backend):
-    inputs = problem_with(fa.Causal(), (fa.SoftCap(3.0), mod))
+def test_score_mod(mod, backend, device):
+    mod = mod.with_tensors(tuple(t.to(device) for t in mod.tensors))
+    inputs = problem_with(fa.Causal(), (fa.SoftCap(3.0), mod), device=device)
     if backend in ("triton", "cuda"):
         with pytest.raises(fa.UnsupportedError, match="Gain"):
             fa.attention(inputs.problem.q, inputs.problem.k, inputs.problem.v, score_mods=(mod,), backend=backend)
@@ -226,7 +238,7 @@ def test_score_mod_is_explained_and_compiles(mod):
 def test_backend_holds_to_the_error_rule(plain):
     mods = (fa.SoftCap(3.0), fa.ALiBi(torch.tensor([0.5, 0.25, 0.125, 1.0])), fa.Bias(torch.randn(4, 9, 1)))
     check_inputs(
-        problem_with(fa.Causal() & fa.KeyPadding(torch.arange(26).view(2, 13) % 5 > 0), mods),
+        problem_with(fa.Causal() & padding(), mods),
         "plain",
         ("out", "probs", "scores", "lse"),
         TITLE,

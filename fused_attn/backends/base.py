@@ -176,8 +176,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _capability_of(device: torch.device) -> tuple[int, int] | None:
-    return _capability(device) if device.type == "cuda" else None
+def _capability_of(device: torch.device) -> int:
+    """Ten times its major part plus the minor one, 0 without: a tuple that it has as a constant, Dynamo compares only from torch 2.13 on."""
+    major, minor = _capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
 
 
 def device_type(problem: AttentionProblem | SoftmaxProblem) -> str:
@@ -187,7 +189,10 @@ def device_type(problem: AttentionProblem | SoftmaxProblem) -> str:
 
 def capability(problem: AttentionProblem | SoftmaxProblem) -> tuple[int, int] | None:
     """The compute capability of its target, or of its tensors' device; None where there is none."""
-    return _capability_of(problem.device) if problem.target is None else problem.target.capability
+    if problem.target is not None:
+        return problem.target.capability
+    found = _capability_of(problem.device)
+    return (found // 10, found % 10) if found else None
 
 
 def capability_refusal(problem: AttentionProblem | SoftmaxProblem) -> list[str]:
