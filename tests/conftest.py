@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fused_attn.backends.cuda import library_path
+from fused_attn.backends.triton import interpreter_refusal
 from tests import interpreter, simulated_cuda
 from tests.cpu_builds import cpu_build as cpu_build
 from tests.cpu_builds import small_cpu as small_cpu
@@ -67,6 +68,8 @@ def _backend(name: str, device: str) -> Any:
         marks.append(pytest.mark.skip(reason="the native library is not built (python -m fused_attn build)"))
     if name == "triton" and importlib.util.find_spec("triton") is None:
         marks.append(pytest.mark.skip(reason="triton is not installed"))
+    elif name == "triton" and device == "cpu" and interpreter_refusal():
+        marks.append(pytest.mark.skip(reason=interpreter_refusal()))
     return pytest.param(name, marks=marks, id=name)
 
 

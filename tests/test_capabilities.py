@@ -90,6 +90,23 @@ def test_the_table_of_modifications_is_the_librarys() -> None:
     assert cuda.MODS == cuda.BUILT_MODS
 
 
+def test_the_interpreter_says_which_numpy_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy, its_compiler = pytest.importorskip("numpy"), pytest.importorskip("triton")
+    found = {}
+    for versions in (("3.6.0", "2.5.1"), ("3.6.0", "2.4.6"), ("3.8.0", "2.5.1")):
+        monkeypatch.setattr(its_compiler, "__version__", versions[0])
+        monkeypatch.setattr(numpy, "__version__", versions[1])
+        triton.interpreter_refusal.cache_clear()
+        found[versions] = triton.interpreter_refusal()
+        if found[versions]:
+            q = torch.zeros(1, 1, 4, 16)
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+            with pytest.raises(fa.UnsupportedError, match=r"got Triton 3\.6\.0 and NumPy 2\.5\.1 \(pip install 'numpy<2\.5'\)"):
+                fa.attention(q, q, q, backend="triton")
+    triton.interpreter_refusal.cache_clear()
+    assert [bool(text) for text in found.values()] == [True, False, False]
+
+
 def test_the_table_of_modifications_is_tritons() -> None:
     pytest.importorskip("triton")
     from fused_attn.backends.triton import score_mods

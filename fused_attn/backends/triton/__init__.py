@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -35,6 +36,22 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def interpreter_refusal() -> str:
+    """Why Triton's interpreter cannot run here, or nothing: before 3.8 it makes a number of an array of one element, which NumPy 2.5 refuses."""
+    import numpy
+    import triton
+
+    if int(triton.__version__.split(".")[1]) >= 8 or tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 5):
+        return ""
+    found = f"got Triton {triton.__version__} and NumPy {numpy.__version__}"
+    return f"Triton's interpreter needs Triton 3.8 or NumPy before 2.5; {found} (pip install 'numpy<2.5')"
+
+
+# As ``base.capability``'s: a compiler runs it while it traces.
+interpreter_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class TritonBackend:
     """Kernels written in Triton; see the modules beside this one."""
 
@@ -49,6 +66,8 @@ class TritonBackend:
             return [f"there are no kernels for {device} devices"]
         if not _INSTALLED and problem.target is None:
             return ["Triton is not installed (pip install triton)"]
+        if device == "cpu" and interpreter_refusal():
+            return [interpreter_refusal()]
         reasons = transform_refusal(problem) + capability_refusal(problem)
         dtype = problem.inputs[0].dtype
         if dtype == torch.float64:
