@@ -21,6 +21,7 @@ COMMANDS = {
     "import": "add JSON lines to the history",
     "cases": "list the cases of a plain run",
     "bounds": "host cost per call and peak memory, held to their bounds",
+    "tune": "choose the tiles of Hopper's kernels by measuring",
 }
 
 

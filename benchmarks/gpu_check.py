@@ -108,6 +108,9 @@ def steps(out_dir: Path, device: str, budget: float) -> list[Step]:
     kept = ("--json", str(out_dir / "hopper_sweep.jsonl"), "--db", str(out_dir / "history.sqlite"))
     sweep = (*measuring, "run", *grid, *chosen, *where, str(budget / 20), *kept)
     made.append(Step("hopper_sweep", sweep, 1800, _last_line, without_bar or _not_hopper(device)))
+    # Whether other tiles than today's would be faster on this chip; nothing is written.
+    tune = (*measuring, "tune", *where, str(budget / 10), "--json", str(out_dir / "tune.json"))
+    made.append(Step("tune", tune, 1800, _last_line, _not_hopper(device)))
     return made
 
 

@@ -23,7 +23,7 @@ SIMULATED = "### On the simulator\n"
 
 def sources() -> str:
     """A hash of what decides the Hopper kernels' compiled code, the configurations included."""
-    return digest((*HOPPER.rglob("*.py"), matrix.ROOT / "tests" / "hopper_counts.py"))
+    return digest((*HOPPER.rglob("*.py"), HOPPER / "tiles.json", matrix.ROOT / "tests" / "hopper_counts.py"))
 
 
 def minor(version: str) -> str:

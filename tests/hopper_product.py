@@ -148,7 +148,9 @@ def run(cases: list[tuple[Case, str]], part: int = 0, parts: int = 1) -> None:
 
 def sources() -> str:
     """A hash of what decides the results: Hopper's kernels, and the plain device functions that they call."""
-    return matrix.digest((*HOPPER.rglob("*.py"), *matrix.KERNELS.glob("*.py"), *(matrix.ROOT / "tests" / f for f in FILES)))
+    return matrix.digest(
+        (*HOPPER.rglob("*.py"), HOPPER / "tiles.json", *matrix.KERNELS.glob("*.py"), *(matrix.ROOT / "tests" / f for f in FILES))
+    )
 
 
 FILES = ("hopper.py", "hopper_forward.py", "hopper_product.py")

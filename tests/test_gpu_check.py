@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.commands import run, selection
+from benchmarks.commands import run, selection, tune
 from tests import sanitized, simulated_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,7 @@ def test_every_step_is_planned(tmp_path: Path) -> None:
         "sweep",
         "first_call",
         "hopper_sweep",
+        "tune",
     }
     for part in (*planned["parity"].command, *planned["hopper"].command):
         assert not part.startswith("tests/") or (ROOT / part).is_file()
@@ -84,6 +85,15 @@ def test_the_sweep_parses(tmp_path: Path) -> None:
     assert len(selection.chosen_cases(args)) == 12 * 2 * 2
     assert len(selection.chosen_providers(args)) == 6
     assert "needs a GPU" in sweep.missing
+
+
+@pytest.mark.quick
+def test_the_step_that_tunes_parses_and_writes_nothing(tmp_path: Path) -> None:
+    step = next(step for step in gpu_check.steps(tmp_path, "cpu", 1.0) if step.name == "tune")
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    args = parser.parse_args(step.command[4:])
+    assert not args.write and args.json == tmp_path / "tune.json" and "needs a GPU" in step.missing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -24,28 +24,11 @@ from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Given
 from .descriptors import Tiles
 from .eligible import MAX_BACKWARD_DIM, strides_reason
-from .forward_config import padded
 from .keep import mask_arguments
 from .launch import launch
+from .tiles import BACKWARD, padded
 from .visits import lists
 
-
-class BackwardConfig(NamedTuple):
-    """Queries per tile, stages of their ring, registers of the second consumer's threads."""
-
-    block_q: int
-    stages: int
-    registers: int
-
-
-# By padded head size, and whether anything but a mask is between product and exponent: tiles of 128 queries spill then (up to 109 local
-# accesses per trip at head size 64).
-BACKWARD = {
-    (64, False): BackwardConfig(128, 2, 240),
-    (64, True): BackwardConfig(64, 2, 240),
-    (128, False): BackwardConfig(64, 2, 240),
-    (128, True): BackwardConfig(64, 2, 240),
-}
 KEYS = 128
 
 
@@ -93,7 +76,7 @@ class _OnePass:
         batch, heads, q_len, _ = call.shape
         self.d, self.dv = padded(call.q.shape[-1]), padded(call.v.shape[-1])
         special = bool(call.terms.mods) or call.terms.dropout is not None or arriving.more_tiles
-        self.config = BACKWARD[max(self.d, self.dv), special]
+        self.config = BACKWARD[max(self.d, self.dv), "modified" if special else "plain"]
         rows = -(-q_len // KEYS) * KEYS
         self.lse, self.minus = call.q.new_empty((2, batch, heads, rows), dtype=torch.float32).unbind()
         self.sums = call.q.new_empty(call.q.shape, dtype=torch.float32)

@@ -17,7 +17,6 @@ from fused_attn.lowering import LoweredAttention
 from . import modifications, split
 from .bounds import bounds_kernel
 from .descriptors import Tiles
-from .forward_config import TABLE, ForwardTiles, padded
 from .forward_kernel import forward_kernel
 from .keep import mask_arguments
 from .launch import launch
@@ -25,6 +24,8 @@ from .lists import tile_lists
 from .modifications import fast, is_bounded, loaded_bias
 from .online import BITS_ONLY, BOTH_ENDS, END_ONLY
 from .order import processors
+from .tile_shapes import ForwardTiles
+from .tiles import FORWARD, padded
 
 # Rows of the smaller tiles, by which packing is judged.
 _PACKED_ROWS = 128
@@ -47,10 +48,10 @@ class Shape(NamedTuple):
         """By sizes of heads, groups and lengths alone, so that a batch's slice is a batch of one."""
         head_dim, value_dim, packed = padded(call.q.shape[-1]), padded(call.v.shape[-1]), packed_heads(call)
         size = max(head_dim, value_dim)
-        bias = loaded_bias(call)[0] if packed == 1 and (size, "bias") in TABLE else -1
+        bias = loaded_bias(call)[0] if packed == 1 and (size, "bias") in FORWARD else -1
         heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed > 1
         kind = "bias" if bias >= 0 else "heavy" if heavy else "plain"
-        tiles = TABLE[size, kind]
+        tiles = FORWARD[size, kind]
         if head_dim != value_dim:
             tiles = tiles._replace(own_out=True)  # O does not fit Q's place, and what is smaller than the table's leaves room
         return cls(head_dim, value_dim, packed, bias, tiles, split.parts(call.shape[3], size, call.shape[2] * packed))

@@ -16,24 +16,11 @@ from fused_attn.lowering import LoweredAttention
 from . import modifications
 from .descriptors import Tiles
 from .eligible import UNIT
-from .forward_config import padded
 from .keep import mask_arguments
 from .launch import launch
 from .order import processors
 from .rows_kernel import rows_kernel
-
-
-class RowTiles(NamedTuple):
-    """Consumers of 64 query rows, keys per tile, stages of K, registers of a consumer."""
-
-    consumers: int
-    keys: int
-    stages: int
-    registers: int
-
-
-# By the padded head size; outputs of 32 bits take 64 KB beside Q and K.
-_TILES = {64: RowTiles(2, 128, 2, 240), 128: RowTiles(2, 128, 2, 240), 256: RowTiles(2, 64, 2, 240)}
+from .tiles import ROWS, padded
 
 
 class Choice(NamedTuple):
@@ -102,7 +89,7 @@ def _room(call: LoweredAttention, choice: Choice, request: AuxRequest) -> AuxTen
 
 def _launch(call: LoweredAttention, q: Tensor, stats: Tensor, choice: Choice, result: AuxTensors) -> None:
     size = padded(call.q.shape[-1])
-    chosen = _TILES[size]
+    chosen = ROWS[size, "plain"]
     score = arguments.scores(call.terms, call.grid, call.q.dtype)
     # Scores that are given out must be right relative to themselves, however small they are.
     if result.scores is None and result.max_scores is None:

@@ -1,0 +1,1 @@
+"""Tiles of Hopper's kernels, chosen by measuring: ``python -m benchmarks tune``."""
