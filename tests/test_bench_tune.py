@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks.commands import tune
-from benchmarks.tuning import calls, machine, record
+from benchmarks.tuning import calls, machine, record, worker
 from benchmarks.tuning.candidates import Entry, candidates, entries, shown
 from benchmarks.tuning.machine import Local, Piece, Times
 from fused_attn import testing
@@ -248,3 +248,14 @@ def test_times_are_taken_in_turns_with_the_tiles_in_force(monkeypatch: pytest.Mo
     assert last == [TODAY, OTHER, TODAY] * machine.ROUNDS
     assert FORWARD.present == TODAY
     assert math.isfinite(sum(taken["full 2048"][0]))
+
+
+def test_an_error_says_what_it_stems_from() -> None:
+    try:
+        try:
+            raise AttributeError("a layout has no such thing")
+        except AttributeError as cause:
+            raise RuntimeError("at 34:8:\n  the source") from cause
+    except RuntimeError as error:
+        assert worker.said(error) == "AttributeError: a layout has no such thing"
+    assert worker.said(ValueError("at 3:4:\nthe source\ntoo large")) == "ValueError: at 3:4: ... too large"

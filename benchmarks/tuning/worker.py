@@ -7,9 +7,7 @@ Importing it needs no Triton.
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import json
-import os
 import sys
 from typing import Any
 from unittest import mock
@@ -20,8 +18,9 @@ from benchmarks.tuning import calls, machine
 from benchmarks.tuning.candidates import Entry
 from fused_attn.backends.triton.hopper import tiles
 
-# Seconds that a candidate may take, all kernels compiled on the way included: a barrier nobody arrives at waits for ever.
-LIMIT = 240
+# Seconds that a call may take, all kernels compiled on the way included (a minute in all seven calls of a candidate, on one core): a barrier
+# nobody arrives at waits for ever.
+LIMIT = 120
 KERNELS = {"forward": "forward_kernel", "backward": "_attention_bwd_hopper_kernel", "rows": "rows_kernel"}
 
 
@@ -80,9 +79,11 @@ def held(entry: Entry, chosen: Any, device: torch.device) -> str:
         mock.patch.object(launch, "_compiled", {}),
     ):
         for call in calls.checked(entry):
+            _watch()
             if why := calls.wrong(entry, call, device) or watched.complaint(chosen):
                 return f"{call.name}: {why}"
         for call in calls.timed(entry):
+            _watch()
             calls.function(entry, call, device)()
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -91,15 +92,26 @@ def held(entry: Entry, chosen: Any, device: torch.device) -> str:
     return ""
 
 
+def said(error: BaseException) -> str:
+    """What an error stems from: first and last line of the innermost one, for compilers put the place before the reason."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"[:400]
+
+
+def _watch() -> None:
+    """Ends this process if the next call takes too long."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+
+
 def _compile_only() -> None:
     """Launches of this process compile for a GPU of compute capability 9.0, on tensors of the CPU."""
+    from fused_attn.backends import triton
     from tests import hopper
 
     hopper.compile_only()
-    for module in ("attention_fwd", "attention_aux", "attention_bwd", "hopper.forward", "hopper.backward", "hopper.rows"):
-        importlib.import_module(f"fused_attn.backends.triton.{module}")
-    # The kernels are compiled functions by now; this only makes the backend accept tensors of the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
+    triton._interpreted = lambda: True  # all that keeps the backend from tensors of the CPU
 
 
 def main() -> None:
@@ -111,11 +123,10 @@ def main() -> None:
     for line in sys.stdin:
         *where, values = json.loads(line)
         entry = Entry(*where)
-        faulthandler.dump_traceback_later(LIMIT, exit=True)
         try:
             why = held(entry, tiles.KINDS[entry.table].tiles(*values), device)
         except Exception as error:  # whatever a compiler or a driver raises
-            why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+            why = said(error)
             if device.type == "cuda":
                 # After an error of the device this process is of no more use.
                 print(json.dumps(machine.LAST + why), file=answers, flush=True)
