@@ -251,11 +251,7 @@ def test_times_are_taken_in_turns_with_the_tiles_in_force(monkeypatch: pytest.Mo
 
 
 def test_an_error_says_what_it_stems_from() -> None:
-    try:
-        try:
-            raise AttributeError("a layout has no such thing")
-        except AttributeError as cause:
-            raise RuntimeError("at 34:8:\n  the source") from cause
-    except RuntimeError as error:
-        assert worker.said(error) == "AttributeError: a layout has no such thing"
+    error = RuntimeError("at 34:8:\n  the source")
+    error.__cause__ = AttributeError("a layout has no such thing")
+    assert worker.said(error) == "AttributeError: a layout has no such thing"
     assert worker.said(ValueError("at 3:4:\nthe source\ntoo large")) == "ValueError: at 3:4: ... too large"

@@ -143,16 +143,20 @@ def using(entry: Entry, chosen: Any) -> Iterator[None]:
         yield
 
 
-def wrong(entry: Entry, call: Call, device: torch.device) -> str:
-    """What of a call's outputs and gradients breaks the error rule with the tiles in force; empty if nothing does."""
+def results(entry: Entry, call: Call, device: torch.device) -> tuple[testing.Inputs, dict[str, Tensor], tuple[str, ...]]:
+    """A call's problem, its outputs and gradients with the tiles in force, and the outputs that gradients arrive at."""
     q, k, v, _ = call.tensors(device)
     inputs = testing.inputs_of(q, k, v, **call.options(device))
     asked = fa.AuxRequest(probs=True, scores=True) if entry.table == "rows" else fa.AuxRequest(lse=True)
     through = ("out", "probs") if entry.table == "rows" else ("out", "lse")
     problem = replace(inputs.problem, aux=asked)
     wanted = testing.differentiable_inputs(problem, BACKEND)
-    got = testing.evaluate(lambda p: testing.call(p, BACKEND), inputs._replace(problem=problem), through, wanted)
-    return "; ".join(testing.violations(inputs, got, through)) if device.type == "cuda" or BACKEND != "triton" else ""
+    return inputs, testing.evaluate(lambda p: testing.call(p, BACKEND), inputs._replace(problem=problem), through, wanted), through
+
+
+def wrong(entry: Entry, call: Call, device: torch.device) -> str:
+    """What of ``results`` breaks the error rule; empty if nothing does."""
+    return "; ".join(testing.violations(*results(entry, call, device)))
 
 
 # Who computes; Hopper's kernels are the triton backend's.

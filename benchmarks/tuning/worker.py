@@ -80,7 +80,9 @@ def held(entry: Entry, chosen: Any, device: torch.device) -> str:
     ):
         for call in calls.checked(entry):
             _watch()
-            if why := calls.wrong(entry, call, device) or watched.complaint(chosen):
+            # Without a GPU there are no results, only compiled kernels.
+            why = calls.wrong(entry, call, device) if device.type == "cuda" else calls.results(entry, call, device) and ""
+            if why := why or watched.complaint(chosen):
                 return f"{call.name}: {why}"
         for call in calls.timed(entry):
             _watch()
