@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +27,7 @@ from fused_attn.backends.triton.hopper.tiles import BackwardConfig, ForwardTiles
 from tests import hopper_counts
 
 pytestmark = pytest.mark.quick
+ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD = Entry("forward", 64, "plain"), Entry("backward", 64, "plain")
 TODAY = ForwardTiles(3, 128, 2, 160, True)
 OTHER, THIRD = ForwardTiles(2, 128, 2, 240, True), ForwardTiles(2, 128, 3, 240, True)
@@ -255,3 +260,40 @@ def test_an_error_says_what_it_stems_from() -> None:
     error.__cause__ = AttributeError("a layout has no such thing")
     assert worker.said(error) == "AttributeError: a layout has no such thing"
     assert worker.said(ValueError("at 3:4:\nthe source\ntoo large")) == "ValueError: at 3:4: ... too large"
+
+
+# Every call of every entry, small and large ones made small, with nothing compiled; prints what was launched with other tiles than the entry's.
+REACH = """
+from dataclasses import replace
+from unittest import mock
+import torch
+from benchmarks.tuning import calls, worker
+from benchmarks.tuning.candidates import entries
+from fused_attn.backends import triton
+from fused_attn.backends.triton.hopper import launch
+from tests import hopper_counts
+hopper_counts.prepare()
+triton._interpreted = lambda: True
+count = 0
+for entry in entries():
+    watched, planted = worker.Watched(entry.table), entry.present._replace(stages=7)
+    watched.start = lambda *args: None
+    for call in [*calls.checked(entry), *calls.timed(entry)]:
+        small = replace(call, batch=1, lengths=tuple(min(n, 264) for n in call.lengths))
+        watched.launched.clear()
+        with calls.using(entry, planted), mock.patch.object(launch, "start", watched.started):
+            calls.function(entry, small, torch.device("cpu"))()
+        count += 1
+        if watched.launched != {planted}:
+            print(entry.table, entry.name, call.name, watched.launched)
+print(count)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_call_reaches_its_entry() -> None:
+    """In a process that compiles Hopper's kernels, where launches are looked at instead."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", REACH], capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
+    every = sum(len(calls.checked(entry)) + len(calls.timed(entry)) for entry in entries())
+    assert done.stdout.splitlines() == [str(every)], done.stdout + done.stderr[-2000:]

@@ -55,7 +55,12 @@ class Call:
         """Arguments of ``attention``."""
         made: dict[str, Any] = {"q_offset": self.lengths[1] - self.lengths[0]}
         for name in self.what.split():
-            made |= OPTIONS[name](self, device)
+            added = OPTIONS[name](self, device)
+            if "mask" in made and "mask" in added:
+                added["mask"] = made["mask"] & added["mask"]
+            if "score_mods" in made and "score_mods" in added:
+                added["score_mods"] = (*made["score_mods"], *added["score_mods"])
+            made |= added
         return made
 
 
