@@ -20,7 +20,7 @@ from benchmarks import __main__ as cli
 from benchmarks.commands import tune
 from benchmarks.tuning import calls, machine, record, worker
 from benchmarks.tuning.candidates import Entry, candidates, entries, shown
-from benchmarks.tuning.machine import Local, Piece, Times
+from benchmarks.tuning.machine import Held, Local, Piece, Times
 from fused_attn import testing
 from fused_attn.backends.triton.hopper import tiles
 from fused_attn.backends.triton.hopper.tiles import BackwardConfig, ForwardTiles, RowTiles
@@ -46,10 +46,13 @@ class Scripted:
     def __init__(self, speeds: dict[Any, float], reasons: dict[Any, str] | None = None, again: float = 1.0, spread: float = 0.0) -> None:
         self.speeds, self.reasons, self.again, self.spread = speeds, reasons or {}, again, spread
         self.timed: list[Any] = []
+        self.allowed: list[Any] = []
+        self.local = 0
 
-    def hold(self, pieces: Sequence[Piece], tell: Callable[[Piece, str], None]) -> None:
+    def hold(self, pieces: Sequence[Piece], tell: Callable[[Piece, Held], None]) -> None:
+        self.allowed += [(piece.tiles, piece.most) for piece in pieces]
         for piece in pieces:
-            tell(piece, self.reasons.get(piece[1], ""))
+            tell(piece, Held(self.reasons.get(piece.tiles, ""), self.local))
 
     def time(self, entry: Entry, chosen: Sequence[Any], seconds: float) -> dict[str, Times]:
         self.timed += chosen
@@ -95,6 +98,14 @@ def test_what_is_wrong_does_not_compile_or_spills_is_never_timed(capsys: pytest.
     printed = capsys.readouterr().out
     assert f"refused: {shown(OTHER)}: wrong: out" in printed and f"refused: {shown(THIRD)}: spills: 9 accesses" in printed
     assert tiles.read(file.read_text()) == tiles.read(before)
+
+
+def test_what_spills_no_more_than_the_present_tiles_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    scripted = Scripted({})
+    scripted.local = 2
+    tune.hold(scripted, [FORWARD], "right")
+    assert scripted.allowed == [(TODAY, None), *((t, 2) for t in candidates(FORWARD)[1:])]
+    assert f"{shown(TODAY)}: right, 2 accesses to local memory in a trip" in capsys.readouterr().out
 
 
 def test_nothing_is_timed_against_present_tiles_that_are_wrong(capsys: pytest.CaptureFixture[str], file: Path) -> None:
@@ -222,11 +233,11 @@ def test_a_planted_fault_is_found_by_the_error_rule(monkeypatch: pytest.MonkeyPa
 WORKER = f"""
 import json, os, sys
 for line in sys.stdin:
-    consumers, keys, stages, *_ = json.loads(line)[3]
+    *_, (consumers, keys, stages, *_), most = json.loads(line)
     if consumers == 2:
         print("CUDA error: an illegal access", file=sys.stderr, flush=True)
         os._exit(9)
-    print(json.dumps({machine.LAST!r} + "no room" if stages == 4 else ""), flush=True)
+    print(json.dumps([{machine.LAST!r} + "no room" if stages == 4 else "", most]), flush=True)
     if stages == 4:
         break
 """
@@ -234,11 +245,11 @@ for line in sys.stdin:
 
 def test_a_candidate_that_ends_its_process_ends_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "PROGRAM", ("-c", WORKER))
-    found: dict[Any, str] = {}
-    pieces = [(FORWARD, t) for t in (TODAY, OTHER, TODAY._replace(stages=4), TODAY._replace(stages=3), THIRD)]
-    Local(torch.device("cpu"), jobs=1).hold(pieces, lambda piece, why: found.update({piece[1]: why}))
+    found: list[Held] = []
+    pieces = [Piece(FORWARD, t, 3) for t in (TODAY, OTHER, TODAY._replace(stages=4), TODAY._replace(stages=3), THIRD)]
+    Local(torch.device("cpu"), jobs=1).hold(pieces, lambda piece, held: found.append(held))
     ended = "its process ended with 9: CUDA error: an illegal access"
-    assert list(found.values()) == ["", ended, "no room", "", ended]
+    assert found == [Held("", 3), Held(ended, 0), Held("no room", 3), Held("", 3), Held(ended, 0)]
 
 
 def test_times_are_taken_in_turns_with_the_tiles_in_force(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from benchmarks.commands import selection
 from benchmarks.environment import describe
 from benchmarks.tuning import record, verdict
 from benchmarks.tuning.candidates import Entry, candidates, entries, shown
-from benchmarks.tuning.machine import Local, Machine, Piece
+from benchmarks.tuning.machine import Held, Local, Machine, Piece
 from benchmarks.tuning.verdict import Verdict
 from fused_attn.backends.triton.hopper import tiles
 from fused_attn.cli.text import table
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, machine: Machine | None = None) -> int:
-    """0; 1 where tiles of today are wrong, spill or do not compile."""
+    """0; 1 where tiles of today are wrong or do not compile."""
     device = torch.device("cpu") if args.compile else selection.device(args)
     if machine is None and not args.compile and (device.type == "cpu" or torch.cuda.get_device_capability(device) != (9, 0)):
         raise ValueError("Hopper's kernels are timed on a GPU of compute capability 9.0; there is none. --compile needs no GPU.")
@@ -68,17 +68,19 @@ def hold(machine: Machine, chosen: Sequence[Entry], good: str) -> dict[Entry, di
     The present tiles come first, for they leave compiled what all candidates of an entry share.
     """
     found: dict[Entry, dict[Any, str]] = {entry: dict.fromkeys(candidates(entry), "was not tried") for entry in chosen}
-    pieces: list[Piece] = [(entry, candidate) for entry in chosen for candidate in found[entry]]
-    lock = threading.Lock()
+    lock, allowed = threading.Lock(), dict.fromkeys(chosen, 0)
 
-    def tell(piece: Piece, why: str) -> None:
-        entry, candidate = piece
+    def tell(piece: Piece, held: Held) -> None:
         with lock:
-            found[entry][candidate] = why
-            print(f"{entry.table} {entry.name}: {shown(candidate)}: {why or good}", flush=True)
+            found[piece.entry][piece.tiles] = held.why
+            said = held.why or (f"{good}, {held.local} accesses to local memory in a trip" if held.local else good)
+            print(f"{piece.entry.table} {piece.entry.name}: {shown(piece.tiles)}: {said}", flush=True)
+            if piece.tiles == piece.entry.present:
+                allowed[piece.entry] = held.local
 
-    for of_today in (True, False):
-        machine.hold([piece for piece in pieces if (piece[1] == piece[0].present) == of_today], tell)
+    machine.hold([Piece(entry, entry.present, None) for entry in chosen], tell)
+    # What spills no more than the present tiles may be chosen: by Triton 3.9 most of them do.
+    machine.hold([Piece(entry, other, allowed[entry]) for entry in chosen for other in [*found[entry]][1:]], tell)
     return found
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,19 +23,35 @@ from fused_attn.testing.measure import repeats_for, turns
 ROOT = Path(__file__).resolve().parents[2]
 # What a worker runs.
 PROGRAM = ("-m", "benchmarks.tuning.worker")
-Piece = tuple[Entry, Any]
 # Seconds per call, one value per round, of each of the tiles in their order.
 Times = list[list[float]]
+# Before the reason of a worker that ends with its answer.
+LAST = "\0"
 # Seconds that a sample lasts: a round of a dozen candidates ends in a tenth of a second.
 SAMPLE = 0.003
 ROUNDS = 6
 
 
+class Piece(NamedTuple):
+    """Tiles to be held: accesses to local memory that a trip of their loops may have, None for any number."""
+
+    entry: Entry
+    tiles: Any
+    most: int | None
+
+
+class Held(NamedTuple):
+    """Why tiles may not be chosen, empty if they may, and the most accesses to local memory in a trip of their loops."""
+
+    why: str
+    local: int
+
+
 class Machine(Protocol):
     """What a test puts another in the place of."""
 
-    def hold(self, pieces: Sequence[Piece], tell: Callable[[Piece, str], None]) -> None:
-        """Tells of each piece why its tiles may not be chosen, or an empty string, as soon as that is known."""
+    def hold(self, pieces: Sequence[Piece], tell: Callable[[Piece, Held], None]) -> None:
+        """Tells of each piece as soon as it is known."""
 
     def time(self, entry: Entry, chosen: Sequence[Any], seconds: float) -> dict[str, Times]:
         """Of each call that stands for the entry; the tiles may be given twice."""
@@ -52,7 +68,7 @@ class Local:
     def __init__(self, device: torch.device, jobs: int) -> None:
         self.device, self.jobs = device, jobs
 
-    def hold(self, pieces: Sequence[Piece], tell: Callable[[Piece, str], None]) -> None:
+    def hold(self, pieces: Sequence[Piece], tell: Callable[[Piece, Held], None]) -> None:
         waiting: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         for piece in pieces:
             waiting.put(piece)
@@ -60,7 +76,7 @@ class Local:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(lambda _: self._work(waiting, tell), range(workers)))
 
-    def _work(self, waiting: queue.SimpleQueue[Piece], tell: Callable[[Piece, str], None]) -> None:
+    def _work(self, waiting: queue.SimpleQueue[Piece], tell: Callable[[Piece, Held], None]) -> None:
         """Hands pieces to one process after the other: whoever ends is replaced."""
         worker = None
         try:
@@ -104,27 +120,26 @@ class _Worker:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def ask(self, piece: Piece) -> str:
+    def ask(self, piece: Piece) -> Held:
         """Its answer, or how it ended."""
-        entry, tiles = piece
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps([*entry, list(tiles)]) + "\n")
+            self.process.stdin.write(json.dumps([*piece.entry, list(piece.tiles), piece.most]) + "\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
         if answer.endswith("\n"):
-            why = str(json.loads(answer))
+            why, local = json.loads(answer)
             if why.startswith(LAST):
                 self.process.wait()
-            return why.removeprefix(LAST)
+            return Held(why.removeprefix(LAST), local)
         code = self.process.wait()
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()] or ["it said nothing"]
         hung = next((line for line in lines if line.startswith("Timeout")), None)
-        return f"its process ended with {code}: {hung or lines[-1]}"
+        return Held(f"its process ended with {code}: {hung or lines[-1]}", 0)
 
     def close(self) -> None:
         """Lets it end."""
@@ -132,7 +147,3 @@ class _Worker:
         self.process.stdin.close()
         self.process.wait()
         self.errors.close()
-
-
-# Before the answer of a worker that ends with it.
-LAST = "\0"

@@ -14,8 +14,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.tuning import calls, machine
+from benchmarks.tuning import calls
 from benchmarks.tuning.candidates import Entry
+from benchmarks.tuning.machine import LAST, Held, Piece
 from fused_attn.backends.triton.hopper import tiles
 
 # Seconds that a call may take, all kernels compiled on the way included (a minute in all seven calls of a candidate, on one core): a barrier
@@ -44,8 +45,8 @@ class Watched:
             self.launched.add(launched(self.table, args))
         self.start(kernel, grid, device, args, num_warps)
 
-    def complaint(self, chosen: Any) -> str:
-        """Why what was compiled since it was asked last may not be chosen.
+    def local(self, chosen: Any) -> int:
+        """Most accesses to local memory in a trip of the loops compiled since it was asked last.
 
         Raises:
             RuntimeError: the kernel was not launched with these tiles.
@@ -54,10 +55,10 @@ class Watched:
 
         if chosen not in self.launched:
             raise RuntimeError(f"the call does not reach the entry: tiles {self.launched} were launched")
-        local = max((loop.local for kernel in self.kernels for loop in sass.main_loops(aot.sass(kernel))), default=0)
+        most = max((loop.local for kernel in self.kernels for loop in sass.main_loops(aot.sass(kernel))), default=0)
         self.kernels.clear()
         self.launched.clear()
-        return f"spills: {local} accesses to local memory in a trip" if local else ""
+        return most
 
 
 def launched(table: str, args: tuple[Any, ...]) -> Any:
@@ -67,30 +68,40 @@ def launched(table: str, args: tuple[Any, ...]) -> Any:
     return tiles.BackwardConfig(args[-3].q.value, *args[-2:]) if table == "backward" else tiles.RowTiles(*args[-4:])
 
 
-def held(entry: Entry, chosen: Any, device: torch.device) -> str:
-    """Why the tiles may not be chosen; empty where they compile, do not spill and are right in every call, large ones run once included."""
+def held(piece: Piece, device: torch.device) -> Held:
+    """Compiles, counts and checks: every call has to be right, and the large ones have to run once."""
     from fused_attn.backends.triton.hopper import launch
 
-    watched = Watched(entry.table)
+    entry, chosen, allowed = piece
+    watched, most = Watched(entry.table), 0
     with (
         calls.using(entry, chosen),
         mock.patch.object(launch, "compile_for", watched.compile_for),
         mock.patch.object(launch, "start", watched.started),
         mock.patch.object(launch, "_compiled", {}),
     ):
-        for call in calls.checked(entry):
-            _watch()
-            # Without a GPU there are no results, only compiled kernels.
-            why = calls.wrong(entry, call, device) if device.type == "cuda" else calls.results(entry, call, device) and ""
-            if why := why or watched.complaint(chosen):
-                return f"{call.name}: {why}"
-        for call in calls.timed(entry):
-            _watch()
-            calls.function(entry, call, device)()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if why := watched.complaint(chosen):
-                return f"{call.name}: {why}"
+        small = calls.checked(entry)
+        for call in [*small, *calls.timed(entry)]:
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
+            why = _computed(entry, call, device, call in small)
+            most = max(most, watched.local(chosen))
+            if allowed is not None and most > allowed:
+                why = f"spills: {most} accesses to local memory in a trip, {allowed} are allowed"
+            if why:
+                return Held(f"{call.name}: {why}", most)
+    return Held("", most)
+
+
+def _computed(entry: Entry, call: calls.Call, device: torch.device, small: bool) -> str:
+    """Runs a call; what is wrong with a small one, empty where there is no GPU and so no results."""
+    if not small:
+        calls.function(entry, call, device)()
+    elif device.type == "cuda":
+        return calls.wrong(entry, call, device)
+    else:
+        calls.results(entry, call, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return ""
 
 
@@ -100,11 +111,6 @@ def said(error: BaseException) -> str:
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"[:400]
-
-
-def _watch() -> None:
-    """Ends this process if the next call takes too long."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
 
 
 def _compile_only() -> None:
@@ -117,25 +123,23 @@ def _compile_only() -> None:
 
 
 def main() -> None:
-    """Answers [table, size, kind, values] with a reason, until the input ends."""
+    """Answers [table, size, kind, tiles, most] with [why, local], see ``machine``, until the input ends."""
     device = torch.device(sys.argv[1])
     if device.type == "cpu":
         _compile_only()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints
     for line in sys.stdin:
-        *where, values = json.loads(line)
+        *where, values, most = json.loads(line)
         entry = Entry(*where)
         try:
-            why = held(entry, tiles.KINDS[entry.table].tiles(*values), device)
+            answer = held(Piece(entry, tiles.KINDS[entry.table].tiles(*values), most), device)
         except Exception as error:  # whatever a compiler or a driver raises
-            why = said(error)
-            if device.type == "cuda":
-                # After an error of the device this process is of no more use.
-                print(json.dumps(machine.LAST + why), file=answers, flush=True)
-                return
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(why), file=answers, flush=True)
+            # After an error of the device this process is of no more use.
+            answer = Held(LAST * (device.type == "cuda") + said(error), 0)
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps(answer), file=answers, flush=True)
+        if answer.why.startswith(LAST):
+            return
 
 
 if __name__ == "__main__":
