@@ -112,7 +112,21 @@ def test_nothing_is_timed_against_present_tiles_that_are_wrong(capsys: pytest.Ca
     scripted, before = Scripted({OTHER: 0.5}, {TODAY: "wrong: out"}), file.read_text()
     assert run(scripted, "--table", "forward", "--entry", "64 plain", "--write") == tune.WRONG
     assert scripted.timed == [] and file.read_text() == before
-    assert "the present tiles of forward 64 plain: wrong: out" in capsys.readouterr().out
+    assert "tiles of forward 64 plain: wrong: out" in capsys.readouterr().out
+
+
+def test_an_entry_that_fails_while_it_is_timed_ends_no_other(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    class Failing(Scripted):
+        def time(self, entry: Entry, chosen: Sequence[Any], seconds: float) -> dict[str, Times]:
+            if entry == FORWARD:
+                raise RuntimeError("out of memory\nand so on")
+            return super().time(entry, chosen, seconds)
+
+    before = file.read_text()
+    assert run(Failing({}), "--entry", "64 plain", "--write") == tune.WRONG
+    assert "tiles of forward 64 plain: stopped while candidates were timed: out of memory\n" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["forward"] == json.loads(before)["forward"] and "measured" in written["backward"]["64 plain"]
 
 
 def test_what_is_chosen_is_written_with_what_it_showed(file: Path, tmp_path: Path) -> None:

@@ -301,7 +301,8 @@ def test_an_editable_installation_builds_beside_the_modules(project: Path) -> No
 def test_a_source_distribution_carries_the_sources(project: Path) -> None:
     with tarfile.open(backend_hook(project, "build_sdist")) as made:
         names = made.getnames()
-    assert {"csrc/cpu/library.cpp", "csrc/cpu/unit.cpp", "fused_attn/build_cpu.py"} <= {name.split("/", 1)[-1] for name in names}
+    tables = "fused_attn/backends/triton/hopper/tiles.json"
+    assert {"csrc/cpu/library.cpp", "csrc/cpu/unit.cpp", "fused_attn/build_cpu.py", tables} <= {name.split("/", 1)[-1] for name in names}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")

@@ -50,7 +50,12 @@ def run(args: argparse.Namespace, machine: Machine | None = None) -> int:
     found = hold(machine, chosen, "compiles" if args.compile else "right")
     verdicts = []
     for entry in [] if args.compile else chosen:
-        verdicts.append(judged(machine, entry, found[entry], args.seconds))
+        try:
+            verdicts.append(judged(machine, entry, found[entry], args.seconds))
+        except RuntimeError as error:  # of the device: its memory, or a candidate that fails only now
+            found[entry][entry.present] = f"stopped while candidates were timed: {str(error).splitlines()[0]}"
+            print(f"{entry.table} {entry.name}: {found[entry][entry.present]}\n", flush=True)
+            continue
         print(f"{report(verdicts[-1])}\n", flush=True)
         # After every entry: what has been measured survives whatever comes next.
         if args.write and verdicts[-1].best is not None:
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace, machine: Machine | None = None) -> int:
         if args.json is not None:
             args.json.write_text(json.dumps({"environment": describe(device), "entries": [listed(v) for v in verdicts]}, indent=1))
     bad = [f"{entry.table} {entry.name}: {why}" for entry in chosen if (why := found[entry][entry.present])]
-    print("\n".join(f"the present tiles of {line}" for line in bad) or f"{len(chosen)} entries, whose present tiles hold", flush=True)
+    print("\n".join(f"tiles of {line}" for line in bad) or f"{len(chosen)} entries, whose present tiles hold", flush=True)
     return WRONG if bad else 0
 
 
