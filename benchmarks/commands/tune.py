@@ -18,6 +18,7 @@ from benchmarks.tuning import record, verdict
 from benchmarks.tuning.candidates import Entry, candidates, entries, shown
 from benchmarks.tuning.machine import Held, Local, Machine, Piece
 from benchmarks.tuning.verdict import Verdict
+from benchmarks.tuning.worker import said
 from fused_attn.backends.triton.hopper import tiles
 from fused_attn.cli.text import table
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, machine: Machine | None = None) -> int:
         try:
             verdicts.append(judged(machine, entry, found[entry], args.seconds))
         except RuntimeError as error:  # of the device: its memory, or a candidate that fails only now
-            found[entry][entry.present] = f"stopped while candidates were timed: {str(error).splitlines()[0]}"
+            found[entry][entry.present] = f"stopped while candidates were timed: {said(error)}"
             print(f"{entry.table} {entry.name}: {found[entry][entry.present]}\n", flush=True)
             continue
         print(f"{report(verdicts[-1])}\n", flush=True)
