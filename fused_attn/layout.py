@@ -43,6 +43,20 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     return _restored(tensor.permute(order).contiguous(), order)
 
 
+def copied_in_rows(tensor: Tensor, unit: int) -> Tensor:
+    """A copy in the tensor's order, but with its last dimension innermost, whose rows begin at multiples of ``unit`` elements.
+
+    Example:
+        >>> x = torch.arange(10.0).view(5, 2).t()
+        >>> copied_in_rows(x, 4).stride(), copied_in_rows(x, 4).equal(x)
+        ((8, 1), True)
+    """
+    *lengths, size = tensor.shape
+    order = [dim for dim in _order(tensor) if dim != len(lengths)]
+    room = tensor.new_empty([*(lengths[dim] for dim in order), -(-size // unit) * unit])[..., :size]
+    return _restored(room, [*order, len(lengths)]).copy_(tensor)
+
+
 def with_laid_out_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same tensors; whatever gradients arrive at the result reach the originals in the originals' order.
 

@@ -219,6 +219,24 @@ def slices() -> None:
             assert torch.equal(a.narrow(dim, 1, 1), b), f"{case.name}: the slice of a batch differs from a batch of one"
 
 
+def queues() -> None:
+    """More work than processors: whoever takes a tile, whatever a tile costs, the bits are those of a processor per tile."""
+    from fused_attn.backends.triton.hopper import forward
+
+    for case in (
+        Case(q_len=500, kv_len=500, mask="causal", heads=(4, 2), q_offset=0),
+        Case(128, 128, 3, 4500, "causal", q_offset=4497, batch=3),
+    ):
+        torch.manual_seed(0)
+        options, inputs, found = options_of(case), inputs_of(case), []
+        for processors, mode in ((132, "early"), (2, "late"), (1, "random")):
+            hopper.simulate(**MODES[mode])
+            with mock.patch.object(forward, "processors", lambda device, count=processors: count):
+                found.append(_forward(inputs, options)[0])
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), f"{case.name}: the number of processors shows"
+
+
 def planted_faults() -> None:
     """The simulator reports each fault of the forward kernel's PTX."""
     from tests.hopper_backward import FAULTS, _damaged
@@ -241,7 +259,7 @@ def planted_faults() -> None:
         assert found in kinds, f"{name}: the simulator reports {found}"
 
 
-CHECKS = (huge_scores, broken_values, bias_that_masks, slices, planted_faults)
+CHECKS = (huge_scores, broken_values, bias_that_masks, slices, queues, planted_faults)
 
 
 # Beside the pairs that ``hopper_product`` meets: heads packed into rows, keys in parts, a bias that TMA loads, odd head sizes.

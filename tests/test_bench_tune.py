@@ -29,8 +29,8 @@ from tests import hopper_counts
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 FORWARD, BACKWARD = Entry("forward", 64, "plain"), Entry("backward", 64, "plain")
-TODAY = ForwardTiles(3, 128, 2, 160, True)
-OTHER, THIRD = ForwardTiles(2, 128, 2, 240, True), ForwardTiles(2, 128, 3, 240, True)
+TODAY = ForwardTiles(3, 128, 2, 160, 2, True)
+OTHER, THIRD = ForwardTiles(2, 128, 2, 240, 2, True), ForwardTiles(2, 128, 3, 240, 2, True)
 
 
 class Scripted:
@@ -133,7 +133,7 @@ def test_an_entry_that_fails_while_it_is_timed_ends_no_other(capsys: pytest.Capt
 
 
 def test_what_is_chosen_is_written_with_what_it_showed(file: Path, tmp_path: Path) -> None:
-    faster = BackwardConfig(64, 3, 240)
+    faster = BackwardConfig(64, 3, 240, True, False)
     report = tmp_path / "all.json"
     assert run(Scripted({OTHER: 0.9, faster: 0.8}), "--entry", "64 plain", "--write", "--json", str(report)) == 0
     written = tiles.read(file.read_text())
@@ -164,14 +164,14 @@ def test_the_file_is_in_the_writers_form() -> None:
         (lambda t: t["forward"].update({"96 plain": {}}), "forward must have entries of .*; got '96 plain'"),
         (lambda t: t["rows"]["64 plain"].pop("why"), "rows 64 plain must have tiles, a reason"),
         (lambda t: t["rows"]["64 plain"].update(speed=1), "rows 64 plain must have tiles, a reason"),
-        (lambda t: t["forward"]["64 plain"]["tiles"].pop("stages"), "must have consumers, keys, stages, registers, own_out; got"),
-        (lambda t: t["forward"]["64 plain"]["tiles"].update(warps=4), "must have consumers, keys, stages, registers, own_out; got"),
+        (lambda t: t["forward"]["64 plain"]["tiles"].pop("stages"), "must have consumers, keys, stages, registers, ahead, own_out; got"),
+        (lambda t: t["forward"]["64 plain"]["tiles"].update(warps=4), "must have consumers, keys, stages, registers, ahead, own_out; got"),
         (lambda t: t["forward"]["64 plain"]["tiles"].update(consumers=4), "consumers must be one of 2, 3; got 4"),
         (lambda t: t["forward"]["64 plain"]["tiles"].update(registers=168), "registers must be one of 24, .*, 160; got 168"),
         (lambda t: t["forward"]["64 plain"]["tiles"].update(own_out=1), "own_out must be one of False, True; got 1"),
         (lambda t: t["backward"]["128 plain"]["tiles"].update(block_q=128), "232448 bytes of shared memory; these take 300032"),
     ],
-    ids=str,
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "changed",
 )
 def test_wrong_data_is_refused(change: Callable[[dict[str, Any]], object], said: str) -> None:
     data = json.loads(tiles.PATH.read_text())
@@ -208,7 +208,7 @@ def test_candidates_are_those_that_fit() -> None:
         assert found[0] == entry.present and len(set(found)) == len(found)
         assert not [t for t in found if tiles.complaint(entry.table, entry.key, t)]
     wide = candidates(Entry("forward", 128, "plain"))
-    assert ForwardTiles(2, 128, 3, 240, False) in wide and ForwardTiles(2, 128, 3, 240, True) not in wide
+    assert ForwardTiles(2, 128, 3, 240, 1, False) in wide and ForwardTiles(2, 128, 3, 240, 1, True) not in wide
     assert not [t for t in wide if (t.keys, t.stages) == (128, 4)]
     assert candidates(Entry("rows", 256, "plain")) == [RowTiles(2, 64, 2, 240), RowTiles(2, 64, 3, 240)]
 

@@ -10,8 +10,8 @@ from fused_attn.backends.triton.hopper import tiles
 # Registers are no axis: a chip has one CTA of these kernels per multiprocessor, and what it leaves unused serves nobody. Nor is O's own memory:
 # without it the next query tile waits until O has left, so it has its own where that fits.
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
-    "forward": {"consumers": (2, 3), "keys": (128, 64), "stages": (2, 3, 4)},
-    "backward": {"block_q": (128, 64), "stages": (1, 2, 3)},
+    "forward": {"consumers": (2, 3), "keys": (128, 64), "stages": (2, 3), "ahead": (2, 1)},
+    "backward": {"block_q": (128, 64), "stages": (2, 3), "early": (False, True), "held": (False, True)},
     "rows": {"consumers": (2,), "keys": (128, 64), "stages": (2, 3)},
 }
 
@@ -73,8 +73,8 @@ def shown(chosen: Any) -> str:
     """Tiles in a line.
 
     Example:
-        >>> shown(tiles.ForwardTiles(3, 128, 2, 160, True))
-        'consumers 3, keys 128, stages 2, registers 160, own_out'
+        >>> shown(tiles.ForwardTiles(3, 128, 2, 160, 2, True))
+        'consumers 3, keys 128, stages 2, registers 160, ahead 2, own_out'
     """
     parts = (name if value is True else f"{name} {value}" for name, value in chosen._asdict().items() if value is not False)
     return ", ".join(parts)

@@ -64,8 +64,8 @@ class Watched:
 def launched(table: str, args: tuple[Any, ...]) -> Any:
     """The tiles among a kernel's arguments."""
     if table == "forward":
-        return tiles.ForwardTiles(*args[-8:-4], args[-2])
-    return tiles.BackwardConfig(args[-3].q.value, *args[-2:]) if table == "backward" else tiles.RowTiles(*args[-4:])
+        return tiles.ForwardTiles(*args[-9:-5], *args[-3:-1])
+    return tiles.BackwardConfig(args[-5].q.value, *args[-4:]) if table == "backward" else tiles.RowTiles(*args[-4:])
 
 
 def held(piece: Piece, device: torch.device) -> Held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from fused_attn.backends.base import (
     transform_refusal,
 )
 from fused_attn.backends.triton.hopper import eligible
+from fused_attn.layout import copied_in_rows, empty_out, laid_out_like
 from fused_attn.lowering import KernelMask, LoweredAttention, LoweredSoftmax, Terms
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
@@ -93,37 +95,52 @@ class TritonBackend:
         if reasons:
             return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons]
         found, size = ["kernels for Hopper (TMA, warpgroup products)"], max(problem.q.shape[-1], problem.v.shape[-1])
+        named = zip("qkv", (problem.q, problem.k, problem.v), strict=True)
+        found += [f"{name} is copied first: it {why}" for name, tensor in named if (why := eligible.alignment_reason(tensor))]
         if problem.requires_grad and size > eligible.MAX_BACKWARD_DIM:
             found.append(f"plain Triton kernels for the backward: Hopper's has head sizes up to {eligible.MAX_BACKWARD_DIM}; got {size}")
         return found
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
-        if _on_hopper(call):
+        placed, unit = _placed(call)
+        if unit == eligible.UNIT:
             from fused_attn.backends.triton.hopper.forward import attention_fwd
         else:
             from fused_attn.backends.triton.attention_fwd import attention_fwd
-        return Forward(*attention_fwd(call, self.stats_shape(call)))
+        out, lse, stats = attention_fwd(placed, self.stats_shape(call))
+        if placed is not call:
+            out = laid_out_like(out, empty_out(call.q.to("meta"), out.shape[-1]))
+        return Forward(out, lse, stats)
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
-        if _on_hopper(call):
+        placed, unit = _placed(call)
+        if unit == eligible.UNIT:
             from fused_attn.backends.triton.hopper.rows import attention_aux
         else:
             from fused_attn.backends.triton.attention_aux import attention_aux
-        return attention_aux(call, forward, request)
+        return attention_aux(placed, forward, request)
 
     def attention_picked(self, call: LoweredAttention, lse: Tensor, request: AuxRequest) -> AuxTensors | None:
-        if not _on_hopper(call):
+        placed, unit = _placed(call)
+        if unit != eligible.UNIT:
             return None
         from fused_attn.backends.triton.hopper.rows import attention_picked
 
-        return attention_picked(call, lse, request)
+        return attention_picked(placed, lse, request)
 
     def attention_bwd(self, call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...]) -> Gradients:
-        if _on_hopper(call):
+        placed, unit = _placed(call)
+        if unit == eligible.UNIT:
             from fused_attn.backends.triton.hopper.backward import attention_bwd
         else:
             from fused_attn.backends.triton.attention_bwd import attention_bwd
-        return attention_bwd(call, forward, incoming, needs)
+        if incoming.dout is not None:
+            incoming = replace(incoming, dout=_in_rows(incoming.dout, unit))
+        gradients = attention_bwd(placed, forward, incoming, needs)
+        if placed is call:
+            return gradients
+        inputs = (call.q, call.k, call.v)
+        return *(g if g is None else laid_out_like(g, t) for g, t in zip(gradients[:3], inputs, strict=True)), *gradients[3:]
 
     def softmax_fwd(self, call: LoweredSoftmax) -> tuple[Tensor, Tensor | None]:
         from fused_attn.backends.triton.softmax import softmax_fwd
@@ -136,12 +153,30 @@ class TritonBackend:
         return softmax_bwd(call, result, dout, needs)
 
 
-def _on_hopper(call: LoweredAttention) -> bool:
-    """Whether the kernels for Hopper run a call."""
+def _placed(call: LoweredAttention) -> tuple[LoweredAttention, int]:
+    """A call as its kernels take it, and the unit of rows in bytes: that of TMA where the kernels for Hopper run it, 0 for any.
+
+    On Hopper q, k and v are copied where their rows are not whole units, for the plain kernels as well in 16 bits: loaded element by element,
+    tiles spilled up to 1200 bytes a thread beside warpgroup products, and on an H100 such a forward was wrong (float16, head size 64, rows
+    67 elements apart, Triton 3.6.0), the same every time, where aligned rows and tiles that spill 64 bytes were right and the simulator
+    finds no fault in the PTX.
+    """
     from fused_attn.backends.triton import config, launch
 
     chip = launch.target_chip or (0 if _interpreted() else config.chip_of(call.q.device))
-    return chip == eligible.CHIP and 0 not in call.shape and not eligible.reasons((call.q, call.k, call.v), call.terms)
+    if chip != eligible.CHIP or 0 in call.shape or call.q.element_size() != 2:
+        return call, 0
+    unit = eligible.VECTOR_UNIT if eligible.reasons((call.q, call.k, call.v), call.terms) else eligible.UNIT
+    q, k, v = (_in_rows(t, unit) for t in (call.q, call.k, call.v))
+    same = q is call.q and k is call.k and v is call.v
+    return call if same else replace(call, q=q, k=k, v=v), unit
+
+
+def _in_rows(tensor: Tensor, unit: int) -> Tensor:
+    """The tensor, or a copy of it, in rows of whole units of bytes."""
+    if not unit or not eligible.alignment_reason(tensor, unit):
+        return tensor
+    return copied_in_rows(tensor, eligible.VECTOR_UNIT // tensor.element_size())
 
 
 def _unfit_functions(problem: AttentionProblem) -> list[str]:

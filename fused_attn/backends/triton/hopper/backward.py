@@ -18,9 +18,9 @@ from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
 
 from . import modifications
-from .backward_kernel import _attention_bwd_hopper_kernel
+from .backward_kernel import _attention_bwd_hopper_kernel, dq_shape
 from .backward_redo import redo_bias
-from .backward_rows import _backward_dq_kernel, _backward_rows_kernel
+from .backward_rows import FOLD, PANEL, _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Given
 from .descriptors import Tiles
 from .eligible import MAX_BACKWARD_DIM, strides_reason
@@ -79,7 +79,7 @@ class _OnePass:
         self.config = BACKWARD[max(self.d, self.dv), "modified" if special else "plain"]
         rows = -(-q_len // KEYS) * KEYS
         self.lse, self.minus = call.q.new_empty((2, batch, heads, rows), dtype=torch.float32).unbind()
-        self.sums = call.q.new_empty(call.q.shape, dtype=torch.float32)
+        self.sums = call.q.new_empty((batch, heads, call.q.shape[-1] // PANEL.value, rows, PANEL.value), dtype=torch.float32)
         # Heads that the pass leaves to others, and heads in which it found a NaN: apart, so that no CTA of a head decides differently.
         self.skipped, self.broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
         self.score = modifications.fast(arguments.scores(call.terms, call.grid, call.q.dtype))
@@ -90,10 +90,10 @@ class _OnePass:
         """The gradients of the bias that the pass writes, q, k and v."""
         call = self.call
         dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-        before = (self.forward.stats, self.arriving.delta[..., None], self.lse[..., None], self.minus[..., None], self.sums)
+        before = (self.forward.stats, self.arriving.delta[..., None], self.lse[..., None], self.minus[..., None], self.sums.flatten(2, 3))
         self._per_row(_backward_rows_kernel, KEYS, before, (self.skipped,))
         self._main(dk, dv)
-        self._per_row(_backward_dq_kernel, 64, (self.sums, dq), (self.skipped, self.broke))
+        self._per_row(_backward_dq_kernel, 64, (self.sums.flatten(2, 3), dq), (self.skipped, self.broke))
         plain.products(self.arriving, (dq, dk, dv), self.skipped)
         if self.dbias is not None:
             redo_bias(self.arriving, self.skipped, self.dbias, self.written)
@@ -110,7 +110,7 @@ class _OnePass:
         run(kernel, -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
 
     def _main(self, dk: Tensor, dv: Tensor) -> None:
-        call, (bm, stages, registers) = self.call, self.config
+        call, (bm, stages, registers, early, held) = self.call, self.config
         batch, heads, q_len, kv_len = call.shape
         tile, form = self._tile(bm), call.terms.mask
         turns = ticket = met = None
@@ -133,12 +133,18 @@ class _OnePass:
         )
         given = Given(dprobs, dscores, dbias, tl.constexpr(self.written))
         terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
-        args = (self.skipped, self.broke, met, turns, ticket, given, *terms, stages, registers)
+        args = (self.skipped, self.broke, met, turns, ticket, given, *terms, stages, registers, early, held)
         launch(
             _attention_bwd_hopper_kernel,
             (-(-kv_len // KEYS) * batch * call.k.shape[1],),
             (*self._descriptors(dk, dv), *rows, *biases, *args),
         )
+
+    def _sums_in_tiles(self) -> Tiles:
+        """Panels of dq in lines of FOLD rows."""
+        rows, columns = dq_shape(self.config.block_q, self.d)
+        fold, panel = FOLD.value, PANEL.value
+        return Tiles(self.sums.unflatten(3, (-1, fold)).flatten(4), (1, 1, columns // panel, rows // fold, fold * panel))
 
     def _descriptors(self, dk: Tensor, dv: Tensor) -> tuple[Tiles, ...]:
         call, bm, d, v = self.call, self.config.block_q, self.d, self.dv
@@ -148,6 +154,6 @@ class _OnePass:
             dout = dout.contiguous()
         return (
             Tiles(call.q, (1, 1, bm, d)), Tiles(call.k, (1, 1, KEYS, d)), Tiles(call.v, (1, 1, KEYS, v)), Tiles(dout, (1, 1, bm, v)),
-            Tiles(self.sums, (1, 1, bm, d // 2)), Tiles(dk, (1, 1, 64, d)), Tiles(dv, (1, 1, 64, v)),
+            self._sums_in_tiles(), Tiles(dk, (1, 1, 64, d)), Tiles(dv, (1, 1, 64, v)),
             Tiles(self.lse, (1, 1, bm), swizzled=False), Tiles(self.minus, (1, 1, bm), swizzled=False),
         )  # fmt: skip

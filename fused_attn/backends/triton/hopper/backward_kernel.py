@@ -9,12 +9,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from .backward_rows import FOLD, PANEL
 from .backward_tile import coordinates, cut, dropout_words, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
 from .dropout import marked, thinned_by
 from .keep import load_words
-from .registers import written
+from .registers import held, written
 from .roles import Ring, bell, ring
+from .stream import room
 from .walk import rank, route_of, steps_of, total, visited
 
 
@@ -91,7 +93,11 @@ def reducer(dq, dbias, turns, shared, biases, block, skipped, lists, mask, sizes
                     await_turn(turn, rank(route, q_tile, lists, mask, sizes, tile))
                 for w in gl.static_range(2):
                     mbarrier.wait(shared.dq_ring.full.index(w), i & 1)
-                    tma_add(dq, [route.b, h, q_tile * tile.q, w * (tile.d // 2)], shared.dq.index(w))
+                    tma_add(
+                        dq,
+                        [route.b, h, first_panel(w, tile.q, tile.d), (q_tile * tile.q + first_row(w, tile.q, tile.d)) // FOLD, 0],
+                        shared.dq.index(w),
+                    )
                 AFTER: gl.constexpr = 1 if dbias is not None else 0
                 if dbias is not None:
                     to = [route.b, h, q_tile * tile.q, route.kv_tile * tile.kv]
@@ -124,16 +130,55 @@ def pass_turn(turn):
     gl.atomic_add(turn, one, sem="release", scope="gpu")
 
 
+@gluon.constexpr_function
+def dq_shape(queries, columns):
+    """Rows and columns of a dq tile that one consumer computes: half of the rows, where there are 128, and all columns, or the other way round.
+
+    Half of the rows reads 48 instead of 64 KB of shared memory per tile of 128 queries at head size 64.
+    """
+    q, d = int(queries), int(columns)
+    return (64, d) if q == 128 else (q, d // 2)
+
+
+@gluon.constexpr_function
+def first_row(w, queries, columns):
+    """Where a consumer's part of a dq tile begins."""
+    rows, _ = dq_shape(queries, columns)
+    return int(w) * rows if rows < int(queries) else 0
+
+
+@gluon.constexpr_function
+def first_panel(w, queries, columns):
+    """Where it begins in panels of columns."""
+    _, own = dq_shape(queries, columns)
+    return int(w) * own // int(PANEL.value) if own < int(columns) else 0
+
+
+@gluon.jit
+def folded(dq):
+    """[rows, columns] as tiles of ``sums``: [1, 1, columns / PANEL, rows / FOLD, FOLD * PANEL]."""
+    ROWS: gl.constexpr = dq.shape[0] // FOLD
+    COLUMNS: gl.constexpr = dq.shape[1] // PANEL
+    parts = dq.reshape([ROWS, FOLD, COLUMNS, PANEL]).permute((2, 0, 1, 3))
+    return parts.reshape([1, 1, COLUMNS, ROWS, FOLD * PANEL])
+
+
 @gluon.jit
 def fixed_tiles(shared, zero, W: gl.constexpr, tile):
-    """This consumer's keys and values, all keys' half of the columns for dq, and all of dS.
+    """This consumer's values; what its part of dq multiplies, keys and dS.
 
     ``zero`` is 0, which the compiler may not know: descriptors of tiles that never change are hoisted out of the loop otherwise, and spill.
     """
-    HALF: gl.constexpr = tile.d // 2
+    SHAPE: gl.constexpr = dq_shape(tile.q, tile.d)
     keys = shared.k.index(zero).reshape([tile.kv, tile.d])
     values = shared.v.index(zero).reshape([tile.kv, tile.dv])
-    return keys.slice(W * 64, 64), values.slice(W * 64, 64), keys.slice(W * HALF, HALF, dim=1), shared.ds.index(zero)
+    of_ds = shared.ds.index(zero)
+    if SHAPE[0] < tile.q:
+        of_keys = keys
+        of_ds = of_ds.slice(W * SHAPE[0], SHAPE[0], dim=1)
+    else:
+        of_keys = keys.slice(W * SHAPE[1], SHAPE[1], dim=1)
+    return values.slice(W * 64, 64), of_keys, of_ds
 
 
 @gluon.jit
@@ -143,14 +188,25 @@ def pinned(x):
 
 
 @gluon.jit
+def products(i, W: gl.constexpr, shared, tile):
+    """Raw scores [64 keys, queries] of the CTA's i-th query tile, on their way."""
+    LS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16])
+    q = shared.q.index(shared.queries.stage(i)).reshape([tile.q, tile.d])
+    k = shared.k.index(i >> 30).reshape([tile.kv, tile.d]).slice(W * 64, 64)
+    shared.queries.wait_full(i)
+    return warpgroup_mma(k, q.permute((1, 0)), gl.zeros((64, tile.q), gl.float32, LS), use_acc=False, is_async=True)
+
+
+@gluon.jit
 def step(
-    dk, dv, i, n, h, W: gl.constexpr, shared, rows, biases, route, lists, given, mask, score, dropout, sizes, tile, MASKED: gl.constexpr
+    dk, dv, s, i, n, count, h, W: gl.constexpr, shared, rows, biases, route, lists, given, mask, score, dropout, sizes, tile,
+    EARLY: gl.constexpr, HELD: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dk [64, tile.d] and dv [64, tile.dv] and what one query tile adds to them; its part of dq goes to the reducer."""
-    HALF: gl.constexpr = tile.d // 2
+    SHAPE: gl.constexpr = dq_shape(tile.q, tile.d)
     DTYPE: gl.constexpr = shared.k.dtype
     LS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16])
-    LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    LQ: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SHAPE[1], 16])
     OF_K: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
     OF_V: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LS)
@@ -161,18 +217,20 @@ def step(
     st = shared.queries.stage(i)
     q = shared.q.index(st).reshape([tile.q, tile.d])
     dout = shared.dout.index(st).reshape([tile.q, tile.dv])
-    k, v, half, ds_all = fixed_tiles(shared, i >> 30, W, tile)
-    shared.queries.wait_full(i)
-    s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    v, of_keys, of_ds = fixed_tiles(shared, i >> 30, W, tile)
+    if not EARLY:
+        s = products(i, W, shared, tile)
     # dP - delta comes out of the tensor cores: the accumulator starts at -delta. That saves an addition per score, and the registers
     # in which a column's delta (tile.q / 4 per lane) would wait.
     if APART:
         # dP comes later: its registers are those of the random words.
-        s = warpgroup_mma_wait(0, deps=(s,))
+        if not EARLY:
+            s = warpgroup_mma_wait(0, deps=(s,))
     else:
         minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
         dp = warpgroup_mma(v, dout.permute((1, 0)), minus[None, :].broadcast_to([64, tile.q]), is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
+        if not EARLY:
+            s = warpgroup_mma_wait(1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
     at, words, spans, tiles, its_place = None, None, None, None, None
@@ -196,7 +254,10 @@ def step(
         drawn = dropout_words(dropout, at, q_tile, route.kv_tile * tile.kv + W * 64, sizes, tile, LS)
         p = marked(p, drawn, dropout)
         weights = gl.maximum(p, 0.0)
-    pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
+    if HELD:
+        pb = gl.convert_layout(held(weights.to(DTYPE)), OF_V)
+    else:
+        pb = gl.convert_layout(pinned(weights.to(DTYPE)), OF_V)
     if APART:
         dv = warpgroup_mma(pb, dout, dv, is_async=True)
         dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -208,26 +269,34 @@ def step(
         dv = warpgroup_mma(pb, dout, dv, is_async=True)
     ds = score_gradients(p, dp, s, at, tiles, its_place, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
-    ds_all.slice(W * 64, 64).store(ds)
+    shared.ds.index(i >> 30).slice(W * 64, 64).store(ds)
     fence_async_shared()
     mbarrier.arrive(shared.ds_ring.full, count=1)
     dk = warpgroup_mma(gl.convert_layout(ds, OF_K), q, dk, is_async=True)
     mbarrier.wait(shared.ds_ring.full, i & 1)
-    dq = warpgroup_mma(ds_all.permute((1, 0)), half, gl.zeros((tile.q, HALF), gl.float32, LQ), use_acc=False, is_async=True)
+    dq = warpgroup_mma(of_ds.permute((1, 0)), of_keys, gl.zeros(SHAPE, gl.float32, LQ), use_acc=False, is_async=True)
     dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
-    shared.queries.release(i)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
+    if EARLY:
+        s = products(gl.minimum(i + 1, count - 1), W, shared, tile)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        shared.queries.release(i)
+    else:
+        shared.queries.release(i)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
     mbarrier.arrive(shared.ds_ring.empty, count=1)
     mbarrier.wait(shared.dq_ring.empty.index(W), (i & 1) ^ 1)
-    shared.dq.index(W).reshape([tile.q, HALF]).store(dq)
+    shared.dq.index(W).store(folded(dq))
     fence_async_shared()
     mbarrier.arrive(shared.dq_ring.full.index(W), count=1)
-    return dk, dv
+    if EARLY:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    return dk, dv, s
 
 
 @gluon.jit
 def consumer(
-    W: gl.constexpr, dk_out, dv_out, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile
+    W: gl.constexpr, dk_out, dv_out, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile,
+    EARLY: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """64 keys: sums dk and dv over the query tiles, full ones first, and writes them over its keys and values."""
     route = route_of(block, skipped, lists, mask, sizes, tile)
@@ -236,23 +305,28 @@ def consumer(
     dv = gl.zeros((64, tile.dv), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.dv, 16]))
     dk, dv = written(dk), written(dv)
     mbarrier.wait(shared.keys_here, 0)
+    count = total(route, sizes)
+    s = gl.zeros((64, tile.q), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16]))
+    if EARLY:
+        if count > 0:
+            s = warpgroup_mma_wait(0, deps=(products(gl.to_tensor(0), W, shared, tile),))
     for part in gl.static_range(2):
         for member in range(sizes.group):
             low, high = steps_of(route, member, sizes, part == 0)
             h = route.kv_h * sizes.group + member
             for i in range(low, high):
-                dk, dv = step(
-                    dk, dv, i, i - low, h, W, shared, rows, biases, route, lists, given, mask, score, dropout, sizes, tile, part == 1
-                )
+                dk, dv, s = step(
+                    dk, dv, s, i, i - low, count, h, W, shared, rows, biases, route, lists, given, mask, score, dropout, sizes, tile,
+                    EARLY, HELD, part == 1,
+                )  # fmt: skip
     if nans(dk) + nans(dv) > 0:
         gl.store(broke + route.b * (sizes.heads // sizes.group) + route.kv_h, 1)
     # The other consumer reads all of K for dq until its last product is done.
     mbarrier.wait(shared.ds_ring.empty, (total(route, sizes) & 1) ^ 1)
-    fixed = fixed_tiles(shared, 0, W, tile)
-    fixed[0].store((dk * score.scale).to(DTYPE))
+    shared.k.index(0).reshape([tile.kv, tile.d]).slice(W * 64, 64).store((dk * score.scale).to(DTYPE))
     if dropout is not None:
         dv = dv * dropout.factor
-    fixed[1].store(dv.to(DTYPE))
+    shared.v.index(0).reshape([tile.kv, tile.dv]).slice(W * 64, 64).store(dv.to(DTYPE))
     fence_async_shared()
     to = [route.b, route.kv_h, route.kv_tile * tile.kv + W * 64, 0]
     tma_store(dk_out, to, shared.k.index(0).slice(W * 64, 64, dim=2))
@@ -269,11 +343,11 @@ def nans(x):
 @gluon.jit
 def _attention_bwd_hopper_kernel(
     q, k, v, dout, dq, dk, dv, lse, minus, starts, ends, bias, dbias, skipped, broke, lists, turns, ticket, given, mask, score, dropout, sizes, tile,
-    STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER: gl.constexpr, EARLY: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """One CTA per key tile and key head, key tiles of a head after each other.
 
-    dq: float32 sums [batch, heads, q_len, head_dim], box [1, 1, tile.q, tile.d / 2]; lse and minus: log2 of the rows' sums and -delta,
+    dq: float32 sums in panels, see ``PANEL``, box that of ``folded``; lse and minus: log2 of the rows' sums and -delta,
     float32 [batch, heads, q_len rounded up], box [1, 1, tile.q]; skipped, broke: int32 [batch, key heads], heads that others do, and
     heads whose dk or dv has a NaN; turns: int32 zeros [batch, heads, query tiles] where dq is summed in order, with an int32 zero
     ``ticket``; starts, ends: int32 [batch|1, q_len rounded up], box [1, tile.q], where tensors give the rows' intervals; bias, dbias: one
@@ -287,7 +361,7 @@ def _attention_bwd_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, tile.q], lse.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, tile.q], minus.layout),
         gl.allocate_shared_memory(k.dtype, [1, tile.kv, tile.q], gl.NVMMASharedLayout.get_default_for([tile.kv, tile.q], k.dtype)),
-        gl.allocate_shared_memory(gl.float32, [2, 1, 1, tile.q, tile.d // 2], dq.layout),
+        room(dq, 2),
         bell(1),
         ring(STAGES, 1, 2 if dbias is None else 3),
         Ring(bell(2), bell(2), 1),
@@ -309,8 +383,8 @@ def _attention_bwd_hopper_kernel(
         block = gl.atomic_add(ticket, 1)
     # Each role finds the route by itself: numbers handed over lie in shared memory, where some of them would be read beyond their end.
     gl.warp_specialize([
-        (consumer, (0, dk, dv, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
-        (consumer, (1, dk, dv, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile)),
+        (consumer, (0, dk, dv, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile, EARLY, HELD)),
+        (consumer, (1, dk, dv, broke, shared, rows, biases, block, skipped, lists, given, mask, score, dropout, sizes, tile, EARLY, HELD)),
         (producer, (k, v, q, dout, lse, minus, starts, ends, bias, shared, rows, biases, block, skipped, lists, mask, sizes, tile)),
         (reducer, (dq, dbias, turns, shared, biases, block, skipped, lists, mask, sizes, tile)),
     ], [4, 1, 1], [CONSUMER, 24, 24])  # fmt: skip

@@ -14,6 +14,8 @@ MAX_HEAD_DIM = 256
 MAX_BACKWARD_DIM = 128
 # TMA's unit in bytes: addresses and strides are multiples of it.
 UNIT = 16
+# What Triton's plain kernels load by whole vectors, in bytes of 16-bit elements: strides of multiples of 16 of them.
+VECTOR_UNIT = 32
 # A scale s is divided by, and multiplied with log2(e): far from where float32 ends.
 _LARGEST_SCALE = 2.0**64
 # Sizes and coordinates are 32-bit there.
@@ -32,7 +34,7 @@ def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
     if any(size % 8 or size > MAX_HEAD_DIM for size in sizes):
         found.append(f"head_dim and value_dim must be multiples of 8 up to {MAX_HEAD_DIM}; got {sizes[0]} and {sizes[1]}")
     else:
-        found += [f"{name} {why}" for name, tensor in zip("qkv", tensors, strict=True) if (why := strides_reason(tensor))]
+        found += [f"{name} {why}" for name, tensor in zip("qkv", tensors, strict=True) if (why := _repeats(tensor))]
     if any(size > _LONGEST for tensor in tensors for size in tensor.shape):
         found.append("lengths of 2^31 and more have no coordinates in TMA")
     # A scoring that is a dot product of other operands has become one by the time that a call is lowered.
@@ -56,14 +58,25 @@ def strides_reason(tensor: Tensor) -> str:
         >>> strides_reason(torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16).expand(1, 2, 8, 64))
         'has stride 0 along dimension 1'
     """
-    size, (*lengths, last), (*strides, unit) = tensor.element_size(), tensor.shape, tensor.stride()
-    if last > 1 and unit != 1:
-        return f"must have stride 1 along its last dimension; got {unit}"
-    for dim, (length, stride) in enumerate(zip(lengths, strides, strict=True)):
+    return _repeats(tensor) or alignment_reason(tensor)
+
+
+def _repeats(tensor: Tensor) -> str:
+    """Which dimension repeats what lies in memory once: TMA does not, and a copy would take as many times the memory."""
+    for dim, (length, stride) in enumerate(zip(tensor.shape[:-1], tensor.stride(), strict=False)):
         if length > 1 and stride == 0:
             return f"has stride 0 along dimension {dim}"
-        if length > 1 and stride * size % UNIT:
-            return f"must have strides of multiples of {UNIT} bytes; got {stride * size} along dimension {dim}"
+    return ""
+
+
+def alignment_reason(tensor: Tensor, unit: int = UNIT) -> str:
+    """Why rows of a tensor are not whole units of bytes; empty if they are."""
+    size, (*lengths, last), (*strides, step) = tensor.element_size(), tensor.shape, tensor.stride()
+    if last > 1 and step != 1:
+        return f"must have stride 1 along its last dimension; got {step}"
+    for dim, (length, stride) in enumerate(zip(lengths, strides, strict=True)):
+        if length > 1 and stride * size % unit:
+            return f"must have strides of multiples of {unit} bytes; got {stride * size} along dimension {dim}"
     if not _is_fake(tensor) and tensor.data_ptr() % UNIT:
         return f"must begin at a multiple of {UNIT} bytes"
     return ""

@@ -116,13 +116,16 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     out = empty_out(call.q, call.v.shape[-1])
     lse = call.q.new_empty((batch, heads, q_len), dtype=torch.float32)
     stats = call.q.new_empty(stats_shape, dtype=torch.float32)
-    redo = torch.zeros((batch, heads, -(-q_len // 64)), dtype=torch.int32, device=call.q.device)
-    _start(call, Shape.of(call), Forward(out, lse, stats), redo)
+    blocks = -(-q_len // 64)
+    # One allocation of zeros for the counter of the queue and, 16 bytes on, the flags.
+    zeros = torch.zeros(4 + batch * heads * blocks, dtype=torch.int32, device=call.q.device)
+    redo = zeros[4:].view(batch, heads, blocks)
+    _start(call, Shape.of(call), Forward(out, lse, stats), redo, zeros)
     plain.run(call, Forward(out, lse, stats), redo)
     return out, lse, stats
 
 
-def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor) -> None:
+def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor, counter: Tensor) -> None:
     """Launches the forward, and what merges parts of the keys."""
     batch, heads, q_len, kv_len = call.shape
     tiles, terms = shape.tiles, call.terms
@@ -142,9 +145,9 @@ def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor) ->
     several = batch * heads // shape.packed * shape.parts
     together = min(several, in_cache * sizes.group // shape.packed * shape.parts)
     args = (
-        *descriptors, *(partial or (into.lse, into.stats)), terms.sinks, redo, arguments.matrix(reach(call, mask, shape)),
+        *descriptors, *(partial or (into.lse, into.stats)), terms.sinks, redo, counter, arguments.matrix(reach(call, mask, shape)),
         several, together, None if partial is None else shape.parts, *shared, sizes,
-        tiles.consumers, tiles.keys, tiles.stages, tiles.registers, _ends(call), bounded, tiles.own_out, shape.bias,
+        tiles.consumers, tiles.keys, tiles.stages, tiles.registers, _ends(call), bounded, tiles.ahead, tiles.own_out, shape.bias,
     )  # fmt: skip
     work = several * -(-shape.blocks(q_len) // tiles.consumers)
     launch(forward_kernel, (min(work, processors(call.q.device)),), args)

@@ -12,10 +12,10 @@ from ..masks import row_intervals
 from .bounds import block_bounds, listed_tiles, tile_reach
 from .compat import aggregate, wait_reads
 from .online import BOTH_ENDS, END_ONLY, NOTHING, bounded_base, dropped, online, tile_scores
-from .order import Order
+from .order import Order, queue
 from .registers import written
 from .store import store, store_part
-from .stream import Stream, flat, matrix_shape, packed_heads, room, stream
+from .stream import Stream, matrix_shape, packed_heads, room, stream
 
 
 @aggregate
@@ -31,11 +31,12 @@ class Shared:
     bias: Stream
     out: gl.shared_memory_descriptor
     BIAS: gl.constexpr
+    consumers: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, bias, out, BIAS):
+    def __init__(self, q, k, v, bias, out, BIAS, consumers):
         self.q, self.k, self.v, self.bias, self.out = q, k, v, bias, out
-        self.BIAS = gl.constexpr(BIAS)
+        self.BIAS, self.consumers = gl.constexpr(BIAS), gl.constexpr(consumers)
 
 
 @gluon.constexpr_function
@@ -51,18 +52,22 @@ def left_operand(columns: int) -> gl.DotOperandLayout:
 
 
 @gluon.jit
-def producer(Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
+def producer(Q, K, V, bias, shared, work, splits, bounds, mask, sizes, NC: gl.constexpr, BN: gl.constexpr):
     """Loads Q of one query tile after the other, and the keys and values that it reaches."""
     PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
+    order, queue = work
+    index = gl.program_id(0)
     turn = 0
     n = 0  # key tiles
-    while order.index(turn) < order.total():
-        bh, tile = order.place(order.index(turn))
-        part = None
+    while index < order.total():
+        bh, tile = order.place(index)
+        part, number = None, 0
         if splits is not None:
-            part = (bh % splits, splits)
+            number = bh % splits
+            part = (number, splits)
             bh = bh // splits
         b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
+        queue.tell(turn, (b, h, tile, number))
         for c in gl.static_range(NC):
             if PACK > 1:
                 shared.q.load(Q, [b, h, (tile * NC + c) * 64 // PACK, 0, 0], turn * NC + c)
@@ -83,7 +88,10 @@ def producer(Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC: gl.c
                     shared.bias.load(bias, [place[0], place[1], (tile * NC + c) * 64, i * BN], n * NC + c)
             shared.v.load(V, [b, h * PACK // sizes.group, i * BN, 0], n)
             n += 1
+        # The loads are two tiles ahead of the products by now: nobody waits for the counter.
+        index = queue.draw()
         turn += 1
+    queue.tell(turn, (0, 0, -1, 0))
 
 
 @gluon.jit
@@ -117,7 +125,7 @@ def skip(n, count, shared, C: gl.constexpr):
     for j in range(n, n + count):
         shared.k.pass_over(j)
         if shared.BIAS >= 0:
-            shared.bias.pass_over(j * shared.q.ring.stages + C)
+            shared.bias.pass_over(j * shared.consumers + C)
         shared.v.pass_over(j)
 
 
@@ -207,24 +215,21 @@ def attend_listed(
 
 @gluon.jit
 def consumer(
-    C: gl.constexpr, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes,
+    C: gl.constexpr, O, outputs, shared, work, splits, bounds, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, ENDS: gl.constexpr, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Computes the C-th block of one query tile after the other."""
     VD: gl.constexpr = matrix_shape(O.block_shape)[1]
     PACK: gl.constexpr = packed_heads(shared.q.tiles.shape)
     RS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    q = flat(shared.q.tiles.index(C))
+    order, queue = work
     turn = 0
     n = 0
-    while order.index(turn) < order.total():
-        bh, tile = order.place(order.index(turn))
+    b, h, tile, number = queue.hear(0)
+    while tile >= 0:
         part = None
         if splits is not None:
-            number = bh % splits
             part = (number, splits)
-            bh = bh // splits
-        b, h = bh // (sizes.heads // PACK), bh % (sizes.heads // PACK)
         block = tile * NC + C
         rows = (block * 64 + gl.arange(0, 64, RS)) // PACK
         start, end = row_intervals(mask, b, rows, sizes)
@@ -233,6 +238,7 @@ def consumer(
         hi = gl.full((64,), float("-inf"), gl.float32, RS)
         l = gl.zeros((64,), gl.float32, RS)
         shared.q.ring.wait_full(turn * NC + C)
+        q = shared.q.tile(turn * NC + C)
         if mask.dense:
             listed, mixed, count = listed_tiles(bounds, b, h, tile, part)
             if count > 0:
@@ -268,22 +274,23 @@ def consumer(
         if not OWN_OUT:
             shared.q.ring.release(turn * NC + C)
         turn += 1
+        b, h, tile, number = queue.hear(turn)
     wait_reads(0)
 
 
 @gluon.jit
 def forward_kernel(
-    Q, K, V, O, bias, lse, stats, sinks, redo, bounds, heads, together, splits, mask, score, dropout, sizes,
+    Q, K, V, O, bias, lse, stats, sinks, redo, counter, bounds, heads, together, splits, mask, score, dropout, sizes,
     NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ENDS: gl.constexpr,
-    BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr, BIAS: gl.constexpr,
+    BOUNDED: gl.constexpr, AHEAD: gl.constexpr, OWN_OUT: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O are descriptors of [batch, heads, rows, dim], boxes of 64 (Q, O) or BN rows; heads counts those of all batches.
 
     Where q_len is small, the heads of a group are packed into rows: Q and O are then [batch, key heads, queries, group, dim].
     With ``splits`` parts of the keys each is a head of its own, lse takes bases and sums, stats the float32 accumulators; see ``split``.
-    ENDS is what the mask may cut of a tile; ``bias`` a descriptor of modification number BIAS in boxes of 64 x BN, or None where that is -1.
+    ``counter``, an int32 zero, hands out query tiles. ENDS is what the mask may cut of a tile; ``bias`` a descriptor of modification number BIAS in boxes of 64 x BN, or None where that is -1.
     """
-    queries = stream(Q, NC, 1)
+    queries = stream(Q, NC * AHEAD, 1)
     if OWN_OUT:
         out = room(O, NC)
     else:
@@ -293,21 +300,21 @@ def forward_kernel(
         biases = stream(bias, STAGES * NC, 1)
     else:
         biases = keys
-    shared = Shared(queries, keys, stream(V, STAGES, NC), biases, out, BIAS)
+    shared = Shared(queries, keys, stream(V, STAGES, NC), biases, out, BIAS, NC)
     fence_async_shared()
     tiles = (sizes.q_len * packed_heads(queries.tiles.shape) + 64 * NC - 1) // (64 * NC)
-    order = Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together))
+    work = (Order(gl.to_tensor(heads), gl.to_tensor(tiles), gl.to_tensor(together)), queue(counter, NC))
     outputs = (lse, stats, sinks, redo)
     if NC == 2:
         gl.warp_specialize([
-            (consumer, (0, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (consumer, (1, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC, BN)),
+            (consumer, (0, O, outputs, shared, work, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, work, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (producer, (Q, K, V, bias, shared, work, splits, bounds, mask, sizes, NC, BN)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (consumer, (1, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (consumer, (2, O, outputs, shared, order, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
-            (producer, (Q, K, V, bias, shared, order, splits, bounds, mask, sizes, NC, BN)),
+            (consumer, (0, O, outputs, shared, work, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (1, O, outputs, shared, work, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (consumer, (2, O, outputs, shared, work, splits, bounds, mask, score, dropout, sizes, NC, BN, ENDS, BOUNDED, OWN_OUT)),
+            (producer, (Q, K, V, bias, shared, work, splits, bounds, mask, sizes, NC, BN)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

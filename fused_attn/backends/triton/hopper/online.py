@@ -38,8 +38,7 @@ def tile_scores(s, i, n, row, shared, mask, score, sizes, MASK: gl.constexpr, BN
         head = (h + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout)) % PACK)[:, None] if PACK > 1 else h
         at = (b, head, rows[:, None], (rows + query_shift(mask, b))[:, None], cols[None, :], inside)
         if shared.BIAS >= 0:
-            # As many stages of queries as consumers.
-            at_tile = n * shared.q.ring.stages + consumer
+            at_tile = n * shared.consumers + consumer
             shared.bias.ring.wait_full(at_tile)
             bias = shared.bias.tile(at_tile).load(s.type.layout)
             shared.bias.ring.release(at_tile)

@@ -16,12 +16,13 @@ _KEYS = 128
 
 
 class ForwardTiles(NamedTuple):
-    """Consumers of 64 query rows, keys per tile, stages of K and V, registers of a consumer, and whether O has shared memory of its own."""
+    """Consumers of 64 query rows, keys per tile, stages of K and V, registers of a consumer; stages of Q; whether O has shared memory of its own."""
 
     consumers: int
     keys: int
     stages: int
     registers: int
+    ahead: int
     own_out: bool
 
     def shared(self, key: Key) -> int:
@@ -31,16 +32,23 @@ class ForwardTiles(NamedTuple):
         sizes = [(size, size, self.own_out), *((a, b, True) for s in smaller for a, b in ((size, s), (s, size)))]
         rows = 64 * self.consumers
         bias = self.stages * rows * self.keys if kind == "bias" else 0
-        most = max(rows * (head + own_out * value) + self.stages * self.keys * (head + value) for head, value, own_out in sizes)
+        most = max(
+            rows * (self.ahead * head + own_out * value) + self.stages * self.keys * (head + value) for head, value, own_out in sizes
+        )
         return _HALF * (most + bias) + _OTHERS
 
 
 class BackwardConfig(NamedTuple):
-    """Queries per tile, stages of their ring, registers of the second consumer's threads."""
+    """Queries per tile, stages of their ring, registers of the second consumer's threads, and when things are done.
+
+    ``early``: scores of the next tile are under way while dq leaves; ``held``: exponentials run beside the product dP, see ``registers.held``.
+    """
 
     block_q: int
     stages: int
     registers: int
+    early: bool
+    held: bool
 
     def shared(self, key: Key) -> int:
         """Bytes, with rows' intervals from tensors; of a modified call with a bias in tiles and with dropout's words on their way."""

@@ -35,13 +35,13 @@ KINDS = {
         ForwardTiles,
         dict.fromkeys(HEAD_SIZES, ("plain", "heavy", "bias")),
         ("bias",),
-        {"consumers": (2, 3), "keys": (64, 128), "stages": _STAGES, "own_out": (False, True)},
+        {"consumers": (2, 3), "keys": (64, 128), "stages": _STAGES, "ahead": (1, 2), "own_out": (False, True)},
     ),
     "backward": Kind(
         BackwardConfig,
         dict.fromkeys(HEAD_SIZES[:2], ("plain", "modified")),
         (),
-        {"block_q": (64, 128), "stages": _STAGES},
+        {"block_q": (64, 128), "stages": _STAGES, "early": (False, True), "held": (False, True)},
     ),
     "rows": Kind(RowTiles, dict.fromkeys(HEAD_SIZES, ("plain",)), (), {"consumers": (2,), "keys": (64, 128), "stages": _STAGES}),
 }
@@ -64,6 +64,8 @@ def complaint(table: str, key: Key, tiles: Any) -> str:
         allowed = kind.values.get(field) or tuple(range(24, most_registers(getattr(tiles, "consumers", 2)) + 1, 8))
         if type(value) is not type(allowed[0]) or value not in allowed:
             return f"{field} must be one of {', '.join(map(str, allowed))}; got {value}"
+    if getattr(tiles, "ahead", 1) > 1 and not tiles.own_out:
+        return "O can take Q's place only where Q has one stage: ahead must be 1 without own_out; got 2"
     needed = tiles.shared(key)
     return "" if needed <= CAPACITY else f"a CTA has {CAPACITY} bytes of shared memory; these take {needed}"
 
