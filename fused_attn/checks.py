@@ -136,8 +136,8 @@ def as_number(name: str, value: object, advice: str) -> float:
 
 
 def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """A tensor where the inputs are."""
-    if tensor.device != device:
+    """A tensor where the inputs are; a device without an index, as ``torch.device("cuda")``, stands for any of its type."""
+    if tensor.device != device and (device.index is not None or tensor.device.type != device.type):
         raise ValueError(f"{name} must be on the inputs' device {device}; got {tensor.device}. Move it with .to({str(device)!r}).")
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right
 
 import fused_attn as fa
 import fused_attn.nn
 from fused_attn import backends
+from fused_attn.checks import require_device
 from fused_attn.integrations import flash_registry
 from fused_attn.masks import Mask
 from fused_attn.nn import d2l, keras, x_transformers
@@ -481,3 +483,14 @@ def test_unknown_backends_are_found_when_something_is_built(door):
     with pytest.raises(ValueError, match="backend must be 'auto' or one of") as error:
         DOORS[door]()
     assert explains(error.value, "backend")
+
+
+@pytest.mark.quick
+def test_a_device_without_an_index_is_any_of_its_type() -> None:
+    """``Grid(shape, torch.device("cuda"))`` has tensors on cuda:0; fakes stand for them here."""
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda:1")
+    require_device("x", tensor, torch.device("cuda"))
+    for other in ("cuda:0", "cpu"):
+        with pytest.raises(ValueError, match=f"on the inputs' device {other}; got cuda:1"):
+            require_device("x", tensor, torch.device(other))
