@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import harness, providers, roofs, tables
+from benchmarks import harness, providers, roofs, tables, timers
 from benchmarks.cases import Case, Problem, Results
 from benchmarks.commands import run, selection
 from benchmarks.harness import About, Setup, contest, measure
@@ -308,3 +308,33 @@ def test_results_are_json(tmp_path: Path) -> None:
     result = measure(CASE, ["eager"], SOON)[0]
     assert Result.from_json(result.to_json()) == result
     assert json.loads(result.to_json())["samples"] == list(result.samples)
+
+
+def test_a_device_waits_until_the_host_has_started_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for both: the host takes 1 ms for a call, the device 0.2 ms, from when it has nothing older to do."""
+    clock = {"host": 0.0, "device": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            clock["device"] = self.at = max(clock["device"], clock["host"])
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    def call() -> None:
+        clock["host"] += 1e-3
+        clock["device"] = max(clock["device"], clock["host"]) + 2e-4
+
+    def sleep(cycles: int) -> None:
+        clock["device"] = max(clock["device"], clock["host"]) + cycles / timers.CYCLES
+
+    for name, stand_in in {"Event": Event, "_sleep": sleep, "synchronize": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: clock["host"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
+    timer = timers.EventTimer(torch.device("cuda"), cold=False)
+    assert timer(call, 1).seconds == pytest.approx(1.2e-3)
+    assert timer(call, 4) == Sample(pytest.approx(2e-4), pytest.approx(1e-3))
