@@ -97,7 +97,7 @@ def test_a_launcher_of_another_form_is_refused() -> None:
 def test_one_compilation_and_one_map_per_kind(driver: Utils, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Recorded] = []
 
-    def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Recorded:
+    def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int, num_stages: int | None) -> Recorded:
         made.append(Recorded())
         return made[-1]
 
@@ -206,3 +206,81 @@ def test_explain_sees_strides_and_the_switch(monkeypatch: pytest.MonkeyPatch) ->
     assert note == "plain Triton kernels, not those for Hopper: k has stride 0 along dimension 1"
     monkeypatch.setenv("FUSED_ATTN_HOPPER", "off")
     assert notes() == ("plain Triton kernels, not those for Hopper: FUSED_ATTN_HOPPER=off",)
+
+
+class Told:
+    """A compiled kernel that keeps what it is started with."""
+
+    def __init__(self, kernel: Any, args: tuple[Any, ...], calls: list[Any]) -> None:
+        self.name, self.calls = kernel.fn.__name__, calls
+        self.metadata = SimpleNamespace(tensordesc_meta=[META for a in args if isinstance(a, Tiles)])
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.calls.append((self.name, grid, args))
+
+
+def placed(value: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """An argument with the number of the tensor at its address instead of the address; others are named by their shape."""
+    at = {t.data_ptr(): i for i, t in enumerate(tensors)}
+    if isinstance(value, torch.Tensor):
+        return at.get(value.data_ptr(), tuple(value.shape))
+    if isinstance(value, str) and value.startswith("map of"):
+        return "map of", at.get(int(value.split()[2]), "another")
+    if isinstance(value, tuple):
+        return type(value).__name__, *(placed(v, tensors) for v in value)
+    return getattr(value, "value", value)
+
+
+CALLS = {
+    "full": ((2, 4, 2, 300, 300, 64), {}),
+    "causal": ((2, 4, 4, 200, 200, 128), {"mask": fa.Causal()}),
+    "window": ((1, 2, 2, 130, 400, 256), {"mask": fa.SlidingWindow(64, 8), "q_offset": 270}),
+    "packed": ((3, 8, 2, 5, 900, 64), {"mask": fa.Causal(), "q_offset": 895}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_started_again_as_a_first_one_would_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other tensors of the same kind: every argument is that of a call whose launches nobody kept."""
+    from fused_attn.backends.triton import launch as plain_launch
+    from fused_attn.backends.triton.hopper import forward, replay
+    from fused_attn.problem import AttentionProblem
+
+    calls: list[Any] = []
+    monkeypatch.setattr(plain_launch, "target_chip", 90)
+    monkeypatch.setattr(launch, "kinds", lambda kernel, *rest: (kernel.fn.__name__,))  # an interpreted kernel has no hash
+    monkeypatch.setattr(launch, "compile_for", lambda kernel, args, *rest: Told(kernel, args, calls))
+    monkeypatch.setattr(launch, "takes_tensor_maps", lambda compiled: compiled)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(descriptors, "tensor_map", lambda descriptor, meta: f"map of {descriptor.base.data_ptr()}")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(forward, "_kept", {})
+    descriptors._arguments.cache_clear()
+    kind = forward._kind
+    monkeypatch.setattr(forward, "_kind", lambda call: kind(call, "cpu"))
+
+    (batch, heads, kv_heads, q_len, kv_len, dim), given = CALLS[name]
+    options = dict.fromkeys(("mask", "scale", "sinks", "dropout", "return_aux", "scoring")) | {"score_mods": (), "q_offset": 0} | given
+
+    def run() -> list[Any]:
+        sizes = ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+        q, k, v = (torch.zeros(batch, n, h, dim, dtype=torch.bfloat16).transpose(1, 2) for h, n in sizes)
+        gone.append(weakref.ref(q))
+        call = AttentionProblem.check(q, k, v, options).lower()
+        calls.clear()
+        results = forward.attention_fwd(call, (2, batch, heads, q_len))
+        return [(kernel, grid, tuple(placed(a, (q, k, v, *results)) for a in args)) for kernel, grid, args in calls]
+
+    gone: list[Any] = []
+    first, again = run(), run()
+    gc.collect()
+    assert gone[0]() is None, "what is kept holds no tensor"
+    assert [kernel for kernel, _, _ in first] == ["forward_kernel", "_attention_fwd_kernel"]
+    (recording,) = forward._kept.values()
+    assert isinstance(recording, replay.Recording)
+    forward._kept.clear()
+    assert again == run() == first
+    forward._kept.clear()
+    q = torch.zeros(1, 2, 200, 64, dtype=torch.bfloat16)
+    forward.attention_fwd(AttentionProblem.check(q, q, q, options).lower(), (2, 1, 2, 200))
+    assert not forward._kept, "tensors that share an address may have addresses of their own another time"

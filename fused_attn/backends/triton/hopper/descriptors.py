@@ -64,6 +64,13 @@ class _Address(NamedTuple):
         return self.address
 
 
+def arguments_at(
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzled: bool, meta: Meta
+) -> tuple[Any, ...]:
+    """``Tiles.arguments`` of a tensor that lies there."""
+    return _arguments((address, dtype, sizes, strides), box, swizzled, meta)
+
+
 @functools.lru_cache(maxsize=4096)
 def _descriptor(seen: _Seen, box: tuple[int, ...], swizzled: bool) -> TensorDescriptor:
     address, dtype, shape, strides = seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_attn.backends.base import Forward
 from fused_attn.backends.triton import BUILT_IN, arguments
 from fused_attn.backends.triton import attention_fwd as plain
-from fused_attn.backends.triton.launch import run
+from fused_attn.backends.triton.launch import Plan, run
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
@@ -24,6 +24,7 @@ from .lists import tile_lists
 from .modifications import fast, is_bounded, loaded_bias
 from .online import BITS_ONLY, BOTH_ENDS, END_ONLY
 from .order import processors
+from .replay import Recording
 from .tile_shapes import ForwardTiles
 from .tiles import FORWARD, padded
 
@@ -120,13 +121,53 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     # One allocation of zeros for the counter of the queue and, 16 bytes on, the flags.
     zeros = torch.zeros(4 + batch * heads * blocks, dtype=torch.int32, device=call.q.device)
     redo = zeros[4:].view(batch, heads, blocks)
-    _start(call, Shape.of(call), Forward(out, lse, stats), redo, zeros)
-    plain.run(call, Forward(out, lse, stats), redo)
-    return out, lse, stats
+    into, key = Forward(out, lse, stats), _kind(call)
+    if key is None:
+        _start(call, Shape.of(call), into, redo, zeros, launch)
+        plain.run(call, into, redo)
+        return into
+    tensors = (call.q, call.k, call.v, *into, zeros, redo)
+    kept = _kept.get(key)
+    if kept is not None:
+        kept.run(tensors)
+        return into
+    recording = Recording(tensors)
+    _start(call, Shape.of(call), into, redo, zeros, recording.start)
+    _mend(call, into, redo, recording)
+    if recording.whole and len(_kept) < _MOST_KEPT:
+        _kept[key] = recording
+    return into
 
 
-def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor, counter: Tensor) -> None:
-    """Launches the forward, and what merges parts of the keys."""
+# Launches by kinds of calls, and how many of these: a model has few, and lengths that never repeat keep nothing for ever.
+_kept: dict[tuple[Any, ...], Recording] = {}
+_MOST_KEPT = 1024
+
+
+def _kind(call: LoweredAttention, device: str = "cuda") -> tuple[Any, ...] | None:
+    """All that decides the launches of a call but its tensors' addresses; None where terms have tensors too, or there is no GPU."""
+    q, k, v, terms = call.q, call.k, call.v, call.terms
+    mask, offset = terms.mask, terms.q_offset
+    if terms.entries or terms.dropout is not None or terms.sinks is not None or mask.kv_start is not None or mask.kv_end is not None:
+        return None
+    if mask.keep is not None or mask.rules or isinstance(offset, Tensor) or q.device.type != device:
+        return None
+    size = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    sizes = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
+    tables = (FORWARD[size, "plain"], FORWARD[size, "heavy"])
+    return q.device, q.dtype, sizes, mask.left, mask.right, terms.scale, offset, tables
+
+
+def _mend(call: LoweredAttention, into: Forward, redo: Tensor, recording: Recording) -> None:
+    """``plain.run`` over what ``redo`` flags, of a call without sinks and dropout."""
+    plan = Plan.make(call, "fwd")
+    tensors = (*(arguments.matrix(t) for t in (call.q, call.k, call.v, into.out)), into.lse, into.stats, None, redo)
+    kernel = recording.of(plain._attention_fwd_kernel)
+    plan.launch(kernel, plan.q_tiles * call.shape[0] * call.shape[1], (*tensors, arguments.small_tile(call)))
+
+
+def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor, counter: Tensor, launching: Any) -> None:
+    """Launches the forward by ``launching``, ``launch`` or what keeps it, and what merges parts of the keys."""
     batch, heads, q_len, kv_len = call.shape
     tiles, terms = shape.tiles, call.terms
     mask, score = mask_arguments(terms), fast(arguments.scores(terms, call.grid, call.q.dtype))
@@ -150,6 +191,6 @@ def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor, co
         tiles.consumers, tiles.keys, tiles.stages, tiles.registers, _ends(call), bounded, tiles.ahead, tiles.own_out, shape.bias,
     )  # fmt: skip
     work = several * -(-shape.blocks(q_len) // tiles.consumers)
-    launch(forward_kernel, (min(work, processors(call.q.device)),), args)
+    launching(forward_kernel, (min(work, processors(call.q.device)),), args, 4)
     if partial is not None:
         split.combine(call, partial, (into.out, into.lse, into.stats, terms.sinks, redo), shared, shape.value_dim)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .compat import takes_tensor_maps
 from .descriptors import Meta, Tiles
 
-_compiled: dict[tuple[Any, ...], _Compiled] = {}
+_compiled: dict[tuple[Any, ...], Compiled] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps: int = 4) -> None:
@@ -31,25 +31,28 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
     start(kernel, (x, y, z), first.device, args, num_warps)
 
 
-def start(kernel: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...], num_warps: int) -> None:
+def start(
+    kernel: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...], num_warps: int, num_stages: int | None = None
+) -> Compiled:  # fmt: skip
     """The part of ``launch`` that needs a GPU; tests put another in its place."""
     with torch.cuda.device(device):
-        key = (device.index, *kinds(kernel, args, num_warps))
+        key = (device.index, num_stages, *kinds(kernel, args, num_warps))
         compiled = _compiled.get(key)
         if compiled is None:
-            compiled = _compiled[key] = _Compiled.of(compile_for(kernel, args, num_warps))
+            compiled = _compiled[key] = Compiled.of(compile_for(kernel, args, num_warps, num_stages))
         metas = iter(compiled.metas)
         compiled.kernel[grid](*[flat for a in args for flat in (a.arguments(next(metas)) if isinstance(a, Tiles) else (a,))])
+        return compiled
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
     """A kernel that takes tensor maps, and what it wants to know of each."""
 
     kernel: Any
     metas: tuple[Meta, ...]
 
     @classmethod
-    def of(cls, kernel: Any) -> _Compiled:
+    def of(cls, kernel: Any) -> Compiled:
         return cls(takes_tensor_maps(kernel), tuple(_items(meta) for meta in kernel.metadata.tensordesc_meta or ()))
 
 
@@ -57,10 +60,11 @@ def _items(meta: dict[str, Any]) -> Meta:
     return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in meta.items())
 
 
-def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int) -> Any:
-    """The kernel compiled for arguments of these kinds; see ``launch.run`` of the plain kernels on fusion."""
+def compile_for(kernel: Any, args: tuple[Any, ...], num_warps: int, num_stages: int | None = None) -> Any:
+    """The kernel compiled for arguments of these kinds; see ``launch.run`` of the plain kernels on fusion. Those alone have ``num_stages``."""
     given = [a.descriptor() if isinstance(a, Tiles) else a for a in args]
-    return kernel.warmup(*given, grid=(1,), num_warps=num_warps, enable_fp_fusion=False)
+    stages = {} if num_stages is None else {"num_stages": num_stages}
+    return kernel.warmup(*given, grid=(1,), num_warps=num_warps, enable_fp_fusion=False, **stages)
 
 
 def kinds(kernel: Any, args: tuple[Any, ...], num_warps: int) -> tuple[Any, ...]:
