@@ -220,10 +220,10 @@ class Told:
 
 
 def placed(value: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-    """An argument with the number of the tensor at its address instead of the address; others are named by their shape."""
+    """An argument with the number of the tensor at its address instead of the address; others are named by their elements: views are as good."""
     at = {t.data_ptr(): i for i, t in enumerate(tensors)}
     if isinstance(value, torch.Tensor):
-        return at.get(value.data_ptr(), tuple(value.shape))
+        return at.get(value.data_ptr(), f"{value.numel()} of {value.dtype}")
     if isinstance(value, str) and value.startswith("map of"):
         return "map of", at.get(int(value.split()[2]), "another")
     if isinstance(value, tuple):
@@ -239,11 +239,22 @@ CALLS = {
 }
 
 
+BACKWARD = (
+    "_attention_bwd_delta_kernel",
+    "_backward_rows_kernel",
+    "_attention_bwd_hopper_kernel",
+    "_backward_dq_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_bwd_dkdv_kernel",
+)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_is_started_again_as_a_first_one_would_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On other tensors of the same kind: every argument is that of a call whose launches nobody kept."""
+    from fused_attn.backends.base import Forward, Incoming
     from fused_attn.backends.triton import launch as plain_launch
-    from fused_attn.backends.triton.hopper import forward, replay
+    from fused_attn.backends.triton.hopper import backward, forward, replay
     from fused_attn.problem import AttentionProblem
 
     calls: list[Any] = []
@@ -255,31 +266,43 @@ def test_a_call_is_started_again_as_a_first_one_would_be(name: str, monkeypatch:
     monkeypatch.setattr(descriptors, "tensor_map", lambda descriptor, meta: f"map of {descriptor.base.data_ptr()}")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(forward, "_kept", {})
+    monkeypatch.setattr(backward, "_kept", {})
     descriptors._arguments.cache_clear()
-    kind = forward._kind
-    monkeypatch.setattr(forward, "_kind", lambda call: kind(call, "cpu"))
+    kind = forward.kind
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "kind", lambda call: kind(call, "cpu"))
 
     (batch, heads, kv_heads, q_len, kv_len, dim), given = CALLS[name]
     options = dict.fromkeys(("mask", "scale", "sinks", "dropout", "return_aux", "scoring")) | {"score_mods": (), "q_offset": 0} | given
 
-    def run() -> list[Any]:
+    def run(saved: Any = lambda out: out) -> list[Any]:
         sizes = ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
         q, k, v = (torch.zeros(batch, n, h, dim, dtype=torch.bfloat16).transpose(1, 2) for h, n in sizes)
         gone.append(weakref.ref(q))
         call = AttentionProblem.check(q, k, v, options).lower()
         calls.clear()
-        results = forward.attention_fwd(call, (2, batch, heads, q_len))
-        return [(kernel, grid, tuple(placed(a, (q, k, v, *results)) for a in args)) for kernel, grid, args in calls]
+        results = Forward(*forward.attention_fwd(call, (2, batch, heads, q_len)))
+        dout, gradients, results = torch.zeros_like(results.out), (), results._replace(out=saved(results.out))
+        if dim <= 128:
+            gradients = backward.attention_bwd(call, results, Incoming(dout), (True, True, True, False))[:3]
+        tensors = (q, k, v, *results, dout, *gradients)
+        return [(kernel, grid, tuple(placed(a, tensors) for a in args)) for kernel, grid, args in calls]
 
     gone: list[Any] = []
     first, again = run(), run()
     gc.collect()
     assert gone[0]() is None, "what is kept holds no tensor"
-    assert [kernel for kernel, _, _ in first] == ["forward_kernel", "_attention_fwd_kernel"]
+    assert [kernel for kernel, _, _ in first[:2]] == ["forward_kernel", "_attention_fwd_kernel"]
+    assert [kernel for kernel, _, _ in first[2:]] == (list(BACKWARD) if dim <= 128 else [])
     (recording,) = forward._kept.values()
-    assert isinstance(recording, replay.Recording)
+    assert isinstance(recording, replay.Recording) and len(backward._kept) == int(dim <= 128)
     forward._kept.clear()
+    backward._kept.clear()
     assert again == run() == first
+    forward._kept.clear()
+    backward._kept.clear()
+    run(lambda out: out.contiguous().transpose(2, 3).contiguous().transpose(2, 3)), run()
+    assert len(backward._kept) == 2 * (dim <= 128), "a compiler may lay out what is kept for the backward as it likes"
     forward._kept.clear()
     q = torch.zeros(1, 2, 200, 64, dtype=torch.bfloat16)
     forward.attention_fwd(AttentionProblem.check(q, q, q, options).lower(), (2, 1, 2, 200))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,7 +13,7 @@ from fused_attn.backends.base import Forward, Gradients, Incoming
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton import attention_bwd as plain
 from fused_attn.backends.triton.attention_bwd import Arriving
-from fused_attn.backends.triton.launch import run
+from fused_attn.backends.triton.launch import Plan, run
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
@@ -24,8 +25,10 @@ from .backward_rows import FOLD, PANEL, _backward_dq_kernel, _backward_rows_kern
 from .backward_tile import Given
 from .descriptors import Tiles
 from .eligible import MAX_BACKWARD_DIM, strides_reason
+from .forward import MOST_KEPT, kind
 from .keep import mask_arguments
 from .launch import launch
+from .replay import Recording
 from .tiles import BACKWARD, padded
 from .visits import lists
 
@@ -44,14 +47,86 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     """Gradients of (q, k, v, sinks, *modification tensors), None where not needed."""
     if incoming.dout is None or reasons(call):
         return plain.attention_bwd(call, forward, incoming, needs)
-    arriving = Arriving.of(call, forward, incoming)
-    place, number = _written_bias(call, needs)
-    dbias, dq, dk, dv = _OnePass(call, forward, incoming, arriving, place).run()
-    others = list(plain.other_gradients(arriving, forward, (*needs[:number], False, *needs[number + 1 :])))
-    if dbias is not None:
-        (bias,) = on_device(call.terms.mods[place], call.grid).tensors
-        others[number - 3] = in_own_shape((laid_out_like(dbias, bias),), call.terms.mods[place], call.grid)[0]
-    return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, *others
+    if strides_reason(incoming.dout):
+        incoming = replace(incoming, dout=incoming.dout.contiguous())
+    key = _kind(call, forward, incoming)
+    others: list[Tensor | None] = [None] * len(needs[3:])
+    if key is not None:
+        of_inputs = _started_again(call, forward, incoming, key)
+    else:
+        arriving = Arriving.of(call, forward, incoming)
+        place, number = _written_bias(call, needs)
+        dbias, *of_inputs = _OnePass(call, forward, incoming, arriving, Buffers.of(call), place).run()
+        others = list(plain.other_gradients(arriving, forward, (*needs[:number], False, *needs[number + 1 :])))
+        if dbias is not None:
+            (bias,) = on_device(call.terms.mods[place], call.grid).tensors
+            others[number - 3] = in_own_shape((laid_out_like(dbias, bias),), call.terms.mods[place], call.grid)[0]
+    dq, dk, dv = (t if need else None for t, need in zip(of_inputs, needs, strict=False))
+    return dq, dk, dv, *others
+
+
+class Buffers(NamedTuple):
+    """What a backward writes: see ``_attention_bwd_hopper_kernel``. ``delta`` is each row's sum of p * dp, float32 [batch, heads, q_len]."""
+
+    delta: Tensor
+    lse: Tensor
+    minus: Tensor
+    sums: Tensor
+    # Heads that the pass leaves to others, and heads in which it found a NaN: apart, so that no CTA of a head decides differently.
+    skipped: Tensor
+    broke: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    @classmethod
+    def of(cls, call: LoweredAttention) -> Buffers:
+        """Room for a call's."""
+        batch, heads, q_len, _ = call.shape
+        rows = -(-q_len // KEYS) * KEYS
+
+        def room(*sizes: int) -> Tensor:
+            return call.q.new_empty(sizes, dtype=torch.float32)
+
+        delta, (lse, minus) = room(batch, heads, q_len), room(2, batch, heads, rows).unbind()
+        sums = room(batch, heads, call.q.shape[-1] // PANEL.value, rows, PANEL.value)
+        skipped, broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
+        dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
+        return cls(delta, lse, minus, sums, skipped, broke, dq, dk, dv)
+
+
+# As the forward's.
+_kept: dict[tuple[Any, ...], Recording] = {}
+
+
+def _kind(call: LoweredAttention, forward: Forward, incoming: Incoming) -> tuple[Any, ...] | None:
+    """As ``forward.kind``, for a backward to which nothing but the output's gradient arrives and whose dq may be summed in any order."""
+    key, dout = kind(call), incoming.dout
+    more = (incoming.dlse, incoming.dprobs, incoming.dscores)
+    if key is None or dout is None or any(t is not None for t in more) or torch.are_deterministic_algorithms_enabled():
+        return None
+    given = (forward.out.stride(), forward.stats.stride(), dout.stride())
+    return *key, given, BACKWARD[max(padded(call.q.shape[-1]), padded(call.v.shape[-1])), "plain"]
+
+
+def _started_again(call: LoweredAttention, forward: Forward, incoming: Incoming, key: tuple[Any, ...]) -> list[Tensor]:
+    """dq, dk and dv of a call whose kind has a key."""
+    assert incoming.dout is not None
+    buffers = Buffers.of(call)
+    tensors = (call.q, call.k, call.v, incoming.dout, forward.out, forward.stats, *buffers)
+    kept = _kept.get(key)
+    if kept is not None:
+        kept.run(tensors)
+        return [buffers.dq, buffers.dk, buffers.dv]
+    recording, batch, heads = Recording(tensors), call.shape[0], call.shape[1]
+    plan, rows = Plan.make(call, "aux"), arguments.matrix(buffers.delta[..., None])
+    given = (arguments.matrix(forward.out), arguments.matrix(incoming.dout), None, None, None, rows)
+    plan.launch(recording.of(plain._attention_bwd_delta_kernel), plan.q_tiles * batch * heads, given)
+    arriving = Arriving.of(call, forward, incoming, buffers.delta)
+    gradients = _OnePass(call, forward, incoming, arriving, buffers, -1, recording).run()[1:]
+    if recording.whole and len(_kept) < MOST_KEPT:
+        _kept[key] = recording
+    return list(gradients)
 
 
 def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[int, int]:
@@ -71,33 +146,51 @@ def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[int,
 class _OnePass:
     """Buffers and arguments of one call."""
 
-    def __init__(self, call: LoweredAttention, forward: Forward, incoming: Incoming, arriving: Arriving, written: int) -> None:
+    def __init__(
+        self,
+        call: LoweredAttention,
+        forward: Forward,
+        incoming: Incoming,
+        arriving: Arriving,
+        room: Buffers,
+        written: int,
+        recording: Recording | None = None,
+    ) -> None:
         self.call, self.forward, self.incoming, self.arriving, self.written = call, forward, incoming, arriving, written
-        batch, heads, q_len, _ = call.shape
+        self.room, self.recording = room, recording
         self.d, self.dv = padded(call.q.shape[-1]), padded(call.v.shape[-1])
         special = bool(call.terms.mods) or call.terms.dropout is not None or arriving.more_tiles
         self.config = BACKWARD[max(self.d, self.dv), "modified" if special else "plain"]
-        rows = -(-q_len // KEYS) * KEYS
-        self.lse, self.minus = call.q.new_empty((2, batch, heads, rows), dtype=torch.float32).unbind()
-        self.sums = call.q.new_empty((batch, heads, call.q.shape[-1] // PANEL.value, rows, PANEL.value), dtype=torch.float32)
-        # Heads that the pass leaves to others, and heads in which it found a NaN: apart, so that no CTA of a head decides differently.
-        self.skipped, self.broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
         self.score = modifications.fast(arguments.scores(call.terms, call.grid, call.q.dtype))
         # Tiles that nobody visits have no gradient.
         self.dbias = None if written < 0 else torch.zeros_like(on_device(call.terms.mods[written], call.grid).tensors[0])
 
     def run(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """The gradients of the bias that the pass writes, q, k and v."""
-        call = self.call
-        dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-        before = (self.forward.stats, self.arriving.delta[..., None], self.lse[..., None], self.minus[..., None], self.sums.flatten(2, 3))
-        self._per_row(_backward_rows_kernel, KEYS, before, (self.skipped,))
-        self._main(dk, dv)
-        self._per_row(_backward_dq_kernel, 64, (self.sums.flatten(2, 3), dq), (self.skipped, self.broke))
-        plain.products(self.arriving, (dq, dk, dv), self.skipped)
+        room, sums = self.room, self.room.sums.flatten(2, 3)
+        before = (self.forward.stats, self.arriving.delta[..., None], room.lse[..., None], room.minus[..., None], sums)
+        self._per_row(_backward_rows_kernel, KEYS, before, (room.skipped,))
+        self._main(room.dk, room.dv)
+        self._per_row(_backward_dq_kernel, 64, (sums, room.dq), (room.skipped, room.broke))
+        self._mend()
         if self.dbias is not None:
-            redo_bias(self.arriving, self.skipped, self.dbias, self.written)
-        return self.dbias, dq, dk, dv
+            redo_bias(self.arriving, room.skipped, self.dbias, self.written)
+        return self.dbias, room.dq, room.dk, room.dv
+
+    def _own(self, kernel: Any) -> Any:
+        """A plain kernel, kept where the call is."""
+        return kernel if self.recording is None else self.recording.of(kernel)
+
+    def _mend(self) -> None:
+        """``plain.products`` for the heads that are left to it."""
+        call, arriving, (dq, dk, dv) = self.call, self.arriving, (arguments.matrix(t) for t in self.room[-3:])
+        rest = (*arriving.scores, self.room.skipped, arguments.small_tile(call))
+        plan = arriving.plan("bwd_dq")
+        programs = plan.q_tiles * call.shape[0] * call.shape[1]
+        plan.launch(self._own(plain._attention_bwd_dq_kernel), programs, (*arriving.operands, dq, *rest))
+        plan = arriving.plan("bwd_dkdv")
+        programs = plan.kv_tiles * call.shape[0] * call.k.shape[1]
+        plan.launch(self._own(plain._attention_bwd_dkdv_kernel), programs, (*arriving.operands, dk, dv, *rest))
 
     def _tile(self, block_q: int) -> arguments.Tile:
         call = self.call
@@ -107,7 +200,7 @@ class _OnePass:
     def _per_row(self, kernel: Any, block: int, matrices: tuple[Tensor, ...], flags: tuple[Tensor, ...]) -> None:
         batch, heads, q_len, _ = self.call.shape
         args = (*(arguments.matrix(t) for t in matrices), *flags, self.score, arguments.sizes(self.call), self._tile(block))
-        run(kernel, -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
+        run(self._own(kernel), -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
 
     def _main(self, dk: Tensor, dv: Tensor) -> None:
         call, (bm, stages, registers, early, held) = self.call, self.config
@@ -133,27 +226,26 @@ class _OnePass:
         )
         given = Given(dprobs, dscores, dbias, tl.constexpr(self.written))
         terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
-        args = (self.skipped, self.broke, met, turns, ticket, given, *terms, stages, registers, early, held)
-        launch(
+        args = (self.room.skipped, self.room.broke, met, turns, ticket, given, *terms, stages, registers, early, held)
+        (launch if self.recording is None else self.recording.start)(
             _attention_bwd_hopper_kernel,
             (-(-kv_len // KEYS) * batch * call.k.shape[1],),
             (*self._descriptors(dk, dv), *rows, *biases, *args),
+            4,
         )
 
     def _sums_in_tiles(self) -> Tiles:
         """Panels of dq in lines of FOLD rows."""
         rows, columns = dq_shape(self.config.block_q, self.d)
         fold, panel = FOLD.value, PANEL.value
-        return Tiles(self.sums.unflatten(3, (-1, fold)).flatten(4), (1, 1, columns // panel, rows // fold, fold * panel))
+        return Tiles(self.room.sums.unflatten(3, (-1, fold)).flatten(4), (1, 1, columns // panel, rows // fold, fold * panel))
 
     def _descriptors(self, dk: Tensor, dv: Tensor) -> tuple[Tiles, ...]:
         call, bm, d, v = self.call, self.config.block_q, self.d, self.dv
         dout = self.incoming.dout
         assert dout is not None
-        if strides_reason(dout):
-            dout = dout.contiguous()
         return (
             Tiles(call.q, (1, 1, bm, d)), Tiles(call.k, (1, 1, KEYS, d)), Tiles(call.v, (1, 1, KEYS, v)), Tiles(dout, (1, 1, bm, v)),
             self._sums_in_tiles(), Tiles(dk, (1, 1, 64, d)), Tiles(dv, (1, 1, 64, v)),
-            Tiles(self.lse, (1, 1, bm), swizzled=False), Tiles(self.minus, (1, 1, bm), swizzled=False),
+            Tiles(self.room.lse, (1, 1, bm), swizzled=False), Tiles(self.room.minus, (1, 1, bm), swizzled=False),
         )  # fmt: skip

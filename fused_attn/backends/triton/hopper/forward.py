@@ -121,7 +121,7 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     # One allocation of zeros for the counter of the queue and, 16 bytes on, the flags.
     zeros = torch.zeros(4 + batch * heads * blocks, dtype=torch.int32, device=call.q.device)
     redo = zeros[4:].view(batch, heads, blocks)
-    into, key = Forward(out, lse, stats), _kind(call)
+    into, key = Forward(out, lse, stats), kind(call)
     if key is None:
         _start(call, Shape.of(call), into, redo, zeros, launch)
         plain.run(call, into, redo)
@@ -134,17 +134,17 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     recording = Recording(tensors)
     _start(call, Shape.of(call), into, redo, zeros, recording.start)
     _mend(call, into, redo, recording)
-    if recording.whole and len(_kept) < _MOST_KEPT:
+    if recording.whole and len(_kept) < MOST_KEPT:
         _kept[key] = recording
     return into
 
 
 # Launches by kinds of calls, and how many of these: a model has few, and lengths that never repeat keep nothing for ever.
 _kept: dict[tuple[Any, ...], Recording] = {}
-_MOST_KEPT = 1024
+MOST_KEPT = 1024
 
 
-def _kind(call: LoweredAttention, device: str = "cuda") -> tuple[Any, ...] | None:
+def kind(call: LoweredAttention, device: str = "cuda") -> tuple[Any, ...] | None:
     """All that decides the launches of a call but its tensors' addresses; None where terms have tensors too, or there is no GPU."""
     q, k, v, terms = call.q, call.k, call.v, call.terms
     mask, offset = terms.mask, terms.q_offset
