@@ -107,7 +107,7 @@ def section(record: dict[str, Any]) -> str:
         )
     head = ["kernel, head size", "tiles of 64 x 64", *Model(0, 0, 0, 0, 0).units, "bound", "of the tensor cores' rate, at most"]
     return f"""{MARK}
-An estimate; nothing in this section was measured: no GPU was there. `make hopper` makes it from SASS of Triton {TRITON}.
+An estimate, made by `make hopper` from SASS of Triton {TRITON}; what a chip showed stands [above](#hopper-measured).
 
 - Counted: instructions, tensor products and exponentials in the loop over full tiles, the worst consumer's taken for all of them
   (`tests/hopper_counts.json`); bytes that products read of shared memory, from their shapes; bytes of tiles that are copied.
@@ -115,7 +115,7 @@ An estimate; nothing in this section was measured: no GPU was there. `make hoppe
   {SHARED} bytes of shared memory; that a warp's load takes one clock of it (lanes share rows' statistics) and its stores no more than their
   bytes; that units overlap perfectly. Not in it: latencies, conflicts of shared memory's banks, global memory, masked
   tiles, prologue and epilogue, the grid's tail. A kernel reaches less than the last column says.
-- Measured: nothing. `python -m benchmarks.gpu_check` does where there is a GPU.
+- Measured: nothing. `python -m benchmarks.gpu_check` measures where there is a GPU.
 
 Clocks of a multiprocessor per trip of all consumers through the loop, bfloat16:
 
