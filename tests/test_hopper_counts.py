@@ -18,8 +18,9 @@ PLAIN = CONFIGURATIONS["forward 128 plain"]
 # What breaks its bound today, all of it: on Triton 3.9, where descriptors take more registers, a slope per score leaves none for the loop.
 BEYOND = {
     "3.9": [
-        "forward 128 alibi, Triton 3.9: 1764 warp instructions per 64 x 64 tile, at most 1728 are allowed",
-        "backward 128 dense, Triton 3.9: 1840 warp instructions per 64 x 64 tile, at most 1836 are allowed",
+        "forward 128 alibi, Triton 3.9: 1776 warp instructions per 64 x 64 tile, at most 1732 are allowed",
+        "backward 128 causal, Triton 3.9: 1840 warp instructions per 64 x 64 tile, at most 1836 are allowed",
+        "backward 128 documents, Triton 3.9: 1840 warp instructions per 64 x 64 tile, at most 1836 are allowed",
     ],
 }
 
