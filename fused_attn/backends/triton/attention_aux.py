@@ -35,7 +35,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
     place = (b, h, q_idx, query_shift(mask, b), q_tile)
     q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
     q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
-    m, inverse = row_statistics(stats, b, h, q_idx, rows)
+    bases, inverse = row_statistics(stats, b, h, q_idx, rows, score)
     top = tl.full([tile.q], float("-inf"), tl.float32)
     broken = tl.zeros([tile.q], tl.int32)
     entropy = tl.zeros([tile.q], tl.float32)
@@ -47,7 +47,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
         k_source = (k, b, h // sizes.group, kv_idx, near_kv)
         scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
         # Selected, not multiplied: in a row that attended to a NaN even exp(-inf) * inverse is one.
-        p = tl.where(ok, probabilities(scores, m, inverse, score), 0.0)
+        p = tl.where(ok, probabilities(scores, bases, inverse, score), 0.0)
         inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
         if probs is not None:
             tl.store(pointers(probs, b, h, q_idx[:, None], kv_idx[None, :]), p.to(probs.ptr.dtype.element_ty), mask=inside)
@@ -84,13 +84,13 @@ def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, ti
         q_idx = first + tl.arange(0, tile.q)
         rows = q_idx < sizes.q_len
         interval = row_intervals(mask, b, q_idx, sizes)
-        m, inverse = row_statistics(stats, b, h, q_idx, rows)
+        bases, inverse = row_statistics(stats, b, h, q_idx, rows, score)
         q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
         q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
         place = (b, h, q_idx, query_shift(mask, b), first // tile.q)
         k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
         scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        total += tl.where(ok, probabilities(scores, m, inverse, score), 0.0)
+        total += tl.where(ok, probabilities(scores, bases, inverse, score), 0.0)
     tl.store(pointers(sums, b, h, kv_idx, kv_idx * 0), tl.sum(total, 0), mask=kv_ok)
 
 

@@ -37,7 +37,7 @@ def _attention_bwd_weight_kernel(q, k, v, dout, partial, stats, delta, dprobs, d
     q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // sizes.heads, bh % sizes.heads
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
-    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
     near = reach(rows_of[5], rows_of[6], sizes)
     place = (b, h, q_idx, query_shift(mask, b), q_tile)
     acc = tl.zeros([tile.q, tile.d], tl.float32)
