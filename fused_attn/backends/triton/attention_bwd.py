@@ -23,7 +23,7 @@ from fused_attn.score_mods import in_own_shape, on_device
 from .attention_bwd_bias import bias_gradient
 from .attention_bwd_weight import weight_gradient
 from .attention_fwd import wide_output
-from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches
+from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches, whole_dq
 from .masks import mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_dkdv, mend_dq
 from .primitives import any_true, load_rows, pointers, store_rows
@@ -93,7 +93,7 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, r
         elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
             acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
     rows = q_idx < sizes.q_len
-    store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
+    store_rows(dq, b, h, q_idx, rows, whole_dq(acc, rows_of, grads, score), tile.head_dim, tile.d)
     # 0 * NaN: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
     # Column by column, such a pair is left out (``additive.slopes``).
     if not score.by_columns:

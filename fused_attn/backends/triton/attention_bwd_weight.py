@@ -26,7 +26,7 @@ def _step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, s
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
     k_tile, v_tile = load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile)
     keys_of = (k_tile, v_tile, kv_idx, kv_ok, kv_h, (k, v))
-    _, ds = gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, True, 0, tile)
+    _, ds = gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, True, 0, False, tile)
     return dweight(acc, ds, (rows_of[8][0], b, place[1], place[2], rows_of[7], None), (k, b, kv_h, kv_idx, kv_ok, None), tile)
 
 

@@ -12,8 +12,10 @@ from .score_tile import load_statistics, pairs_allowed, probabilities, product
 
 
 @triton.jit
-def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, tile):
+def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, LATER: tl.constexpr, tile):
     """Probabilities as they met the values, and score gradients before modification DOWN_TO, [tile.q, tile.kv] each, 0 where masked.
+
+    LATER says that both are yet to be multiplied by the rows' ``inverse``.
 
     rows_of: (q, dout, bases, inverse, delta, row start, row end, row ok, matrices of q and dout);
     keys_of: (k, v, key indices, key ok, key head, matrices of k and v);
@@ -30,7 +32,7 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
     if MASKED:
         ok = ok & pairs_allowed(q_idx, kv_idx, (start, end), place, mask, tile)
         scores = tl.where(ok, scores, float("-inf"))
-    p = probabilities(scores, bases, inverse, score)
+    p = probabilities(scores, bases, None if LATER else inverse, score)
     if MASKED or score.by_columns:
         # In a row that attended to a NaN even exp(-inf) * inverse is one, and exp(score) * 0 where a row of zeros, which stands for no query,
         # scores high: a product never does.
@@ -80,9 +82,15 @@ def load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile):
     return load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d), load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
 
 
+@triton.constexpr_function
+def later(grads, score):
+    """Whether the rows of dq can be normalised at its end, instead of every probability."""
+    return grads[1] is None and score.sigmoid is None
+
+
 @triton.jit
 def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
-    """acc [tile.q, tile.d] and what one tile of keys adds to it; CLEAN takes NaN and infinities of the keys as zeros."""
+    """acc [tile.q, tile.d] and what one tile of keys adds to it, for ``whole_dq``; CLEAN takes NaN and infinities of the keys as zeros."""
     kv_idx = first + tl.arange(0, tile.kv)
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
     k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
@@ -97,6 +105,7 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
         sizes,
         MASKED,
         0,
+        later(grads, score),
         tile,
     )
     if tile.d > tile.resident:
@@ -116,6 +125,14 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
 
 
 @triton.jit
+def whole_dq(acc, rows_of, grads, score):
+    """dq from the sum of ``dq_step``."""
+    if later(grads, score):
+        acc = acc * rows_of[3][:, None]
+    return acc * score.scale
+
+
+@triton.jit
 def dkdv_step(
     carry, first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile
 ):  # fmt: skip
@@ -125,7 +142,7 @@ def dkdv_step(
     q_idx = first + tl.arange(0, tile.q)
     rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
     here = (b, h, q_idx, shift, first // tile.q)
-    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
+    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, False, tile)
     q_rows, dout_rows = rows_of[0], rows_of[1]
     if dout is not None:
         if tile.dv > tile.resident:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradient_tile import dkdv_step, dq_step, load_query_rows
+from .gradient_tile import dkdv_step, dq_step, load_query_rows, whole_dq
 from .masks import query_shift, reach, row_intervals
 from .primitives import any_true, cleaned, count_broken, dot, dropout_row, keep_tile, load_rows, store_rows
 from .score_tile import load_statistics, normalised, pairs_allowed, probabilities, tile_scores
@@ -75,7 +75,7 @@ def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dr
             kv_ok = kv_idx < sizes.kv_len
             ok = rows_of[7][:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
             hits = count_broken(tl.where(ok, 1.0, 0.0), load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d), hits)
-        after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
+        after = tl.where((before != before) & (hits == 0.0), whole_dq(clean, rows_of, grads, score), before)
         store_rows(dq, b, h, q_idx, rows, after, tile.head_dim, tile.d)
 
 

@@ -56,9 +56,14 @@ def exponentials(scores, bases):
 
 @triton.jit
 def probabilities(scores, bases, inverse, score):
-    """Weights of a tile of scores from the rows' bases and statistics [tile.q]; whatever these are, a sigmoid weighs every pair by itself."""
+    """Weights of a tile of scores from the rows' bases and statistics [tile.q]; whatever these are, a sigmoid weighs every pair by itself.
+
+    Without ``inverse`` these of a softmax are yet to be multiplied by it.
+    """
     if score.sigmoid is None:
-        p = exponentials(scores, bases) * inverse[:, None]
+        p = exponentials(scores, bases)
+        if inverse is not None:
+            p = p * inverse[:, None]
     else:
         p = sigmoid(scores, score) * inverse[:, None]
     return p
@@ -96,7 +101,7 @@ def pairs_allowed(q_idx, kv_idx, interval, place, mask, tile):
 
 @triton.jit
 def row_statistics(stats, b, h, q_idx, rows, score):
-    """Bases of the exponents and 1 / sum of these (0 for rows without keys), [tile.q] each, from the forward's statistics."""
+    """Bases of the exponents and 1 / sum of these (0 for rows without keys, else 1/2 to 1), [tile.q] each, from the forward's statistics."""
     at = pointers(stats, b * 0, b, h, q_idx)
     return normalised(tl.load(at, mask=rows, other=0.0), tl.load(at + stats.batch, mask=rows, other=0.0), score)
 
@@ -104,9 +109,11 @@ def row_statistics(stats, b, h, q_idx, rows, score):
 @triton.jit
 def normalised(m, l, score):
     """``row_statistics`` of rows with the maximum m, -inf where there is none, and the sum l, 0 where there are no keys."""
-    m = tl.where(m == float("-inf"), 0.0, m)
-    bases = base_of(m, score)
-    return bases, tl.where(l == 0.0, 0.0, tl.exp2(excess(m, bases) * -1.0) / tl.where(l == 0.0, 1.0, l))
+    m, total = tl.where(m == float("-inf"), 0.0, m), tl.where(l == 0.0, 1.0, l)
+    base, factor = base_of(m, score)
+    # Whole powers of two go to the base, so that weights fit 16 bits before they are normalised.
+    bases = (base + tl.ceil(tl.log2(total)), factor)
+    return bases, tl.where(l == 0.0, 0.0, tl.exp2(excess(m, bases) * -1.0) / total)
 
 
 @triton.jit
