@@ -82,15 +82,11 @@ def load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile):
     return load_rows(k, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d), load_rows(v, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv)
 
 
-@triton.constexpr_function
-def later(grads, score):
-    """Whether the rows of dq can be normalised at its end, instead of every probability."""
-    return grads[1] is None and score.sigmoid is None
-
-
 @triton.jit
 def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
     """acc [tile.q, tile.d] and what one tile of keys adds to it, for ``whole_dq``; CLEAN takes NaN and infinities of the keys as zeros."""
+    # Rows are normalised at the end where all of ds is a multiple of the probabilities.
+    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None
     kv_idx = first + tl.arange(0, tile.kv)
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
     k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
@@ -105,7 +101,7 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
         sizes,
         MASKED,
         0,
-        later(grads, score),
+        LATER,
         tile,
     )
     if tile.d > tile.resident:
@@ -127,7 +123,8 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
 @triton.jit
 def whole_dq(acc, rows_of, grads, score):
     """dq from the sum of ``dq_step``."""
-    if later(grads, score):
+    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None
+    if LATER:
         acc = acc * rows_of[3][:, None]
     return acc * score.scale
 
