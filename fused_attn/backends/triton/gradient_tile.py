@@ -12,7 +12,9 @@ from .score_tile import load_statistics, pairs_allowed, probabilities, product
 
 
 @triton.jit
-def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, LATER: tl.constexpr, tile):
+def gradient_tile(
+    rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, LATER: tl.constexpr, tile
+):
     """Probabilities as they met the values, and score gradients before modification DOWN_TO, [tile.q, tile.kv] each, 0 where masked.
 
     LATER says that both are yet to be multiplied by the rows' ``inverse``.
