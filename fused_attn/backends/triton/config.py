@@ -131,6 +131,7 @@ _EXCEPTIONS: dict[_Place, TileConfig] = {
 # Entries that one version of Triton needs differently, besides; one newer than all of these takes those of the newest.
 _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
     (3, 6): {
+        (80, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # 128 x 32: 144 bytes
         (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
         (120, "bwd_bias", True, 16, 128): TileConfig(64, 32, 8, 1),  # 64 x 64: 72 bytes
     },
