@@ -33,7 +33,7 @@ def test_17_huge_equal_logits(dtype: torch.dtype, backend: str, device: torch.de
 
 
 @quick
-@pytest.mark.parametrize("power", [12, 26, 28, 31, 60, 126])
+@pytest.mark.parametrize("power", [28, 31, 126])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_17_equal_and_neighbouring_logits_of_any_size(dtype: torch.dtype, power: int, backend: str, device: torch.device) -> None:
     """The rounding of a row's base is in all of its weights where an exponent is one fused multiply-add: a small factor up to 2^26 alone."""
