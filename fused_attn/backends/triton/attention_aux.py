@@ -17,9 +17,10 @@ from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
 from fused_attn.lowering import LoweredAttention
 
+from .attention_bwd import _attention_bwd_delta_kernel
 from .masks import query_range, query_shift, reach, row_intervals
 from .primitives import load_rows, pointers
-from .score_tile import probabilities, row_statistics, tile_scores
+from .score_tile import load_statistics, probabilities, row_statistics, tile_scores
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
 
 
 @triton.jit
-def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, tile):
+def _attention_columns_kernel(q, k, ready, sums, mask, score, dropout, sizes, tile):
     """One program per key tile: probabilities summed over the queries, [batch, heads, kv_len, 1]."""
     tiles = tl.cdiv(sizes.kv_len, tile.kv)
     kv_tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -84,7 +85,7 @@ def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, ti
         q_idx = first + tl.arange(0, tile.q)
         rows = q_idx < sizes.q_len
         interval = row_intervals(mask, b, q_idx, sizes)
-        bases, inverse = row_statistics(stats, b, h, q_idx, rows, score)
+        bases, inverse = load_statistics(ready, b, h, q_idx, rows, score)
         q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
         q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
         place = (b, h, q_idx, query_shift(mask, b), first // tile.q)
@@ -117,6 +118,7 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest)
             kernel, plan.q_tiles * batch * heads, (q, k, stats, arguments.matrix(result.probs), arguments.matrix(result.scores), *per_row)
         )
     if result.column_sums is not None:
-        kernel = _attention_columns_kernel
-        plan.launch(kernel, plan.kv_tiles * batch * heads, (q, k, stats, arguments.matrix(result.column_sums[..., None])))
+        kernel, ready = _attention_columns_kernel, arguments.matrix(torch.empty_like(forward.stats[:2]))
+        plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * batch * heads, (None, None, None, None, None, stats, None, ready))
+        plan.launch(kernel, plan.kv_tiles * batch * heads, (q, k, ready, arguments.matrix(result.column_sums[..., None])))
     return result
