@@ -43,8 +43,16 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, stats, delta, re
     rows = q_idx < sizes.q_len
     bases, inverse = row_statistics(stats, b, h, q_idx, rows, score)
     store_statistics(ready, b, h, q_idx, rows, bases, inverse, score)
-    if delta is None:
-        return
+    if delta is not None:
+        place = (b, h, q_idx, 0, q_tile)
+        total = _delta(out, dout, dlse, probs, dprobs, place, rows, mask, sizes, tile)
+        tl.store(pointers(delta, b, h, q_idx, q_idx * 0), total, mask=rows)
+
+
+@triton.jit
+def _delta(out, dout, dlse, probs, dprobs, place, rows, mask, sizes, tile):
+    """The sum of the rows at ``place`` [tile.q]."""
+    b, h, q_idx = place[0], place[1], place[2]
     total = tl.zeros([tile.q], tl.float32)
     if dout is not None:
         o = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32)
@@ -55,7 +63,6 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, stats, delta, re
         total -= tl.load(pointers(dlse, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
     if dprobs is not None:
         interval = row_intervals(mask, b, q_idx, sizes)
-        place = (b, h, q_idx, 0, q_tile)
         for first in range(0, sizes.kv_len, tile.kv):
             kv_idx = first + tl.arange(0, tile.kv)
             inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
@@ -63,7 +70,7 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, stats, delta, re
             inside = inside & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
             arriving = tl.load(pointers(dprobs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(p * arriving, 1)
-    tl.store(pointers(delta, b, h, q_idx, q_idx * 0), total, mask=rows)
+    return total
 
 
 @triton.jit
