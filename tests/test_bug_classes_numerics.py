@@ -33,6 +33,25 @@ def test_17_huge_equal_logits(dtype: torch.dtype, backend: str, device: torch.de
 
 
 @quick
+@pytest.mark.parametrize("power", [28, 31, 126])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_17_equal_and_neighbouring_logits_of_any_size(dtype: torch.dtype, power: int, backend: str, device: torch.device) -> None:
+    """The rounding of a row's base is in all of its weights where an exponent is one fused multiply-add: a small factor up to 2^26 alone."""
+    level = (torch.tensor([1.3, -1.7, 1.0], device=device) * 2.0**power)[:, None]
+    below = level.nextafter(torch.full_like(level, -torch.inf))
+    bias = torch.where(torch.arange(70, device=device) % 3 == 0, below, level)
+    q, k, v = torch.zeros(1, 1, 3, 16, device=device), *torch.randn(2, 1, 1, 70, 16, device=device)
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    out = fa.attention(*leaves, score_mods=(fa.Bias(bias),), backend=backend)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    right = torch.softmax(exact[0] @ exact[1].mT / 4 + bias.double(), -1) @ exact[2]
+    dout = torch.randn_like(right)
+    got = (out, *torch.autograd.grad(out, leaves, dout.to(dtype)))
+    for a, b in zip(got, (right, *torch.autograd.grad(right, exact, dout)), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=8 * torch.finfo(dtype).eps * float(b.abs().max()) + 1e-30)
+
+
+@quick
 def test_18_constant_large_inputs_many_steps(backend: str, device: torch.device) -> None:
     """pytorch#119320, #125674: NaN gradients in float32 with constant inputs of 1000."""
     leaves = [torch.full((1, 2, 70, 16), 1000.0, device=device, requires_grad=True) for _ in range(3)]

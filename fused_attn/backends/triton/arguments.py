@@ -6,6 +6,7 @@ code that would use the part. So every kernel takes the same handful of argument
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from fused_attn.scoring import SCORINGS
 LOG2E = 1.4426950408889634
 # Windows and offsets beyond this reach every key; clamping keeps index arithmetic in 32 bits.
 _FAR = 2**30
+# Logits in log2 up to which float32's rounding of one, a factor of its row's weights, stays in range: 2^32 there, and in float16 2^8.
+_FAR_WEIGHT, _FAR_WEIGHT_16 = 2.0**30, 2.0**28
 
 
 class Matrix(NamedTuple):
@@ -59,12 +62,15 @@ class MaskArgs(NamedTuple):
 class ScoreArgs(NamedTuple):
     """How scores come from the product: scale, modifications, and the factor that turns their unit into log2 for exp2.
 
+    Rows whose maximum is beyond ``far`` take the factor ``coarse`` instead (``score_tile.base_of``).
     ``scoring`` holds the device functions of what stands in the product's place, None for the product itself; ``by_columns`` says that
     they read q and k themselves. ``sigmoid`` is the bias of a normaliser that is no softmax, in log2.
     """
 
     scale: Any
     factor: Any
+    coarse: Any
+    far: Any
     mods: Any
     functions: Any
     gradients: Any
@@ -184,9 +190,12 @@ def scores(terms: Terms, grid: Grid, dtype: torch.dtype) -> ScoreArgs:
     """Scale, modifications with their device functions, and how products are computed."""
     raw, mods = unit_is_raw(terms), [on_device(m, grid) for m in terms.mods]
     functions = [score_mods.FUNCTIONS[m.name] for m in mods]
+    factor = terms.scale * LOG2E if raw else LOG2E
     return ScoreArgs(
         terms.scale,
-        terms.scale * LOG2E if raw else LOG2E,
+        factor,
+        2.0 ** (math.frexp(factor)[1] - 1),
+        (_FAR_WEIGHT_16 if dtype == torch.float16 else _FAR_WEIGHT) / factor,
         # None is the constant that has to come last, as in MaskArgs.
         tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in mods),
         tuple(value for value, _ in functions),

@@ -17,9 +17,10 @@ from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton.launch import Plan
 from fused_attn.lowering import LoweredAttention
 
+from .attention_bwd import _attention_bwd_delta_kernel
 from .masks import query_range, query_shift, reach, row_intervals
 from .primitives import load_rows, pointers
-from .score_tile import probabilities, row_statistics, tile_scores
+from .score_tile import load_statistics, probabilities, row_statistics, tile_scores
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
     place = (b, h, q_idx, query_shift(mask, b), q_tile)
     q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
     q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
-    m, inverse = row_statistics(stats, b, h, q_idx, rows)
+    bases, inverse = row_statistics(stats, b, h, q_idx, rows, score)
     top = tl.full([tile.q], float("-inf"), tl.float32)
     broken = tl.zeros([tile.q], tl.int32)
     entropy = tl.zeros([tile.q], tl.float32)
@@ -47,7 +48,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
         k_source = (k, b, h // sizes.group, kv_idx, near_kv)
         scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
         # Selected, not multiplied: in a row that attended to a NaN even exp(-inf) * inverse is one.
-        p = tl.where(ok, probabilities(scores, m, inverse, score), 0.0)
+        p = tl.where(ok, probabilities(scores, bases, inverse, score), 0.0)
         inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
         if probs is not None:
             tl.store(pointers(probs, b, h, q_idx[:, None], kv_idx[None, :]), p.to(probs.ptr.dtype.element_ty), mask=inside)
@@ -70,7 +71,7 @@ def _attention_rows_kernel(q, k, stats, probs, scores_out, top_out, entropy_out,
 
 
 @triton.jit
-def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, tile):
+def _attention_columns_kernel(q, k, ready, sums, mask, score, dropout, sizes, tile):
     """One program per key tile: probabilities summed over the queries, [batch, heads, kv_len, 1]."""
     tiles = tl.cdiv(sizes.kv_len, tile.kv)
     kv_tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -84,13 +85,13 @@ def _attention_columns_kernel(q, k, stats, sums, mask, score, dropout, sizes, ti
         q_idx = first + tl.arange(0, tile.q)
         rows = q_idx < sizes.q_len
         interval = row_intervals(mask, b, q_idx, sizes)
-        m, inverse = row_statistics(stats, b, h, q_idx, rows)
+        bases, inverse = load_statistics(ready, b, h, q_idx, rows, score)
         q_source = (q, b, h, q_idx, rows & (interval[0] < interval[1]))
         q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
         place = (b, h, q_idx, query_shift(mask, b), first // tile.q)
         k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
         scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-        total += tl.where(ok, probabilities(scores, m, inverse, score), 0.0)
+        total += tl.where(ok, probabilities(scores, bases, inverse, score), 0.0)
     tl.store(pointers(sums, b, h, kv_idx, kv_idx * 0), tl.sum(total, 0), mask=kv_ok)
 
 
@@ -117,6 +118,7 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest)
             kernel, plan.q_tiles * batch * heads, (q, k, stats, arguments.matrix(result.probs), arguments.matrix(result.scores), *per_row)
         )
     if result.column_sums is not None:
-        kernel = _attention_columns_kernel
-        plan.launch(kernel, plan.kv_tiles * batch * heads, (q, k, stats, arguments.matrix(result.column_sums[..., None])))
+        kernel, ready = _attention_columns_kernel, arguments.matrix(torch.empty_like(forward.stats[:2]))
+        plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * batch * heads, (None, None, None, None, None, stats, None, ready))
+        plan.launch(kernel, plan.kv_tiles * batch * heads, (q, k, ready, arguments.matrix(result.column_sums[..., None])))
     return result

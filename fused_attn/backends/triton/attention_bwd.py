@@ -23,21 +23,36 @@ from fused_attn.score_mods import in_own_shape, on_device
 from .attention_bwd_bias import bias_gradient
 from .attention_bwd_weight import weight_gradient
 from .attention_fwd import wide_output
-from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches
+from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches, whole_dq
 from .masks import mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_dkdv, mend_dq
 from .primitives import any_true, load_rows, pointers, store_rows
-from .score_tile import pairs_allowed
+from .score_tile import pairs_allowed, row_statistics, store_statistics
 
 
 @triton.jit
-def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, score, dropout, sizes, tile):
-    """sum(out * dout) + sum(probs * dprobs) - dlse per row; delta and dlse are [batch, heads, q_len, 1] matrices."""
+def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, stats, delta, ready, mask, score, dropout, sizes, tile):
+    """What the other passes read of each row: sum(out * dout) + sum(probs * dprobs) - dlse, and its statistics as ``store_statistics``.
+
+    delta, None where it is known, and dlse are [batch, heads, q_len, 1] matrices.
+    """
     tiles = tl.cdiv(sizes.q_len, tile.q)
     q_tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // sizes.heads, bh % sizes.heads
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
     rows = q_idx < sizes.q_len
+    bases, inverse = row_statistics(stats, b, h, q_idx, rows, score)
+    store_statistics(ready, b, h, q_idx, rows, bases, inverse, score)
+    if delta is not None:
+        place = (b, h, q_idx, 0, q_tile)
+        total = _delta(out, dout, dlse, probs, dprobs, place, rows, mask, sizes, tile)
+        tl.store(pointers(delta, b, h, q_idx, q_idx * 0), total, mask=rows)
+
+
+@triton.jit
+def _delta(out, dout, dlse, probs, dprobs, place, rows, mask, sizes, tile):
+    """The sum of the rows at ``place`` [tile.q]."""
+    b, h, q_idx = place[0], place[1], place[2]
     total = tl.zeros([tile.q], tl.float32)
     if dout is not None:
         o = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32)
@@ -48,7 +63,6 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, sco
         total -= tl.load(pointers(dlse, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
     if dprobs is not None:
         interval = row_intervals(mask, b, q_idx, sizes)
-        place = (b, h, q_idx, 0, q_tile)
         for first in range(0, sizes.kv_len, tile.kv):
             kv_idx = first + tl.arange(0, tile.kv)
             inside = rows[:, None] & (kv_idx < sizes.kv_len)[None, :]
@@ -56,7 +70,7 @@ def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, delta, mask, sco
             inside = inside & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
             arriving = tl.load(pointers(dprobs, b, h, q_idx[:, None], kv_idx[None, :]), mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(p * arriving, 1)
-    tl.store(pointers(delta, b, h, q_idx, q_idx * 0), total, mask=rows)
+    return total
 
 
 @triton.jit
@@ -68,7 +82,7 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, r
         if tl.load(redo + bh // sizes.group) == 0:
             return
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
-    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
     start, end, inverse = rows_of[5], rows_of[6], rows_of[3]
     near = reach(start, end, sizes)
     low, split, resume, high = tile_bounds(start, end, q_idx, sizes, mask.dense, tile.kv)
@@ -86,7 +100,7 @@ def _attention_bwd_dq_kernel(q, k, v, dout, dq, stats, delta, dprobs, dscores, r
         elif tile_state(mask, b, h, q_tile, first // tile.kv) != 0:
             acc = dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, True, False, tile)
     rows = q_idx < sizes.q_len
-    store_rows(dq, b, h, q_idx, rows, acc * score.scale, tile.head_dim, tile.d)
+    store_rows(dq, b, h, q_idx, rows, whole_dq(acc, rows_of, grads, score), tile.head_dim, tile.d)
     # 0 * NaN: a row whose own statistics are finite may have got a NaN from a key it may not attend to, an empty one from any key.
     # Column by column, such a pair is left out (``additive.slopes``).
     if not score.by_columns:
@@ -212,13 +226,13 @@ class Arriving:
         tensors = (call.q, call.k, call.v, incoming.dout)
         q, k, v, dout, dprobs, dscores = (arguments.matrix(t) for t in (*tensors, incoming.dprobs, incoming.dscores))
         result = call.q.new_empty(call.shape[:3], dtype=torch.float32) if delta is None else delta
-        rows = arguments.matrix(result[..., None])
-        if delta is None:
-            dlse = None if incoming.dlse is None else arguments.matrix(incoming.dlse[..., None])
-            plan, wide = Plan.make(call, "aux"), wide_output(forward.stats)
-            given = (arguments.matrix(forward.out if wide is None else wide), dout, dlse, arguments.matrix(incoming.probs), dprobs, rows)
-            plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * call.shape[0] * call.shape[1], given)
-        scores = (arguments.matrix(forward.stats), rows, dprobs, dscores)
+        rows, ready = arguments.matrix(result[..., None]), arguments.matrix(call.q.new_empty((2, *call.shape[:3]), dtype=torch.float32))
+        dlse = None if incoming.dlse is None else arguments.matrix(incoming.dlse[..., None])
+        plan, wide = Plan.make(call, "aux"), wide_output(forward.stats)
+        given = (arguments.matrix(forward.out if wide is None else wide), dout, dlse, arguments.matrix(incoming.probs), dprobs)
+        into = (arguments.matrix(forward.stats), rows if delta is None else None, ready)
+        plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * call.shape[0] * call.shape[1], (*given, *into))
+        scores = (ready, rows, dprobs, dscores)
         return cls(call, result, (q, k, v, dout), scores, incoming.dprobs is not None or incoming.dscores is not None)
 
     def plan(self, stage: str) -> Plan:

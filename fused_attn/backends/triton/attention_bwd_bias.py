@@ -57,12 +57,12 @@ def _attention_bwd_bias_kernel(
         h, b = h_own + outer % steps[3], b_own + outer // steps[3]
         if touches(mask, b, h, q_tile * tile.q, kv_tile * tile.kv, kv_tile, sizes, tile):
             q_idx, kv_idx = q_tile * tile.q + tl.arange(0, tile.q), kv_tile * tile.kv + tl.arange(0, tile.kv)
-            rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+            rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
             kv_ok = kv_idx < sizes.kv_len
             k_tile, v_tile = load_keys(k, v, b, h // sizes.group, kv_idx, kv_ok, tile)
             place = (b, h, q_idx, query_shift(mask, b), q_tile)
             keys_of = (k_tile, v_tile, kv_idx, kv_ok, h // sizes.group, (k, v))
-            _, ds = gradient_tile(rows_of, keys_of, place, (dprobs, dscores), mask, score, dropout, sizes, True, PLACE, tile)
+            _, ds = gradient_tile(rows_of, keys_of, place, (dprobs, dscores), mask, score, dropout, sizes, True, PLACE, False, tile)
             total += ds
     q_idx, kv_idx = q_own * tile.q + tl.arange(0, tile.q), kv_own * tile.kv + tl.arange(0, tile.kv)
     if not OVER_Q and not OVER_KV:

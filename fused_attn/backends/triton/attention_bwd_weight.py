@@ -26,7 +26,7 @@ def _step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, s
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
     k_tile, v_tile = load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile)
     keys_of = (k_tile, v_tile, kv_idx, kv_ok, kv_h, (k, v))
-    _, ds = gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, True, 0, tile)
+    _, ds = gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, True, 0, False, tile)
     return dweight(acc, ds, (rows_of[8][0], b, place[1], place[2], rows_of[7], None), (k, b, kv_h, kv_idx, kv_ok, None), tile)
 
 
@@ -37,7 +37,7 @@ def _attention_bwd_weight_kernel(q, k, v, dout, partial, stats, delta, dprobs, d
     q_tile, bh = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // sizes.heads, bh % sizes.heads
     q_idx = q_tile * tile.q + tl.arange(0, tile.q)
-    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
     near = reach(rows_of[5], rows_of[6], sizes)
     place = (b, h, q_idx, query_shift(mask, b), q_tile)
     acc = tl.zeros([tile.q, tile.d], tl.float32)

@@ -22,7 +22,7 @@ from fused_attn.lowering import LoweredAttention
 from .masks import mixed_tiles, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_out
 from .primitives import LOG2E, any_true, dot, dropout_row, is_flagged, keep_tile, load_rows, store_rows
-from .score_tile import exponentials, sigmoid, tile_scores
+from .score_tile import base_of, excess, exponentials, sigmoid, tile_scores
 
 # Rows that one flag of ``redo`` stands for.
 REDO_ROWS = tl.constexpr(64)
@@ -43,10 +43,10 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
     scores, _ = tile_scores(q, k_tile, q_source, k_source, interval, place, mask, score, sizes, MASKED, tile)
     if score.sigmoid is None:
         m_new = tl.maximum(m, tl.max(scores, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = exponentials(scores, m_safe[:, None], score)
-        # The same rounding as in p, so that sums of earlier tiles stay sums of the same exponentials.
-        alpha = exponentials(m, m_safe, score)
+        bases = base_of(m_new, score)
+        p = exponentials(scores, bases)
+        # The rounding of m * factor is that of the earlier tiles' base, whose exponentials they summed.
+        alpha = tl.exp2(m * bases[1] - bases[0])
         l = l * alpha + tl.sum(p, 1)
         m = m_new
     else:
@@ -100,23 +100,25 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, redo, small, mask, sc
 
     # A row without keys, or with scores of -inf alone; its maximum is -inf too where it attended to nothing but NaN.
     empty = l == 0.0
+    top = tl.where(m == float("-inf"), 0.0, m)
+    true = tl.exp2(excess(top, base_of(top, score)) * -1.0)
+    l = l * true
     if sinks is not None:
         # Only now: probabilities next to a sink that takes nearly all the weight would vanish in 16 bits before they meet the values.
         sink = tl.load(sinks + h).to(tl.float32)
         highest = tl.maximum(m, sink)
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        shrink = exponentials(m, base, score)
+        shrink = tl.exp2((m - base) * score.factor)
         acc = acc * shrink[:, None]
-        l = l * shrink + exponentials(sink, base, score)
-        m = highest
-    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
+        l = l * shrink + tl.exp2((sink - base) * score.factor)
+        m, top = highest, base
+    inverse = true / tl.where(l == 0.0, 1.0, l)
     if dropout is not None:
         inverse = inverse * dropout.factor
     # 0 * NaN: an empty row is zeros whatever its values hold.
     result = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
     store_rows(out, b, h, q_idx, rows, result, tile.value_dim, tile.dv)
     unit = score.factor / LOG2E
-    top = tl.where(m == float("-inf"), 0.0, m)
     tl.store(
         lse + bh.to(tl.int64) * sizes.q_len + q_idx,
         tl.where(l == 0.0, float("-inf"), top * unit + tl.log(tl.where(l == 0.0, 1.0, l))),

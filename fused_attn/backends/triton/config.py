@@ -1,7 +1,8 @@
 """Tile configurations: one table per (chip, head size, dtype, pass), and what single chips and versions of Triton need differently.
 
-Every entry was chosen as the largest tile that compiles with at most 64 bytes of stack and within the chip's shared memory.
-tests/test_triton_compile.py holds it to that with the installed Triton, `make matrix` with every supported one.
+Every entry compiles with at most 64 bytes of stack and within the chip's shared memory: tests/test_triton_compile.py holds it to that with
+the installed Triton, `make matrix` with every supported one. Among those that do, entries with counts beside them have the fewest warp
+instructions per 64 x 64 scores (SASS of the loop over full tiles, Triton 3.7.1); the others are the largest tiles.
 """
 
 from __future__ import annotations
@@ -53,19 +54,25 @@ def _row(*entries: tuple[int, ...]) -> _Row:
 
 # (stage, heavy, bits per element): entries for HEAD_SIZES, on chips with mma.sync (sm_80, sm_120). The four that read
 # float32 rows of 64 columns in slices spilled on Triton 3.8 otherwise (264 to 648 bytes on sm_80); on 3.7 the dk, dv kernel has no more
-# instructions for it.
+# instructions for it. Triton gives every warp whole rows of scores only in tiles with as many queries as the head has columns: else
+# sums and maxima cross warps, at 9 barriers a tile instead of 2.
 _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
-    ("fwd", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    ("fwd", True, 16): _row((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    # 1306, 128 x 64: 1472; 2180, 64 x 64: 4584; 5376 on 233 registers, 64 x 64: 6616, 128 x 32 spills.
+    ("fwd", False, 16): _row((128, 128, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    # With a bias alone 9040 at head size 128, 32 x 64: 11536.
+    ("fwd", True, 16): _row((64, 32, 4, 2), (128, 16, 8, 2), (32, 32, 8, 1)),
     ("fwd", False, 32): _row((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("fwd", True, 32): _row((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("aux", False, 16): _row((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
     ("aux", False, 32): _row((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    ("bwd_dq", True, 16): _row((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    # 1436; 2376, 64 x 64: 3032 and 3 barriers, 128 x 64: 2244 and 48 bytes of stack.
+    ("bwd_dq", False, 16): _row((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+    # With every kind of operand 20632, 64 x 32: 30400; 23376, 32 x 32: 35904.
+    ("bwd_dq", True, 16): _row((128, 32, 8, 1), (128, 16, 8, 1), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dq", True, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
+    # 2440, 128 x 64 on 8 warps: 2908; 4480, with one stage, whose loads nothing hides, 4296.
+    ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     ("bwd_dkdv", True, 16): _row((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", False, 32): _row((32, 32, 8, 1, 32), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("bwd_dkdv", True, 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
@@ -74,11 +81,13 @@ _WARP_MMA: dict[tuple[str, bool, int], _Row] = {
 }
 # What chips with warpgroup products and more shared memory (sm_90, sm_100) do differently.
 _WARPGROUP_MMA: dict[tuple[str, bool, int], _Row] = {
-    ("fwd", False, 16): _row((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    # 1308; 1636; 2332, where 64 x 32 on two warpgroups, each of which makes all scores, has 6496.
+    ("fwd", False, 16): _row((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
     ("fwd", True, 16): _row((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("fwd", False, 32): _row((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("fwd", True, 32): _row((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
+    # 1228; 1736; 4480, where 32 x 32, too few rows for a warpgroup, has 10560.
+    ("bwd_dq", False, 16): _row((128, 64, 8, 2), (64, 64, 4, 2), (64, 16, 4, 2)),
     ("bwd_dq", True, 16): _row((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ("bwd_dq", False, 32): _row((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     ("bwd_dkdv", False, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
@@ -107,6 +116,8 @@ _Place = tuple[int, str, bool, int, int]
 _EXCEPTIONS: dict[_Place, TileConfig] = {
     (100, "fwd", True, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 96 bytes
     (100, "fwd", True, 32, 64): TileConfig(64, 32, 8, 1),  # 32 x 32: above 64 bytes
+    (100, "fwd", False, 16, 256): TileConfig(64, 32, 8, 2),  # 128 x 64: 96 bytes on 3.8, 104 on 3.9
+    (100, "bwd_dq", False, 16, 256): TileConfig(32, 32, 8, 1),  # 64 x 16 was not counted there: no warp makes these products
     (100, "fwd", False, 32, 128): TileConfig(32, 32, 4, 1),  # 64 rows: tensor memory runs out, and Triton makes the kernel one trap
     (100, "fwd", False, 32, 256): TileConfig(16, 32, 8, 1),  # 32 x 32: 96 bytes; 64 rows: as above
     (100, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
@@ -120,8 +131,8 @@ _EXCEPTIONS: dict[_Place, TileConfig] = {
 # Entries that one version of Triton needs differently, besides; one newer than all of these takes those of the newest.
 _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
     (3, 6): {
+        (80, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # 128 x 32: 144 bytes
         (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
-        (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
         (120, "bwd_bias", True, 16, 128): TileConfig(64, 32, 8, 1),  # 64 x 64: 72 bytes
     },
     (3, 8): {
@@ -129,8 +140,8 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (80, "fwd", True, 32, 128): TileConfig(32, 64, 8, 1),  # 64 x 32: 144 bytes
         (80, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 128 bytes
         (80, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 200 bytes
-        (80, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 240 bytes, 88 with one stage
         (80, "bwd_dq", True, 32, 128): TileConfig(32, 16, 8, 1),  # 32 x 32: 112 bytes
+        (90, "bwd_dq", False, 16, 256): TileConfig(32, 32, 8, 1),  # 64 x 16: 72 bytes
         (90, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1),  # four warps: 248 bytes
         (90, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 72 bytes
         (90, "fwd", True, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
@@ -140,10 +151,8 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
         (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
         (100, "fwd", True, 16, 256): TileConfig(64, 32, 8, 1),  # two stages: 72 bytes
         (100, "bwd_dq", True, 32, 256): TileConfig(16, 16, 8, 1),  # 32 x 16: 72 bytes
-        (120, "fwd", False, 16, 64): TileConfig(128, 64, 8, 1),  # two stages: 104 bytes
         (120, "fwd", True, 32, 128): TileConfig(32, 32, 8, 1),  # 64 x 32: 168 bytes
         (120, "fwd", False, 32, 256): TileConfig(32, 16, 8, 1),  # 32 x 32: 96 bytes
-        (120, "bwd_dq", False, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 80 bytes
         (120, "bwd_dq", False, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 88 bytes
         (120, "bwd_dq", True, 32, 256): TileConfig(32, 16, 8, 1),  # 16 x 32: 72 bytes
     },

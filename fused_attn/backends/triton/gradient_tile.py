@@ -8,18 +8,22 @@ import triton.language as tl
 from .masks import reach, row_intervals, tile_state
 from .primitives import cleaned, contract, dot, dropout_row, keep_tile, load_rows, pointers
 from .score_mods import apply, pull_back
-from .score_tile import pairs_allowed, probabilities, product, row_statistics
+from .score_tile import load_statistics, pairs_allowed, probabilities, product
 
 
 @triton.jit
-def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, tile):
+def gradient_tile(
+    rows_of, keys_of, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, DOWN_TO: tl.constexpr, LATER: tl.constexpr, tile
+):
     """Probabilities as they met the values, and score gradients before modification DOWN_TO, [tile.q, tile.kv] each, 0 where masked.
 
-    rows_of: (q, dout, m, inverse, delta, row start, row end, row ok, matrices of q and dout);
+    LATER says that both are yet to be multiplied by the rows' ``inverse``.
+
+    rows_of: (q, dout, bases, inverse, delta, row start, row end, row ok, matrices of q and dout);
     keys_of: (k, v, key indices, key ok, key head, matrices of k and v);
     place: (b, h, query indices, shift, query tile); grads: (dprobs, dscores) matrices or None.
     """
-    q, dout, m, inverse, delta, start, end, row_ok, row_matrices = rows_of
+    q, dout, bases, inverse, delta, start, end, row_ok, row_matrices = rows_of
     k, v, kv_idx, kv_ok, kv_h, key_matrices = keys_of
     b, h, q_idx, shift = place[0], place[1], place[2], place[3]
     inside = row_ok[:, None] & kv_ok[None, :]
@@ -30,7 +34,7 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
     if MASKED:
         ok = ok & pairs_allowed(q_idx, kv_idx, (start, end), place, mask, tile)
         scores = tl.where(ok, scores, float("-inf"))
-    p = probabilities(scores, m, inverse, score)
+    p = probabilities(scores, bases, None if LATER else inverse, score)
     if MASKED or score.by_columns:
         # In a row that attended to a NaN even exp(-inf) * inverse is one, and exp(score) * 0 where a row of zeros, which stands for no query,
         # scores high: a product never does.
@@ -60,18 +64,18 @@ def gradient_tile(rows_of, keys_of, place, grads, mask, score, dropout, sizes, M
 
 
 @triton.jit
-def load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile):
+def load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile):
     """What ``gradient_tile`` needs of a query tile; rows without keys are read as zeros, whatever they hold."""
     rows = q_idx < sizes.q_len
     start, end = row_intervals(mask, b, q_idx, sizes)
-    m, inverse = row_statistics(stats, b, h, q_idx, rows)
+    bases, inverse = load_statistics(stats, b, h, q_idx, rows, score)
     row_ok = rows & (inverse != 0.0)
     q_rows = load_rows(q, b, h, q_idx, row_ok, tile.head_dim, tile.d)
     dout_rows = None
     if dout is not None:
         dout_rows = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv)
     delta_rows = tl.load(pointers(delta, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
-    return q_rows, dout_rows, m, inverse, delta_rows, start, end, row_ok, (q, dout)
+    return q_rows, dout_rows, bases, inverse, delta_rows, start, end, row_ok, (q, dout)
 
 
 @triton.jit
@@ -82,7 +86,9 @@ def load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile):
 
 @triton.jit
 def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
-    """acc [tile.q, tile.d] and what one tile of keys adds to it; CLEAN takes NaN and infinities of the keys as zeros."""
+    """acc [tile.q, tile.d] and what one tile of keys adds to it, for ``whole_dq``; CLEAN takes NaN and infinities of the keys as zeros."""
+    # Rows are normalised at the end where all of ds is a multiple of the probabilities.
+    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None
     kv_idx = first + tl.arange(0, tile.kv)
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
     k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
@@ -97,6 +103,7 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
         sizes,
         MASKED,
         0,
+        LATER,
         tile,
     )
     if tile.d > tile.resident:
@@ -116,6 +123,15 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
 
 
 @triton.jit
+def whole_dq(acc, rows_of, grads, score):
+    """dq from the sum of ``dq_step``."""
+    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None
+    if LATER:
+        acc = acc * rows_of[3][:, None]
+    return acc * score.scale
+
+
+@triton.jit
 def dkdv_step(
     carry, first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile
 ):  # fmt: skip
@@ -123,9 +139,9 @@ def dkdv_step(
     dk, dv = carry
     b, shift = place
     q_idx = first + tl.arange(0, tile.q)
-    rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+    rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
     here = (b, h, q_idx, shift, first // tile.q)
-    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, tile)
+    weights, ds = gradient_tile(rows_of, keys_of, here, grads, mask, score, dropout, sizes, MASKED, 0, False, tile)
     q_rows, dout_rows = rows_of[0], rows_of[1]
     if dout is not None:
         if tile.dv > tile.resident:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradient_tile import dkdv_step, dq_step, load_query_rows
+from .gradient_tile import dkdv_step, dq_step, load_query_rows, whole_dq
 from .masks import query_shift, reach, row_intervals
 from .primitives import any_true, cleaned, count_broken, dot, dropout_row, keep_tile, load_rows, store_rows
-from .score_tile import pairs_allowed, probabilities, row_statistics, tile_scores
+from .score_tile import load_statistics, normalised, pairs_allowed, probabilities, tile_scores
 
 
 @triton.jit
@@ -24,8 +24,7 @@ def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, size
     r = (b * sizes.heads + h).to(tl.int64) * sizes.q_len + q_idx
     m = tl.load(stats + r, mask=rows, other=0.0)
     l = tl.load(stats + total + r, mask=rows, other=0.0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
+    bases, inverse = normalised(m, l, score)
     if dropout is not None:
         inverse = inverse * dropout.factor
     before = load_rows(out, b, h, q_idx, rows, tile.value_dim, tile.dv).to(tl.float32)
@@ -42,7 +41,7 @@ def mend_out(q, k, v, out, stats, total, b, h, first, mask, score, dropout, size
             k_tile = load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d)
             k_source = (k, b, h // sizes.group, kv_idx, kv_ok)
             scores, ok = tile_scores(q_rows, k_tile, q_source, k_source, interval, place, mask, score, sizes, True, tile)
-            weights = probabilities(scores, m, inverse, score)
+            weights = probabilities(scores, bases, inverse, score)
             if dropout is not None:
                 first_row = dropout_row(dropout, b, h, sizes)
                 weights = tl.where(keep_tile(dropout, first_row, q_idx, kv_first, sizes, tile.q, tile.kv), weights, 0.0)
@@ -65,7 +64,7 @@ def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dr
     rows = q_idx < sizes.q_len
     before = load_rows(dq, b, h, q_idx, rows, tile.head_dim, tile.d).to(tl.float32)
     if any_true(before != before):
-        rows_of = load_query_rows(q, dout, stats, delta, mask, b, h, q_idx, sizes, tile)
+        rows_of = load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile)
         interval = (rows_of[5], rows_of[6])
         near = reach(interval[0], interval[1], sizes)
         place = (b, h, q_idx, query_shift(mask, b), 0)
@@ -76,7 +75,7 @@ def mend_dq(q, k, v, dout, dq, stats, delta, grads, b, h, first, mask, score, dr
             kv_ok = kv_idx < sizes.kv_len
             ok = rows_of[7][:, None] & kv_ok[None, :] & pairs_allowed(q_idx, kv_idx, interval, place, mask, tile)
             hits = count_broken(tl.where(ok, 1.0, 0.0), load_rows(k, b, h // sizes.group, kv_idx, kv_ok, tile.head_dim, tile.d), hits)
-        after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
+        after = tl.where((before != before) & (hits == 0.0), whole_dq(clean, rows_of, grads, score), before)
         store_rows(dq, b, h, q_idx, rows, after, tile.head_dim, tile.d)
 
 
@@ -103,7 +102,7 @@ def _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask,
 
 
 @triton.jit
-def _broken_rows(t, stats, b, kv_h, kv_idx, span, mask, sizes, COLS: tl.constexpr, BLOCK: tl.constexpr, tile):
+def _broken_rows(t, stats, b, kv_h, kv_idx, span, mask, score, sizes, COLS: tl.constexpr, BLOCK: tl.constexpr, tile):
     """How many broken elements of t (q, or what arrives at the output) each key is attended by, [tile.kv, BLOCK]."""
     hits = tl.zeros([tile.kv, BLOCK], tl.float32)
     for member in range(sizes.group):
@@ -111,7 +110,7 @@ def _broken_rows(t, stats, b, kv_h, kv_idx, span, mask, sizes, COLS: tl.constexp
         for first in range(span[0] // tile.q * tile.q, span[1], tile.q):
             q_idx = first + tl.arange(0, tile.q)
             rows = q_idx < sizes.q_len
-            _, inverse = row_statistics(stats, b, h, q_idx, rows)
+            _, inverse = load_statistics(stats, b, h, q_idx, rows, score)
             row_ok = rows & (inverse != 0.0)
             ok = pairs_allowed(q_idx, kv_idx, row_intervals(mask, b, q_idx, sizes), (b, h, q_idx, 0, 0), mask, tile)
             ok = row_ok[:, None] & (kv_idx < sizes.kv_len)[None, :] & ok
@@ -128,7 +127,7 @@ def mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, kv_first, spa
         before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
         if any_true(before != before):
             clean = _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, True, tile)
-            hits = _broken_rows(q, stats, b, kv_h, kv_idx, span, mask, sizes, tile.head_dim, tile.d, tile)
+            hits = _broken_rows(q, stats, b, kv_h, kv_idx, span, mask, score, sizes, tile.head_dim, tile.d, tile)
             # Read once more rather than kept over the loops.
             before = load_rows(dk, b, kv_h, kv_idx, kv_ok, tile.head_dim, tile.d).to(tl.float32)
             after = tl.where((before != before) & (hits == 0.0), clean * score.scale, before)
@@ -137,7 +136,7 @@ def mend_dkdv(q, k, v, dout, dk, dv, stats, delta, grads, b, kv_h, kv_first, spa
         before_v = load_rows(dv, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv).to(tl.float32)
         if any_true(before_v != before_v):
             clean_v = _clean_dkdv(q, k, v, dout, stats, delta, grads, b, kv_h, kv_idx, span, mask, score, dropout, sizes, False, tile)
-            hits_v = _broken_rows(dout, stats, b, kv_h, kv_idx, span, mask, sizes, tile.value_dim, tile.dv, tile)
+            hits_v = _broken_rows(dout, stats, b, kv_h, kv_idx, span, mask, score, sizes, tile.value_dim, tile.dv, tile)
             before_v = load_rows(dv, b, kv_h, kv_idx, kv_ok, tile.value_dim, tile.dv).to(tl.float32)
             after_v = tl.where((before_v != before_v) & (hits_v == 0.0), clean_v, before_v)
             store_rows(dv, b, kv_h, kv_idx, kv_ok, after_v, tile.value_dim, tile.dv)

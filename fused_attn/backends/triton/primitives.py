@@ -110,6 +110,15 @@ def count_broken(ok, x, acc):
 
 
 @triton.jit
+def fused(a, b, c):
+    """a * b + c in one rounding, in float32; the interpreter's own ``tl.fma`` has two."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
 def tanh(x):
     """tanh with float32's relative precision near 0 too: Cephes' polynomial below 0.625, the exponential form above."""
     square = x * x

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .masks import allowed, tile_state
-from .primitives import contract, pointers
+from .primitives import contract, fused, pointers
 from .score_mods import apply
 
 
@@ -24,19 +24,46 @@ def product(q, k, q_source, k_source, score, tile):
     return scores
 
 
-@triton.jit
-def exponentials(scores, m, score):
-    """exp(scores - m); ``m`` broadcasts and is finite."""
-    # Scores may be huge and equal: the exact difference comes first. A fused multiply-add would leave the rounding of m * factor, 2^-24 of
-    # the largest logit, in every exponent.
-    return tl.exp2((scores - m) * score.factor)
+# Finite, so that scores of -inf have the weight 0 in rows that have seen nothing else.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def probabilities(scores, m, inverse, score):
-    """Weights of a tile of scores from the rows' statistics [tile.q]; whatever these are, a sigmoid weighs every pair by itself."""
+def base_of(m, score):
+    """What the exponents of a row with the maximum m subtract, and their factor: (base, factor), shaped like m.
+
+    The base is the rounded product, which leaves one instruction per score; its rounding is a factor of the whole row
+    (``excess``), which sums and outputs share. Only in rows beyond ``score.far`` would that factor leave the range: these take the power of two
+    below the factor, whose product is exact. Float32 scores that differ there differ by 2^16 in weight at least, so equal ones is
+    all that is left to tell apart.
+    """
+    factor = tl.where(tl.abs(m) > score.far, score.coarse, score.factor)
+    return tl.maximum(m * factor, _LOWEST), factor
+
+
+@triton.jit
+def excess(m, bases):
+    """log2 of what ``exponentials`` are too large by, exactly; m is finite."""
+    return fused(m, bases[1], bases[0] * -1.0)
+
+
+@triton.jit
+def exponentials(scores, bases):
+    """exp(scores - m) times 2^excess, [tile.q, tile.kv], with the rows' bases of ``base_of``."""
+    # A negation would be 0 - x, an instruction of its own.
+    return tl.exp2(fused(scores, bases[1][:, None], (bases[0] * -1.0)[:, None]))
+
+
+@triton.jit
+def probabilities(scores, bases, inverse, score):
+    """Weights of a tile of scores from the rows' bases and statistics [tile.q]; whatever these are, a sigmoid weighs every pair by itself.
+
+    Without ``inverse`` these of a softmax are yet to be multiplied by it.
+    """
     if score.sigmoid is None:
-        p = exponentials(scores, m[:, None], score) * inverse[:, None]
+        p = exponentials(scores, bases)
+        if inverse is not None:
+            p = p * inverse[:, None]
     else:
         p = sigmoid(scores, score) * inverse[:, None]
     return p
@@ -73,9 +100,34 @@ def pairs_allowed(q_idx, kv_idx, interval, place, mask, tile):
 
 
 @triton.jit
-def row_statistics(stats, b, h, q_idx, rows):
-    """Row maximum (0 for rows without keys) and 1 / sum (0 for rows without keys), [tile.q] each."""
+def row_statistics(stats, b, h, q_idx, rows, score):
+    """Bases of the exponents and 1 / sum of these (0 for rows without keys, else 1/2 to 1), [tile.q] each, from the forward's statistics."""
     at = pointers(stats, b * 0, b, h, q_idx)
-    m = tl.load(at, mask=rows, other=0.0)
-    l = tl.load(at + stats.batch, mask=rows, other=0.0)
-    return tl.where(m == float("-inf"), 0.0, m), tl.where(l == 0.0, 0.0, 1.0 / tl.where(l == 0.0, 1.0, l))
+    return normalised(tl.load(at, mask=rows, other=0.0), tl.load(at + stats.batch, mask=rows, other=0.0), score)
+
+
+@triton.jit
+def normalised(m, l, score):
+    """``row_statistics`` of rows with the maximum m, -inf where there is none, and the sum l, 0 where there are no keys."""
+    m, total = tl.where(m == float("-inf"), 0.0, m), tl.where(l == 0.0, 1.0, l)
+    base, factor = base_of(m, score)
+    # Whole powers of two go to the base, so that weights fit 16 bits before they are normalised.
+    bases = (base + tl.ceil(tl.log2(total)), factor)
+    return bases, tl.where(l == 0.0, 0.0, tl.exp2(excess(m, bases) * -1.0) / total)
+
+
+@triton.jit
+def store_statistics(ready, b, h, q_idx, rows, bases, inverse, score):
+    """Leaves ``row_statistics`` for ``load_statistics``, [2, batch, heads, q_len]; a sign stands for the second factor."""
+    at = pointers(ready, b * 0, b, h, q_idx)
+    tl.store(at, bases[0], mask=rows)
+    tl.store(at + ready.batch, tl.where(bases[1] == score.factor, inverse, inverse * -1.0), mask=rows)
+
+
+@triton.jit
+def load_statistics(ready, b, h, q_idx, rows, score):
+    """What ``row_statistics`` gave, without its division: the passes over queries read it once per tile."""
+    at = pointers(ready, b * 0, b, h, q_idx)
+    base = tl.load(at, mask=rows, other=0.0)
+    inverse = tl.load(at + ready.batch, mask=rows, other=0.0)
+    return (base, tl.where(inverse < 0.0, score.coarse, score.factor)), tl.abs(inverse)
