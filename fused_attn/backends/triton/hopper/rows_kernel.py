@@ -136,7 +136,7 @@ def consumer(C: gl.constexpr, outputs, queries, keys, order, stats, mask, score,
         inside = rows < sizes.q_len
         start, end = row_intervals(mask, b, rows, sizes)
         row = (b, h, rows, start, end)
-        statistics = row_statistics(stats, b, h, rows, inside)
+        statistics = row_statistics(stats, b, h, rows, inside, score)
         carry = (gl.full((64,), float("-inf"), gl.float32, layout), gl.zeros((64,), gl.int32, layout), gl.zeros((64,), gl.float32, layout))
         queries.ring.wait_full(turn * NC + C)
         q = flat(queries.tiles.index(C))
