@@ -19,7 +19,7 @@ def gradient_tile(
 
     LATER says that both are yet to be multiplied by the rows' ``inverse``.
 
-    rows_of: (q, dout, bases, inverse, delta, row start, row end, row ok, matrices of q and dout);
+    rows_of: (q, dout, bases, inverse, delta, row start, row end, row ok, matrices of q and, where there is one, dout);
     keys_of: (k, v, key indices, key ok, key head, matrices of k and v);
     place: (b, h, query indices, shift, query tile); grads: (dprobs, dscores) matrices or None.
     """
@@ -41,7 +41,7 @@ def gradient_tile(
         p = tl.where(ok, p, 0.0)
     dp = tl.zeros([tile.q, tile.kv], tl.float32)
     weights = p
-    if dout is not None:
+    if len(row_matrices) == 2:
         dout_source, v_source = (row_matrices[1], b, h, q_idx, row_ok), (key_matrices[1], b, kv_h, kv_idx, kv_ok)
         dp = contract(dout, v, dout_source, v_source, score.precision, tile.resident, tile.value_dim, tile.dv)
         if dropout is not None:
@@ -71,11 +71,12 @@ def load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile
     bases, inverse = load_statistics(stats, b, h, q_idx, rows, score)
     row_ok = rows & (inverse != 0.0)
     q_rows = load_rows(q, b, h, q_idx, row_ok, tile.head_dim, tile.d)
-    dout_rows = None
+    # Triton 3.6 cannot return None: without dout q's rows stand in its place, and the matrices say that nothing reads them.
+    dout_rows, matrices = q_rows, (q,)
     if dout is not None:
-        dout_rows = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv)
+        dout_rows, matrices = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv), (q, dout)
     delta_rows = tl.load(pointers(delta, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
-    return q_rows, dout_rows, bases, inverse, delta_rows, start, end, row_ok, (q, dout)
+    return q_rows, dout_rows, bases, inverse, delta_rows, start, end, row_ok, matrices
 
 
 @triton.jit
