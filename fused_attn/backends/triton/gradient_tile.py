@@ -71,12 +71,14 @@ def load_query_rows(q, dout, stats, delta, mask, score, b, h, q_idx, sizes, tile
     bases, inverse = load_statistics(stats, b, h, q_idx, rows, score)
     row_ok = rows & (inverse != 0.0)
     q_rows = load_rows(q, b, h, q_idx, row_ok, tile.head_dim, tile.d)
-    # Triton 3.6 cannot return None: without dout q's rows stand in its place, and the matrices say that nothing reads them.
-    dout_rows, matrices = q_rows, (q,)
     if dout is not None:
-        dout_rows, matrices = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv), (q, dout)
+        dout_rows = load_rows(dout, b, h, q_idx, row_ok, tile.value_dim, tile.dv)
     delta_rows = tl.load(pointers(delta, b, h, q_idx, q_idx * 0), mask=rows, other=0.0)
-    return q_rows, dout_rows, bases, inverse, delta_rows, start, end, row_ok, matrices
+    # Triton 3.6 cannot return None: without dout q's rows stand in its place, and the matrices say that nothing reads them.
+    if dout is None:
+        return q_rows, q_rows, bases, inverse, delta_rows, start, end, row_ok, (q,)
+    else:
+        return q_rows, dout_rows, bases, inverse, delta_rows, start, end, row_ok, (q, dout)
 
 
 @triton.jit
