@@ -1,6 +1,6 @@
 """The Hopper kernels on the simulator: whole calls, forward, auxiliary outputs and gradients, held to the error rule.
 
-``python -m tests.hopper_product`` (``make hopper-product``, hours) runs every combination and writes its record into docs/matrix.md; what is done
+``python -m tests.hopper_product`` (``make hopper-product``, hours) runs the product and writes its record into docs/matrix.md; what is done
 is kept below build/triton, so a run that was cut off goes on. ``python -m tests.hopper_product cover`` runs a pairwise cover of it, part of
 ``make test``: ``cover 0 2`` the first of two halves.
 """
@@ -55,9 +55,15 @@ def case_of(length: int, mask: str, extra: str, place: str, dim: int, mode: str)
 
 
 def product() -> Iterator[tuple[Case, str]]:
-    """Every combination, with everything asked for and with out and lse alone."""
-    for values in itertools.product(LENGTHS, MASKS, EXTRAS, PLACES, DIMS, MODES, REQUESTS):
-        yield case_of(*values[:-1]), values[-1]
+    """Every length, mask, modification, head size and mode with each other; places and what is asked for go round.
+
+    A place's number is the sum of the others': it meets every pair of values of any two of them, and in each of these every other place is met
+    as the third changes. What is asked for alternates with length, mask and modification.
+    """
+    orders = [range(len(values)) for values in (LENGTHS, MASKS, EXTRAS, DIMS, MODES)]
+    for length, mask, extra, dim, mode in itertools.product(*orders):
+        place, asked = PLACES[(length + mask + extra + dim + mode) % len(PLACES)], list(REQUESTS)[(length + mask + extra) % 2]
+        yield case_of(LENGTHS[length], MASKS[mask], EXTRAS[extra], place, DIMS[dim], list(MODES)[mode]), asked
 
 
 def factors() -> Iterator[tuple[Any, ...]]:
@@ -162,9 +168,10 @@ def section(count: int) -> str:
 Written by `make hopper-product`. Sources: `{sources()}`.
 
 {count} calls on the simulator of CUDA, every combination of {len(LENGTHS)} lengths of keys ({", ".join(map(str, LENGTHS))}), masks
-({", ".join(MASKS)}), modifications ({", ".join(EXTRAS)}), places ({", ".join(PLACES)}), head sizes ({", ".join(map(str, DIMS))}), orders of
-asynchronous copies ({", ".join(MODES)}), and what was asked for (everything; out and lse): all hold the error rule, without a race, a missing
-wait, an access outside a tensor or a deadlock. A cover of all pairs is part of `make test`.
+({", ".join(MASKS)}), modifications ({", ".join(EXTRAS)}), head sizes ({", ".join(map(str, DIMS))}) and orders of asynchronous copies
+({", ".join(MODES)}), with places ({", ".join(PLACES)}) and what is asked for (everything; out and lse) going round, so that each meets every pair
+of the others: all hold the error rule, without a race, a missing wait, an access outside a tensor or a deadlock. A cover of all pairs is part of
+`make test`.
 """
 
 
