@@ -66,7 +66,7 @@ class WallTimer:
 class EventTimer:
     """CUDA events around each call; the cache is flushed before each, outside of what is timed.
 
-    The device then waits for as long as the host was seen to take for a call, so that its kernels lie ready one after the other: events around
+    The device then waits for as long as the host took for the call before, and as long again, so that its kernels lie ready one after the other: events around
     a call of 0.5 ms on an H100 else held up to 0.3 ms in which the device had nothing to do.
 
     Args:
@@ -96,7 +96,7 @@ class EventTimer:
             function()
             taken = time.perf_counter() - start
             end.record()
-            host, self.lead = host + taken, max(self.lead, min(2 * taken, MOST_LEAD))
+            host, self.lead = host + taken, min(2 * taken, MOST_LEAD)
         torch.cuda.synchronize(self.device)
         return Sample(sum(begin.elapsed_time(end) for begin, end in events) / 1e3 / repeats, host / repeats)
 

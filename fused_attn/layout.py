@@ -50,11 +50,17 @@ def copied_in_rows(tensor: Tensor, unit: int) -> Tensor:
         >>> x = torch.arange(10.0).view(5, 2).t()
         >>> copied_in_rows(x, 4).stride(), copied_in_rows(x, 4).equal(x)
         ((8, 1), True)
+        >>> copied_in_rows(x.expand(3, 2, 5), 4).stride()
+        (0, 8, 1)
     """
     *lengths, size = tensor.shape
     order = [dim for dim in _order(tensor) if dim != len(lengths)]
-    room = tensor.new_empty([*(lengths[dim] for dim in order), -(-size // unit) * unit])[..., :size]
-    return _restored(room, [*order, len(lengths)]).copy_(tensor)
+    once = tensor
+    for dim, stride in enumerate(tensor.stride()[:-1]):
+        if stride == 0:  # what repeats in memory repeats in the copy
+            once = once.narrow(dim, 0, min(1, lengths[dim]))
+    room = once.new_empty([*(once.shape[dim] for dim in order), -(-size // unit) * unit])[..., :size]
+    return _restored(room, [*order, len(lengths)]).copy_(once).expand(tensor.shape)
 
 
 def with_laid_out_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 import fused_attn as fa
 from fused_attn.backends import get
 from fused_attn.problem import AttentionProblem
+from fused_attn.testing import call as testing_call
 from tests import hopper, native
 
 MODES: dict[str, dict[str, Any]] = {
@@ -237,6 +238,34 @@ def queues() -> None:
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), f"{case.name}: the number of processors shows"
 
 
+def rows_in_pieces() -> None:
+    """Odd head sizes, whose rows no copy makes whole words, and rows that copies make whole: values, layouts, no race between the ways of loading."""
+    from tests import hopper_product
+
+    def sliced(*sizes: int) -> Tensor:
+        return torch.randn(*sizes[:-1], sizes[-1] + 3).half()[..., : sizes[-1]]
+
+    for dim, value_dim, make in ((67, 64, torch.randn), (64, 24, sliced)):
+        torch.manual_seed(0)
+        hopper_product.simulate("late")
+        q, k, v = (make(1, h, n, d).half() for h, n, d in ((2, 40, dim), (1, 66, dim), (1, 66, value_dim)))
+        wide = [t.double().requires_grad_() for t in (q, k, v)]
+        exact = fa.attention(*wide, mask=fa.Causal(), q_offset=26, backend="eager")
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        call = AttentionProblem.check(
+            *leaves,
+            dict.fromkeys(("scale", "sinks", "dropout", "return_aux", "scoring")) | {"mask": fa.Causal(), "score_mods": (), "q_offset": 26},
+        )
+        out = testing_call(call, "triton")[0]
+        arriving = torch.randn_like(out)
+        grads = torch.autograd.grad(out, leaves, arriving)
+        for got, want in zip((out, *grads), (exact, *torch.autograd.grad(exact, wide, arriving.double())), strict=True):
+            assert _difference(got.detach(), want.detach()) < OUT, (
+                f"head sizes {dim} and {value_dim}: {_difference(got.detach(), want.detach())}"
+            )
+        assert out.is_contiguous() and all(g.stride() == torch.empty_like(t).stride() for g, t in zip(grads, leaves, strict=True))
+
+
 def planted_faults() -> None:
     """The simulator reports each fault of the forward kernel's PTX."""
     from tests.hopper_backward import FAULTS, _damaged
@@ -259,7 +288,7 @@ def planted_faults() -> None:
         assert found in kinds, f"{name}: the simulator reports {found}"
 
 
-CHECKS = (huge_scores, broken_values, bias_that_masks, slices, queues, planted_faults)
+CHECKS = (huge_scores, broken_values, bias_that_masks, slices, queues, rows_in_pieces, planted_faults)
 
 
 # Beside the pairs that ``hopper_product`` meets: heads packed into rows, keys in parts, a bias that TMA loads, odd head sizes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +171,10 @@ def test_the_file_is_in_the_writers_form() -> None:
         (lambda t: t["forward"]["64 plain"]["tiles"].update(consumers=4), "consumers must be one of 2, 3; got 4"),
         (lambda t: t["forward"]["64 plain"]["tiles"].update(registers=168), "registers must be one of 24, .*, 160; got 168"),
         (lambda t: t["forward"]["64 plain"]["tiles"].update(own_out=1), "own_out must be one of False, True; got 1"),
+        (lambda t: t["backward"]["64 plain"]["tiles"].update(stages=1, early=True), "stages must be at least 2 with early; got 1"),
+        (lambda t: t["forward"]["128 bias"]["tiles"].update(ahead=2), "ahead must be 1 without own_out; got 2"),
+        (lambda t: t["rows"]["64 plain"].update(tiles=None), "must have consumers, keys, stages, registers; got None"),
+        (lambda t: t.update(rows=[]), "must hold tables of entries by name"),
         (lambda t: t["backward"]["128 plain"]["tiles"].update(block_q=128), "232448 bytes of shared memory; these take 300032"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "changed",
@@ -178,6 +184,26 @@ def test_wrong_data_is_refused(change: Callable[[dict[str, Any]], object], said:
     change(data)
     with pytest.raises(ValueError, match=said):
         tiles.read(json.dumps(data))
+
+
+def test_a_file_that_is_no_json_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tiles\.json: it must hold JSON; got Expecting"):
+        tiles.read("{")
+
+
+def test_a_worker_sees_launches_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything that ``launch.start`` and ``launch.compile_for`` may be given, and what they return."""
+    from fused_attn.backends.triton.hopper import launch
+
+    given: list[Any] = []
+    for name in ("start", "compile_for"):
+        arguments = inspect.signature(getattr(launch, name)).parameters
+        monkeypatch.setattr(launch, name, lambda *args, name=name: given.append((name, len(args))) or name)
+        watched = worker.Watched("forward")
+        kernel = SimpleNamespace(fn=SimpleNamespace(__name__="another"))
+        seen = {"start": watched.started, "compile_for": watched.compile_for}[name]
+        assert seen(kernel, *range(len(arguments) - 1)) == name
+        assert given.pop() == (name, len(arguments))
 
 
 def kind_of(configuration: hopper_counts.Configuration) -> str:

@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, machine: Machine | None = None) -> int:
     """0; 1 where tiles of today are wrong or do not compile."""
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, a process that compiles; got {args.jobs}")
     device = torch.device("cpu") if args.compile else selection.device(args)
     if machine is None and not args.compile and (device.type == "cpu" or torch.cuda.get_device_capability(device) != (9, 0)):
         raise ValueError("Hopper's kernels are timed on a GPU of compute capability 9.0; there is none. --compile needs no GPU.")

@@ -34,16 +34,16 @@ class Watched:
         self.table, self.kernels, self.launched = table, [], set()
         self.compile, self.start = launch.compile_for, launch.start
 
-    def compile_for(self, kernel: Any, args: tuple[Any, ...], num_warps: int) -> Any:
-        made = self.compile(kernel, args, num_warps)
+    def compile_for(self, kernel: Any, args: tuple[Any, ...], *options: Any) -> Any:
+        made = self.compile(kernel, args, *options)
         if kernel.fn.__name__ == KERNELS[self.table]:
             self.kernels.append(made)
         return made
 
-    def started(self, kernel: Any, grid: Any, device: torch.device, args: tuple[Any, ...], num_warps: int) -> None:
+    def started(self, kernel: Any, grid: Any, device: torch.device, args: tuple[Any, ...], *options: Any) -> Any:
         if kernel.fn.__name__ == KERNELS[self.table]:
             self.launched.add(launched(self.table, args))
-        self.start(kernel, grid, device, args, num_warps)
+        return self.start(kernel, grid, device, args, *options)
 
     def local(self, chosen: Any) -> int:
         """Most accesses to local memory in a trip of the loops compiled since it was asked last.
@@ -70,7 +70,7 @@ def launched(table: str, args: tuple[Any, ...]) -> Any:
 
 def held(piece: Piece, device: torch.device) -> Held:
     """Compiles, counts and checks: every call has to be right, and the large ones have to run once."""
-    from fused_attn.backends.triton.hopper import launch
+    from fused_attn.backends.triton.hopper import backward, forward, launch
 
     entry, chosen, allowed = piece
     watched, most = Watched(entry.table), 0
@@ -79,6 +79,9 @@ def held(piece: Piece, device: torch.device) -> Held:
         mock.patch.object(launch, "compile_for", watched.compile_for),
         mock.patch.object(launch, "start", watched.started),
         mock.patch.object(launch, "_compiled", {}),
+        # Nothing that was kept is started again, past what is looked at here.
+        mock.patch.object(forward, "_kept", {}),
+        mock.patch.object(backward, "_kept", {}),
     ):
         small = calls.checked(entry)
         for call in [*small, *calls.timed(entry)]:

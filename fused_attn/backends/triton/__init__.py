@@ -166,7 +166,14 @@ def _placed(call: LoweredAttention) -> tuple[LoweredAttention, int]:
     chip = launch.target_chip or (0 if _interpreted() else config.chip_of(call.q.device))
     if chip != eligible.CHIP or 0 in call.shape or call.q.element_size() != 2:
         return call, 0
-    unit = eligible.VECTOR_UNIT if eligible.reasons((call.q, call.k, call.v), call.terms) else eligible.UNIT
+    hopper = not eligible.reasons((call.q, call.k, call.v), call.terms)
+    head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
+    if not hopper and head_dim % 2:
+        # No row of 16 bits has whole words then, and k comes through registers, element by element. v has to come so, too: where one of them
+        # does and the other is copied by the hardware, Triton leaves out a fence before the product (the simulator reports the race).
+        v = call.v if value_dim % 2 else copied_in_rows(call.v, value_dim + 1)
+        return (call if v is call.v else replace(call, v=v)), 0
+    unit = eligible.UNIT if hopper else eligible.VECTOR_UNIT
     q, k, v = (_in_rows(t, unit) for t in (call.q, call.k, call.v))
     same = q is call.q and k is call.k and v is call.v
     return call if same else replace(call, q=q, k=k, v=v), unit

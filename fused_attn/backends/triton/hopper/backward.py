@@ -24,7 +24,7 @@ from .backward_redo import redo_bias
 from .backward_rows import FOLD, PANEL, _backward_dq_kernel, _backward_rows_kernel
 from .backward_tile import Given
 from .descriptors import Tiles
-from .eligible import MAX_BACKWARD_DIM, strides_reason
+from .eligible import MAX_BACKWARD_DIM, UNIT, strides_reason
 from .forward import MOST_KEPT, kind
 from .keep import mask_arguments
 from .launch import launch
@@ -105,7 +105,9 @@ def _kind(call: LoweredAttention, forward: Forward, incoming: Incoming) -> tuple
     more = (incoming.dlse, incoming.dprobs, incoming.dscores)
     if key is None or dout is None or any(t is not None for t in more) or torch.are_deterministic_algorithms_enabled():
         return None
-    given = (forward.out.stride(), forward.stats.stride(), dout.stride())
+    # What was saved may come back from elsewhere, at any address.
+    aligned = forward.out.data_ptr() % UNIT == 0, forward.stats.data_ptr() % UNIT == 0
+    given = (forward.out.stride(), forward.stats.stride(), dout.stride(), aligned)
     return *key, given, BACKWARD[max(padded(call.q.shape[-1]), padded(call.v.shape[-1])), "plain"]
 
 

@@ -63,9 +63,11 @@ def complaint(table: str, key: Key, tiles: Any) -> str:
     for field, value in tiles._asdict().items():
         allowed = kind.values.get(field) or tuple(range(24, most_registers(getattr(tiles, "consumers", 2)) + 1, 8))
         if type(value) is not type(allowed[0]) or value not in allowed:
-            return f"{field} must be one of {', '.join(map(str, allowed))}; got {value}"
+            return f"{field} must be one of {', '.join(map(str, allowed))}; got {value!r}"
     if getattr(tiles, "ahead", 1) > 1 and not tiles.own_out:
         return "O can take Q's place only where Q has one stage: ahead must be 1 without own_out; got 2"
+    if getattr(tiles, "early", False) and tiles.stages < 2:
+        return "scores of the next tile want a stage beside the present one's: stages must be at least 2 with early; got 1"
     needed = tiles.shared(key)
     return "" if needed <= CAPACITY else f"a CTA has {CAPACITY} bytes of shared memory; these take {needed}"
 
@@ -82,8 +84,8 @@ def typed(table: str, data: Mapping[str, Any]) -> dict[Key, Any]:
         key = names.get(name) or _refuse(f"{table} must have entries of {', '.join(names)}; got {name!r}")
         if not isinstance(entry, dict) or not {"tiles", "why"} <= entry.keys() <= {"tiles", "why", "measured"} or not entry["why"]:
             _refuse(f"{table} {name} must have tiles, a reason (why) and at most what was measured; got {entry}")
-        if sorted(entry["tiles"]) != sorted(kind.tiles._fields):
-            _refuse(f"the tiles of {table} {name} must have {', '.join(kind.tiles._fields)}; got {', '.join(entry['tiles'])}")
+        if not isinstance(entry["tiles"], dict) or sorted(entry["tiles"]) != sorted(kind.tiles._fields):
+            _refuse(f"the tiles of {table} {name} must have {', '.join(kind.tiles._fields)}; got {entry['tiles']}")
         found[key] = kind.tiles(**entry["tiles"])
         if said := complaint(table, key, found[key]):
             _refuse(f"{table} {name}: {said}")
@@ -103,7 +105,12 @@ def read(text: str) -> dict[str, dict[Key, Any]]:
     Raises:
         ValueError: see ``typed``; or a table is unknown or missing.
     """
-    data = json.loads(text)
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        return _refuse(f"it must hold JSON; got {error}")  # type: ignore[no-any-return]
+    if not isinstance(data, dict) or not all(isinstance(entries, dict) for entries in data.values()):
+        _refuse("it must hold tables of entries by name; got something else")
     if sorted(data) != sorted(KINDS):
         _refuse(f"the tables must be {', '.join(KINDS)}; got {', '.join(data)}")
     return {table: typed(table, entries) for table, entries in data.items()}
