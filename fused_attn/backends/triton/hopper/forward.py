@@ -30,6 +30,8 @@ from .tiles import FORWARD, padded
 
 # Rows of the smaller tiles, by which packing is judged.
 _PACKED_ROWS = 128
+# Modifications that read nothing per score.
+_OF_PLACE = ("softcap", "alibi", "level")
 # Keys and values that a group of heads may bring into the L2 cache together, in bytes: of 50 MB, with room for queries and outputs.
 _L2 = 32 * 2**20
 
@@ -50,7 +52,8 @@ class Shape(NamedTuple):
         head_dim, value_dim, packed = padded(call.q.shape[-1]), padded(call.v.shape[-1]), packed_heads(call)
         size = max(head_dim, value_dim)
         bias = loaded_bias(call)[0] if packed == 1 and (size, "bias") in FORWARD else -1
-        heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed > 1
+        reads = any(mod.name not in _OF_PLACE and place != bias for place, mod in enumerate(call.terms.mods))
+        heavy = call.terms.dropout is not None or call.terms.mask.keep is not None or packed > 1 or reads
         kind = "bias" if bias >= 0 else "heavy" if heavy else "plain"
         tiles = FORWARD[size, kind]
         if head_dim != value_dim:

@@ -28,8 +28,8 @@ class Kind(NamedTuple):
 
 
 _STAGES = tuple(range(1, 9))
-# "bias": one that arrives in tiles. "heavy": dropout, a dense mask, or heads of a group in a tile's rows. "modified": anything but a mask between
-# product and exponent.
+# "bias": one that arrives in tiles. "heavy": dropout, a dense mask, heads of a group in a tile's rows, or a modification that reads memory for
+# each score. "modified": anything but a mask between product and exponent.
 KINDS = {
     "forward": Kind(
         ForwardTiles,
