@@ -22,6 +22,12 @@ from fused_attn.backends.triton.hopper import tiles
 # Seconds that a call may take, all kernels compiled on the way included (a minute in all seven calls of a candidate, on one core): a barrier
 # nobody arrives at waits for ever.
 LIMIT = 120
+# Which of a kernel's parameters are fields of its tiles, in their order.
+FIELDS = {
+    "forward": ("NC", "BN", "STAGES", "REGISTERS", "AHEAD", "OWN_OUT"),
+    "backward": ("STAGES", "CONSUMER", "EARLY", "HELD"),
+    "rows": ("NC", "BN", "STAGES", "REGISTERS"),
+}
 KERNELS = {"forward": "forward_kernel", "backward": "_attention_bwd_hopper_kernel", "rows": "rows_kernel"}
 
 
@@ -42,7 +48,7 @@ class Watched:
 
     def started(self, kernel: Any, grid: Any, device: torch.device, args: tuple[Any, ...], *options: Any) -> Any:
         if kernel.fn.__name__ == KERNELS[self.table]:
-            self.launched.add(launched(self.table, args))
+            self.launched.add(launched(self.table, dict(zip(kernel.arg_names, args, strict=True))))
         return self.start(kernel, grid, device, args, *options)
 
     def local(self, chosen: Any) -> int:
@@ -61,11 +67,10 @@ class Watched:
         return most
 
 
-def launched(table: str, args: tuple[Any, ...]) -> Any:
+def launched(table: str, args: dict[str, Any]) -> Any:
     """The tiles among a kernel's arguments."""
-    if table == "forward":
-        return tiles.ForwardTiles(*args[-9:-5], *args[-3:-1])
-    return tiles.BackwardConfig(args[-5].q.value, *args[-4:]) if table == "backward" else tiles.RowTiles(*args[-4:])
+    values = (args[name] for name in FIELDS[table])
+    return tiles.KINDS[table].tiles(*((args["tile"].q.value,) if table == "backward" else ()), *values)
 
 
 def held(piece: Piece, device: torch.device) -> Held:

@@ -25,10 +25,10 @@ from .backward_rows import FOLD, PANEL, _backward_dq_kernel, _backward_rows_kern
 from .backward_tile import Given
 from .descriptors import Tiles
 from .eligible import MAX_BACKWARD_DIM, UNIT, strides_reason
-from .forward import MOST_KEPT, kind
+from .forward import kind
 from .keep import mask_arguments
 from .launch import launch
-from .replay import Recording
+from .replay import Recording, again
 from .tiles import BACKWARD, padded
 from .visits import lists
 
@@ -115,20 +115,16 @@ def _started_again(call: LoweredAttention, forward: Forward, incoming: Incoming,
     """dq, dk and dv of a call whose kind has a key."""
     assert incoming.dout is not None
     buffers = Buffers.of(call)
-    tensors = (call.q, call.k, call.v, incoming.dout, forward.out, forward.stats, *buffers)
-    kept = _kept.get(key)
-    if kept is not None:
-        kept.run(tensors)
-        return [buffers.dq, buffers.dk, buffers.dv]
-    recording, batch, heads = Recording(tensors), call.shape[0], call.shape[1]
-    plan, rows = Plan.make(call, "aux"), arguments.matrix(buffers.delta[..., None])
-    given = (arguments.matrix(forward.out), arguments.matrix(incoming.dout), None, None, None, rows)
-    plan.launch(recording.of(plain._attention_bwd_delta_kernel), plan.q_tiles * batch * heads, given)
-    arriving = Arriving.of(call, forward, incoming, buffers.delta)
-    gradients = _OnePass(call, forward, incoming, arriving, buffers, -1, recording).run()[1:]
-    if recording.whole and len(_kept) < MOST_KEPT:
-        _kept[key] = recording
-    return list(gradients)
+
+    def start(recording: Recording) -> None:
+        plan, rows = Plan.make(call, "aux"), arguments.matrix(buffers.delta[..., None])
+        given = (arguments.matrix(forward.out), arguments.matrix(incoming.dout), None, None, None, rows)
+        plan.launch(recording.of(plain._attention_bwd_delta_kernel), plan.q_tiles * call.shape[0] * call.shape[1], given)
+        arriving = Arriving.of(call, forward, incoming, buffers.delta)
+        _OnePass(call, forward, incoming, arriving, buffers, -1, recording).run()
+
+    again(_kept, key, (call.q, call.k, call.v, incoming.dout, forward.out, forward.stats, *buffers), start)
+    return [buffers.dq, buffers.dk, buffers.dv]
 
 
 def _written_bias(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[int, int]:

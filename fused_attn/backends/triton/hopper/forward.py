@@ -24,7 +24,7 @@ from .lists import tile_lists
 from .modifications import fast, is_bounded, loaded_bias
 from .online import BITS_ONLY, BOTH_ENDS, END_ONLY
 from .order import processors
-from .replay import Recording
+from .replay import Recording, again
 from .tile_shapes import ForwardTiles
 from .tiles import FORWARD, padded
 
@@ -129,22 +129,17 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
         _start(call, Shape.of(call), into, redo, zeros, launch)
         plain.run(call, into, redo)
         return into
-    tensors = (call.q, call.k, call.v, *into, zeros, redo)
-    kept = _kept.get(key)
-    if kept is not None:
-        kept.run(tensors)
-        return into
-    recording = Recording(tensors)
-    _start(call, Shape.of(call), into, redo, zeros, recording.start)
-    _mend(call, into, redo, recording)
-    if recording.whole and len(_kept) < MOST_KEPT:
-        _kept[key] = recording
+
+    def start(recording: Recording) -> None:
+        _start(call, Shape.of(call), into, redo, zeros, recording.start)
+        _mend(call, into, redo, recording)
+
+    again(_kept, key, (call.q, call.k, call.v, *into, zeros, redo), start)
     return into
 
 
-# Launches by kinds of calls, and how many of these: a model has few, and lengths that never repeat keep nothing for ever.
+# Launches by ``kind``.
 _kept: dict[tuple[Any, ...], Recording] = {}
-MOST_KEPT = 1024
 
 
 def kind(call: LoweredAttention, device: str = "cuda") -> tuple[Any, ...] | None:

@@ -93,6 +93,29 @@ class Recording:
                 kernel[grid](*args)
 
 
+# A model has few kinds of calls; lengths that never repeat keep nothing for ever.
+MOST_KEPT = 1024
+
+
+def again(kept: dict[Any, Recording], key: Any, tensors: Sequence[Tensor], start: Callable[[Recording], None]) -> None:
+    """Launches what was kept under a key, or lets ``start`` launch through a recording, which is kept from then on.
+
+    Args:
+        kept: recordings by what decides a call's launches but its tensors' addresses.
+        key: this call's.
+        tensors: all that its kernels read and write.
+        start: makes the launches of a call whose key is new.
+    """
+    found = kept.get(key)
+    if found is not None:
+        return found.run(tensors)
+    recording = Recording(tensors)
+    start(recording)
+    if recording.whole and len(kept) < MOST_KEPT:
+        kept[key] = recording
+    return None
+
+
 class _Plain(NamedTuple):
     """Stands for a jitted kernel."""
 
