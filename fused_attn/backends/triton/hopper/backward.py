@@ -66,9 +66,14 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
 
 
 class Buffers(NamedTuple):
-    """What a backward writes: see ``_attention_bwd_hopper_kernel``. ``delta`` is each row's sum of p * dp, float32 [batch, heads, q_len]."""
+    """What a backward writes: see ``_attention_bwd_hopper_kernel``.
+
+    ``delta`` is each row's sum of p * dp, float32 [batch, heads, q_len], ``ready`` [2, batch, heads, q_len] what the plain passes read of its
+    statistics (``score_tile.store_statistics``).
+    """
 
     delta: Tensor
+    ready: Tensor
     lse: Tensor
     minus: Tensor
     sums: Tensor
@@ -88,11 +93,11 @@ class Buffers(NamedTuple):
         def room(*sizes: int) -> Tensor:
             return call.q.new_empty(sizes, dtype=torch.float32)
 
-        delta, (lse, minus) = room(batch, heads, q_len), room(2, batch, heads, rows).unbind()
+        delta, ready, (lse, minus) = room(batch, heads, q_len), room(2, batch, heads, q_len), room(2, batch, heads, rows).unbind()
         sums = room(batch, heads, call.q.shape[-1] // PANEL.value, rows, PANEL.value)
         skipped, broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
         dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-        return cls(delta, lse, minus, sums, skipped, broke, dq, dk, dv)
+        return cls(delta, ready, lse, minus, sums, skipped, broke, dq, dk, dv)
 
 
 # As the forward's.
@@ -117,10 +122,11 @@ def _started_again(call: LoweredAttention, forward: Forward, incoming: Incoming,
     buffers = Buffers.of(call)
 
     def start(recording: Recording) -> None:
-        plan, rows = Plan.make(call, "aux"), arguments.matrix(buffers.delta[..., None])
-        given = (arguments.matrix(forward.out), arguments.matrix(incoming.dout), None, None, None, rows)
+        rows, ready, out, stats = (arguments.matrix(t) for t in (buffers.delta[..., None], buffers.ready, forward.out, forward.stats))
+        operands = tuple(arguments.matrix(t) for t in (call.q, call.k, call.v, incoming.dout))
+        plan, given = Plan.make(call, "aux"), (out, operands[3], None, None, None, stats, rows, ready)
         plan.launch(recording.of(plain._attention_bwd_delta_kernel), plan.q_tiles * call.shape[0] * call.shape[1], given)
-        arriving = Arriving.of(call, forward, incoming, buffers.delta)
+        arriving = Arriving(call, buffers.delta, operands, (ready, rows, None, None), False)
         _OnePass(call, forward, incoming, arriving, buffers, -1, recording).run()
 
     again(_kept, key, (call.q, call.k, call.v, incoming.dout, forward.out, forward.stats, *buffers), start)
