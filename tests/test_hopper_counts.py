@@ -16,6 +16,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 HERE = ("forward 128 window", "backward 128 plain")
 PLAIN = CONFIGURATIONS["forward 128 plain"]
 
+
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     assert hopper_counts.RECORD.is_file(), "tests/hopper_counts.json is missing: run make hopper"

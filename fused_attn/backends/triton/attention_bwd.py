@@ -6,8 +6,9 @@ is summed by one program in a fixed order: bit-reproducible without atomics. ``a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fused_attn.backends.base import Forward, Gradients, Incoming, gradients_without_scores, sink_gradient
 from fused_attn.backends.triton import arguments
-from fused_attn.backends.triton.launch import Plan
+from fused_attn.backends.triton.launch import Plan, Through, itself
 from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
 
@@ -34,7 +35,7 @@ from .score_tile import pairs_allowed, row_statistics, store_statistics
 def _attention_bwd_delta_kernel(out, dout, dlse, probs, dprobs, stats, delta, ready, mask, score, dropout, sizes, tile):
     """What the other passes read of each row: sum(out * dout) + sum(probs * dprobs) - dlse, and its statistics as ``store_statistics``.
 
-    delta, None where it is known, and dlse are [batch, heads, q_len, 1] matrices.
+    delta, None where nobody asks, and dlse are [batch, heads, q_len, 1] matrices.
     """
     tiles = tl.cdiv(sizes.q_len, tile.q)
     q_tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -182,16 +183,16 @@ def room(call: LoweredAttention, needs: tuple[bool, ...]) -> tuple[Tensor | None
     return dq, dk, dv
 
 
-def products(arriving: Arriving, into: tuple[Tensor | None, Tensor | None, Tensor | None], redo: Tensor | None = None) -> None:
-    """Fills in dq, dk and dv, all of them or those of the key heads that ``redo``, int32 [batch, kv_heads], flags."""
+def products(arriving: Arriving, into: Sequence[Tensor | None], redo: Tensor | None = None, through: Through = itself) -> None:
+    """Fills in dq, dk and dv, all of them or those of the key heads that ``redo``, int32 [batch, kv_heads], flags; ``through`` starts kernels."""
     call, (dq, dk, dv) = arriving.call, into
     batch, heads, _, _ = call.shape
     small = arguments.small_tile(call)
     if dq is not None:
-        plan, kernel = arriving.plan("bwd_dq"), _attention_bwd_dq_kernel
+        plan, kernel = arriving.plan("bwd_dq"), through(_attention_bwd_dq_kernel)
         plan.launch(kernel, plan.q_tiles * batch * heads, (*arriving.operands, arguments.matrix(dq), *arriving.scores, redo, small))
     if dk is not None and dv is not None:
-        plan, kernel = arriving.plan("bwd_dkdv"), _attention_bwd_dkdv_kernel
+        plan, kernel = arriving.plan("bwd_dkdv"), through(_attention_bwd_dkdv_kernel)
         programs = plan.kv_tiles * batch * call.k.shape[1]
         both = (arguments.matrix(dk), arguments.matrix(dv))
         plan.launch(kernel, programs, (*arriving.operands, *both, *arriving.scores, redo, small))
@@ -210,6 +211,19 @@ def other_gradients(arriving: Arriving, forward: Forward, needs: tuple[bool, ...
     return dsinks, *dmods
 
 
+class Rows(NamedTuple):
+    """What passes read of each row: the sum of p * dp, float32 [batch, heads, q_len], and [2, batch, heads, q_len] of ``store_statistics``."""
+
+    delta: Tensor
+    statistics: Tensor
+
+    @classmethod
+    def of(cls, call: LoweredAttention) -> Rows:
+        """Room for a call's."""
+        sizes = call.shape[:3]
+        return cls(call.q.new_empty(sizes, dtype=torch.float32), call.q.new_empty((2, *sizes), dtype=torch.float32))
+
+
 @dataclass(slots=True)
 class Arriving:
     """The arguments that every pass shares; ``delta`` [batch, heads, q_len] float32 is each row's sum of p * dp, less what arrives at lse."""
@@ -221,19 +235,21 @@ class Arriving:
     more_tiles: bool
 
     @classmethod
-    def of(cls, call: LoweredAttention, forward: Forward, incoming: Incoming, delta: Tensor | None = None) -> Arriving:
-        """Computes ``delta`` unless it is given."""
+    def of(
+        cls, call: LoweredAttention, forward: Forward, incoming: Incoming, room: Rows | None = None, through: Through = itself
+    ) -> Arriving:  # fmt: skip
+        """Computes ``delta`` and the rows' statistics, into ``room`` if that is given; ``through`` starts the kernel."""
         tensors = (call.q, call.k, call.v, incoming.dout)
         q, k, v, dout, dprobs, dscores = (arguments.matrix(t) for t in (*tensors, incoming.dprobs, incoming.dscores))
-        result = call.q.new_empty(call.shape[:3], dtype=torch.float32) if delta is None else delta
-        rows, ready = arguments.matrix(result[..., None]), arguments.matrix(call.q.new_empty((2, *call.shape[:3]), dtype=torch.float32))
+        delta, statistics = room or Rows.of(call)
+        rows, ready = arguments.matrix(delta[..., None]), arguments.matrix(statistics)
         dlse = None if incoming.dlse is None else arguments.matrix(incoming.dlse[..., None])
         plan, wide = Plan.make(call, "aux"), wide_output(forward.stats)
         given = (arguments.matrix(forward.out if wide is None else wide), dout, dlse, arguments.matrix(incoming.probs), dprobs)
-        into = (arguments.matrix(forward.stats), rows if delta is None else None, ready)
-        plan.launch(_attention_bwd_delta_kernel, plan.q_tiles * call.shape[0] * call.shape[1], (*given, *into))
+        into = (arguments.matrix(forward.stats), rows, ready)
+        plan.launch(through(_attention_bwd_delta_kernel), plan.q_tiles * call.shape[0] * call.shape[1], (*given, *into))
         scores = (ready, rows, dprobs, dscores)
-        return cls(call, result, (q, k, v, dout), scores, incoming.dprobs is not None or incoming.dscores is not None)
+        return cls(call, delta, (q, k, v, dout), scores, incoming.dprobs is not None or incoming.dscores is not None)
 
     def plan(self, stage: str) -> Plan:
         """How a pass of the backward runs."""

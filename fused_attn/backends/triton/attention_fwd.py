@@ -6,8 +6,6 @@ joins the factor of the exponent, and backward recomputes exactly the same one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from fused_attn.backends.base import Forward
 from fused_attn.backends.triton import arguments
-from fused_attn.backends.triton.launch import Plan
+from fused_attn.backends.triton.launch import Plan, Through, itself
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
@@ -154,20 +152,20 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
     return out, lse, stats
 
 
-def run(call: LoweredAttention, into: Forward, redo: Tensor | None = None) -> None:
+def run(call: LoweredAttention, into: Forward, redo: Tensor | None = None, through: Through = itself) -> None:
     """Fills in out, lse and stats, all of them or the tiles of queries that ``redo`` flags.
 
     Args:
         call: the problem.
         into: what is written; see ``attention_fwd``.
         redo: int32 [batch, heads, blocks of 64 queries], or None for everything.
+        through: what starts the kernel.
     """
     batch, heads, _, _ = call.shape
     wide = wide_output(into.stats)
     plan = Plan.make(call, "fwd")
-    kernel: Any = _attention_fwd_kernel
     tensors = (call.q, call.k, call.v, into.out if wide is None else wide)
     rest = (into.lse, into.stats, call.terms.sinks, redo, arguments.small_tile(call))
-    plan.launch(kernel, plan.q_tiles * batch * heads, (*(arguments.matrix(t) for t in tensors), *rest))
+    plan.launch(through(_attention_fwd_kernel), plan.q_tiles * batch * heads, (*(arguments.matrix(t) for t in tensors), *rest))
     if wide is not None:
         into.out.copy_(wide)

@@ -109,10 +109,9 @@ _BY_COLUMNS: dict[tuple[str, int], _Row] = {
     ("bwd_weight", 16): _row((32, 128, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
     ("bwd_weight", 32): _row((32, 32, 8, 1, 32), (16, 32, 8, 1), (16, 32, 8, 1)),
 }
-# Entries of them that one chip needs differently: (chip, stage, bits, head size).
 _TABLE = {80: _WARP_MMA, 90: _WARP_MMA | _WARPGROUP_MMA, 100: _WARP_MMA | _WARPGROUP_MMA, 120: _WARP_MMA}
 _Place = tuple[int, str, bool, int, int]
-# Entries that one chip needs differently: (chip, stage, heavy, bits, head size).
+# Entries that one chip needs differently: (chip, stage, heavy, bits, head size); a stage that makes scores by columns says so.
 _EXCEPTIONS: dict[_Place, TileConfig] = {
     (100, "fwd", True, 16, 64): TileConfig(64, 64, 8, 2),  # 128 x 64: 96 bytes
     (100, "fwd", True, 32, 64): TileConfig(64, 32, 8, 1),  # 32 x 32: above 64 bytes
@@ -133,7 +132,12 @@ _EXCEPTIONS_OF: dict[tuple[int, int], dict[_Place, TileConfig]] = {
     (3, 6): {
         (80, "bwd_dq", True, 16, 64): TileConfig(64, 32, 8, 2),  # 128 x 32: 144 bytes
         (100, "fwd", True, 16, 128): TileConfig(64, 64, 8, 1),  # two stages: 128 bytes
+        (90, "fwd", True, 16, 128): TileConfig(128, 32, 8, 2),  # 64 x 64: 136 bytes
         (120, "bwd_bias", True, 16, 128): TileConfig(64, 32, 8, 1),  # 64 x 64: 72 bytes
+    },
+    (3, 7): {
+        (90, "fwd", True, 16, 128): TileConfig(128, 32, 8, 2),  # 64 x 64: 88 bytes
+        (120, "bwd_dq by columns", True, 16, 128): TileConfig(16, 64, 8, 1),  # 32 x 64: 72 bytes
     },
     (3, 8): {
         (80, "fwd", True, 32, 64): TileConfig(32, 32, 8, 1, 32),  # 64 columns at once: 72 bytes
@@ -207,10 +211,9 @@ def lookup(chip: int, which: Pass, dtype: torch.dtype, head_size: int) -> TileCo
     row, bits = nearest_chip(chip), dtype.itemsize * 8
     # The words need the registers that the widest rows need: 440 bytes of stack otherwise (sm_80, bfloat16, head size 128, Triton 3.6).
     size = HEAD_SIZES[-1] if which.scattered else next(s for s in HEAD_SIZES if head_size <= s)
-    if which.by_columns:
-        return _BY_COLUMNS[which.stage, bits][HEAD_SIZES.index(size)]
-    exception = exceptions(triton_version()).get((row, which.stage, heavy, bits, size))
-    return exception or _TABLE[row][which.stage, heavy, bits][HEAD_SIZES.index(size)]
+    entries = _BY_COLUMNS[which.stage, bits] if which.by_columns else _TABLE[row][which.stage, heavy, bits]
+    stage = f"{which.stage} by columns" if which.by_columns else which.stage
+    return exceptions(triton_version()).get((row, stage, heavy, bits, size)) or entries[HEAD_SIZES.index(size)]
 
 
 def nearest_chip(chip: int) -> int:

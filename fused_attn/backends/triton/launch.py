@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,15 @@ import torch
 
 from fused_attn.backends.triton import arguments, config, masks
 from fused_attn.lowering import LoweredAttention
+
+# What a kernel is started through: itself, or what keeps its launches (``hopper.replay``).
+Through = Callable[[Any], Any]
+
+
+def itself(kernel: Any) -> Any:
+    """Starts the kernel and keeps nothing."""
+    return kernel
+
 
 # Set by tests that compile for chips this machine does not have; 0 means the device's own.
 target_chip = 0

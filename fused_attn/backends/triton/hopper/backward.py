@@ -12,8 +12,8 @@ from torch import Tensor
 from fused_attn.backends.base import Forward, Gradients, Incoming
 from fused_attn.backends.triton import arguments
 from fused_attn.backends.triton import attention_bwd as plain
-from fused_attn.backends.triton.attention_bwd import Arriving
-from fused_attn.backends.triton.launch import Plan, run
+from fused_attn.backends.triton.attention_bwd import Arriving, Rows
+from fused_attn.backends.triton.launch import Through, itself, run
 from fused_attn.layout import laid_out_like
 from fused_attn.lowering import LoweredAttention
 from fused_attn.score_mods import in_own_shape, on_device
@@ -54,9 +54,10 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
     if key is not None:
         of_inputs = _started_again(call, forward, incoming, key)
     else:
-        arriving = Arriving.of(call, forward, incoming)
+        buffers = Buffers.of(call)
+        arriving = Arriving.of(call, forward, incoming, buffers.rows)
         place, number = _written_bias(call, needs)
-        dbias, *of_inputs = _OnePass(call, forward, incoming, arriving, Buffers.of(call), place).run()
+        dbias, *of_inputs = _OnePass(call, forward, incoming, arriving, buffers, place).run()
         others = list(plain.other_gradients(arriving, forward, (*needs[:number], False, *needs[number + 1 :])))
         if dbias is not None:
             (bias,) = on_device(call.terms.mods[place], call.grid).tensors
@@ -66,14 +67,10 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
 
 
 class Buffers(NamedTuple):
-    """What a backward writes: see ``_attention_bwd_hopper_kernel``.
-
-    ``delta`` is each row's sum of p * dp, float32 [batch, heads, q_len], ``ready`` [2, batch, heads, q_len] what the plain passes read of its
-    statistics (``score_tile.store_statistics``).
-    """
+    """What a backward writes: ``Rows``, and see ``_attention_bwd_hopper_kernel``."""
 
     delta: Tensor
-    ready: Tensor
+    statistics: Tensor
     lse: Tensor
     minus: Tensor
     sums: Tensor
@@ -93,11 +90,16 @@ class Buffers(NamedTuple):
         def room(*sizes: int) -> Tensor:
             return call.q.new_empty(sizes, dtype=torch.float32)
 
-        delta, ready, (lse, minus) = room(batch, heads, q_len), room(2, batch, heads, q_len), room(2, batch, heads, rows).unbind()
+        lse, minus = room(2, batch, heads, rows).unbind()
         sums = room(batch, heads, call.q.shape[-1] // PANEL.value, rows, PANEL.value)
         skipped, broke = call.q.new_zeros((2, batch, call.k.shape[1]), dtype=torch.int32).unbind()
         dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-        return cls(delta, ready, lse, minus, sums, skipped, broke, dq, dk, dv)
+        return cls(*Rows.of(call), lse, minus, sums, skipped, broke, dq, dk, dv)
+
+    @property
+    def rows(self) -> Rows:
+        """What the plain passes read of each row."""
+        return Rows(self.delta, self.statistics)
 
 
 # As the forward's.
@@ -122,11 +124,7 @@ def _started_again(call: LoweredAttention, forward: Forward, incoming: Incoming,
     buffers = Buffers.of(call)
 
     def start(recording: Recording) -> None:
-        rows, ready, out, stats = (arguments.matrix(t) for t in (buffers.delta[..., None], buffers.ready, forward.out, forward.stats))
-        operands = tuple(arguments.matrix(t) for t in (call.q, call.k, call.v, incoming.dout))
-        plan, given = Plan.make(call, "aux"), (out, operands[3], None, None, None, stats, rows, ready)
-        plan.launch(recording.of(plain._attention_bwd_delta_kernel), plan.q_tiles * call.shape[0] * call.shape[1], given)
-        arriving = Arriving(call, buffers.delta, operands, (ready, rows, None, None), False)
+        arriving = Arriving.of(call, forward, incoming, buffers.rows, recording.of)
         _OnePass(call, forward, incoming, arriving, buffers, -1, recording).run()
 
     again(_kept, key, (call.q, call.k, call.v, incoming.dout, forward.out, forward.stats, *buffers), start)
@@ -161,7 +159,9 @@ class _OnePass:
         recording: Recording | None = None,
     ) -> None:
         self.call, self.forward, self.incoming, self.arriving, self.written = call, forward, incoming, arriving, written
-        self.room, self.recording = room, recording
+        self.room = room
+        self.launch: Any = launch if recording is None else recording.start
+        self.through: Through = itself if recording is None else recording.of
         self.d, self.dv = padded(call.q.shape[-1]), padded(call.v.shape[-1])
         special = bool(call.terms.mods) or call.terms.dropout is not None or arriving.more_tiles
         self.config = BACKWARD[max(self.d, self.dv), "modified" if special else "plain"]
@@ -176,25 +176,10 @@ class _OnePass:
         self._per_row(_backward_rows_kernel, KEYS, before, (room.skipped,))
         self._main(room.dk, room.dv)
         self._per_row(_backward_dq_kernel, 64, (sums, room.dq), (room.skipped, room.broke))
-        self._mend()
+        plain.products(self.arriving, (room.dq, room.dk, room.dv), room.skipped, self.through)
         if self.dbias is not None:
             redo_bias(self.arriving, room.skipped, self.dbias, self.written)
         return self.dbias, room.dq, room.dk, room.dv
-
-    def _own(self, kernel: Any) -> Any:
-        """A plain kernel, kept where the call is."""
-        return kernel if self.recording is None else self.recording.of(kernel)
-
-    def _mend(self) -> None:
-        """``plain.products`` for the heads that are left to it."""
-        call, arriving, (dq, dk, dv) = self.call, self.arriving, (arguments.matrix(t) for t in self.room[-3:])
-        rest = (*arriving.scores, self.room.skipped, arguments.small_tile(call))
-        plan = arriving.plan("bwd_dq")
-        programs = plan.q_tiles * call.shape[0] * call.shape[1]
-        plan.launch(self._own(plain._attention_bwd_dq_kernel), programs, (*arriving.operands, dq, *rest))
-        plan = arriving.plan("bwd_dkdv")
-        programs = plan.kv_tiles * call.shape[0] * call.k.shape[1]
-        plan.launch(self._own(plain._attention_bwd_dkdv_kernel), programs, (*arriving.operands, dk, dv, *rest))
 
     def _tile(self, block_q: int) -> arguments.Tile:
         call = self.call
@@ -204,7 +189,7 @@ class _OnePass:
     def _per_row(self, kernel: Any, block: int, matrices: tuple[Tensor, ...], flags: tuple[Tensor, ...]) -> None:
         batch, heads, q_len, _ = self.call.shape
         args = (*(arguments.matrix(t) for t in matrices), *flags, self.score, arguments.sizes(self.call), self._tile(block))
-        run(self._own(kernel), -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
+        run(self.through(kernel), -(-q_len // block) * batch * heads, self.call.q.device, args, {"num_warps": 4})
 
     def _main(self, dk: Tensor, dv: Tensor) -> None:
         call, (bm, stages, registers, early, held) = self.call, self.config
@@ -231,7 +216,7 @@ class _OnePass:
         given = Given(dprobs, dscores, dbias, tl.constexpr(self.written))
         terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
         args = (self.room.skipped, self.room.broke, met, turns, ticket, given, *terms, stages, registers, early, held)
-        (launch if self.recording is None else self.recording.start)(
+        self.launch(
             _attention_bwd_hopper_kernel,
             (-(-kv_len // KEYS) * batch * call.k.shape[1],),
             (*self._descriptors(dk, dv), *rows, *biases, *args),

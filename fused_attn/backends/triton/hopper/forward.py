@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_attn.backends.base import Forward
 from fused_attn.backends.triton import BUILT_IN, arguments
 from fused_attn.backends.triton import attention_fwd as plain
-from fused_attn.backends.triton.launch import Plan, run
+from fused_attn.backends.triton.launch import run
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention
 
@@ -132,7 +132,7 @@ def attention_fwd(call: LoweredAttention, stats_shape: tuple[int, ...]) -> tuple
 
     def start(recording: Recording) -> None:
         _start(call, Shape.of(call), into, redo, zeros, recording.start)
-        _mend(call, into, redo, recording)
+        plain.run(call, into, redo, recording.of)
 
     again(_kept, key, (call.q, call.k, call.v, *into, zeros, redo), start)
     return into
@@ -154,14 +154,6 @@ def kind(call: LoweredAttention, device: str = "cuda") -> tuple[Any, ...] | None
     sizes = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
     tables = (FORWARD[size, "plain"], FORWARD[size, "heavy"])
     return q.device, q.dtype, sizes, mask.left, mask.right, terms.scale, offset, tables
-
-
-def _mend(call: LoweredAttention, into: Forward, redo: Tensor, recording: Recording) -> None:
-    """``plain.run`` over what ``redo`` flags, of a call without sinks and dropout."""
-    plan = Plan.make(call, "fwd")
-    tensors = (*(arguments.matrix(t) for t in (call.q, call.k, call.v, into.out)), into.lse, into.stats, None, redo)
-    kernel = recording.of(plain._attention_fwd_kernel)
-    plan.launch(kernel, plan.q_tiles * call.shape[0] * call.shape[1], (*tensors, arguments.small_tile(call)))
 
 
 def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor, counter: Tensor, launching: Any) -> None:
