@@ -135,13 +135,16 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     PER_ROW: tl.constexpr = mask.kv_start is not None or mask.kv_end is not None or mask.dense or ONE_LOOP
     low, split, resume, high = query_bounds(mask, b, kv_first, sizes, PER_ROW, tile)
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.q)
+    # 0, which the compiler may not know: a loop that runs once at most (q_len 1) has the zeros of its sums written behind the fence of the
+    # warpgroup products that add to them (the simulator reports it).
+    nothing = tl.program_id(1)
     for member in range(sizes.group):
         h = kv_h * sizes.group + member
-        for first in range(split, resume, tile.q):
+        for first in range(split, resume + nothing, tile.q):
             dk_acc, dv_acc = dkdv_step(
                 (dk_acc, dv_acc), first, h, keys_of, place, q, dout, stats, delta, grads, mask, score, dropout, sizes, False, False, tile
             )
-        for i in tl.range(0, n_left + n_right, disable_licm=True):
+        for i in tl.range(0, n_left + n_right + nothing, disable_licm=True):
             first = tl.where(i < n_left, low + i * tile.q, resume + (i - n_left) * tile.q)
             if not PER_ROW:
                 dk_acc, dv_acc = dkdv_step(
