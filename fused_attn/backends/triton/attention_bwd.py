@@ -27,7 +27,7 @@ from .attention_fwd import wide_output
 from .gradient_tile import dkdv_step, dq_step, load_keys, load_query_rows, touches, whole_dq
 from .masks import mixed_tiles, query_bounds, query_shift, reach, row_intervals, tile_bounds, tile_state
 from .mending import mend_dkdv, mend_dq
-from .primitives import any_true, load_rows, pointers, store_rows
+from .primitives import any_true, is_one, load_rows, pointers, store_rows
 from .score_tile import pairs_allowed, row_statistics, store_statistics
 
 
@@ -135,9 +135,11 @@ def _attention_bwd_dkdv_kernel(q, k, v, dout, dk, dv, stats, delta, dprobs, dsco
     PER_ROW: tl.constexpr = mask.kv_start is not None or mask.kv_end is not None or mask.dense or ONE_LOOP
     low, split, resume, high = query_bounds(mask, b, kv_first, sizes, PER_ROW, tile)
     n_left, n_right = mixed_tiles(low, split, resume, high, tile.q)
-    # 0, which the compiler may not know: a loop that runs once at most (q_len 1) has the zeros of its sums written behind the fence of the
-    # warpgroup products that add to them (the simulator reports it).
-    nothing = tl.program_id(1)
+    # 0, which the compiler may not know: a loop that runs once at most has the zeros of its sums written behind the fence of the warpgroup
+    # products that add to them (the simulator reports it).
+    nothing = 0
+    if is_one(sizes.q_len):
+        nothing = tl.program_id(1)
     for member in range(sizes.group):
         h = kv_h * sizes.group + member
         for first in range(split, resume + nothing, tile.q):

@@ -14,6 +14,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.constexpr_function
+def is_one(argument):
+    """Whether an integer argument is 1, which Triton compiles as a constant."""
+    return isinstance(argument, int) and argument == 1
+
+
 @triton.jit
 def base(t, b, h):
     """Pointer to [b, h] of a matrix argument."""
