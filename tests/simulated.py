@@ -86,6 +86,14 @@ def check_sigmoid(dtype: torch.dtype) -> None:
     check_inputs(empty, "triton", DIFFERENTIABLE, title="empty rows")
 
 
+def check_one_query(dtype: torch.dtype) -> None:
+    """One query, a constant to Triton, whose tile some keys meet and others do not; and one key."""
+    for q_len, kv_len in ((1, 70), (70, 1)):
+        q, k, v = (torch.randn(2, 1, n, 64).to(dtype) for n in (q_len, kv_len, kv_len))
+        inputs = inputs_of(q, k, v, mask=fa.Causal(), q_offset=torch.tensor([0, 40]))
+        check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{q_len} queries, {kv_len} keys")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     simulate(int(sys.argv[1]))
@@ -98,6 +106,8 @@ if __name__ == "__main__":
     print("sigmoid")
     check_broken(getattr(torch, sys.argv[2]))
     print("broken")
+    check_one_query(getattr(torch, sys.argv[2]))
+    print("one query")
     for length in (40, 3000):  # a row in one tile, and in several
         check_softmax(SoftmaxCase((3, 5, length), mask="bool", full=(1, 2), bias=True, dropout=0.3), "triton")
         print(f"softmax{length}")

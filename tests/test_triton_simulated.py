@@ -20,4 +20,4 @@ def test_compiled_kernels_hold_the_error_rule(chip: int, dtype: str) -> None:
     command = [sys.executable, "-m", "tests.simulated", str(chip), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.split() == ["plain", "window", "dense", "additive", "sigmoid", "broken", "softmax40", "softmax3000"]
+    assert done.stdout.split() == ["plain", "window", "dense", "additive", "sigmoid", "broken", "one", "query", "softmax40", "softmax3000"]
