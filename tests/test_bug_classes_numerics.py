@@ -52,6 +52,40 @@ def test_17_equal_and_neighbouring_logits_of_any_size(dtype: torch.dtype, power:
 
 
 @quick
+@pytest.mark.parametrize(("level", "keys"), [(97333952.0, 200), (96853784.0, 200), (-1.3e8, 250), (-1.2e8, 2), (1.5e8, 60)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_17_gradients_of_huge_equal_logits(dtype: torch.dtype, level: float, keys: int, backend: str, device: torch.device) -> None:
+    """The roundings of a base and of the sum's logarithm beside it are up to 2^16 in a weight that is normalised too late for float16."""
+    bias = torch.full((4, keys), level, device=device)
+    for size in (300.0, 1e-3):
+        leaves = [torch.randn(1, 1, n, 16, device=device).to(dtype).requires_grad_() for n in (4, keys, keys)]
+        q, k, v = (t.detach().double() for t in leaves)
+        dout = (torch.randn(1, 1, 4, 16, device=device) * size).to(dtype)
+        out = fa.attention(*leaves, q_offset=0, score_mods=(fa.Bias(bias),), backend=backend)
+        got = (out, *torch.autograd.grad(out, leaves, dout))
+        # Beside the bias float32 has no room for q k^T: all weights are equal.
+        weights = torch.full((4, keys), 1 / keys, dtype=torch.float64, device=device)
+        dp = dout.double() @ v.mT
+        ds = weights * (dp - (dp * weights).sum(-1, keepdim=True)) / 4
+        for a, b in zip(got, (weights @ v, ds @ k, ds.mT @ q, weights.mT @ dout.double()), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=8 * torch.finfo(dtype).eps * float(b.abs().max()) + 2e-7)
+
+
+@quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_17_thousands_of_keys_one_step_below_the_top(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """Beyond 2^28 a step of float32 is 2^-23 in weight, which thousands of keys make 2^-11."""
+    top = torch.tensor(2.0**28 / 1.4426950408889634 * 1.00001)
+    bias = torch.full((1, 4000), float(top.nextafter(torch.tensor(-torch.inf))), device=device)
+    bias[:, 0] = float(top)
+    q, k, v = (torch.zeros(1, 1, n, 16, dtype=dtype, device=device) for n in (1, 4000, 4000))
+    v[:, :, 1:] = 1.0
+    right = torch.softmax(bias.double(), -1)[0, 1:].sum()
+    out = fa.attention(q, k, v, score_mods=(fa.Bias(bias),), backend=backend)
+    torch.testing.assert_close(out.double(), right.expand_as(out), rtol=0.1, atol=0)
+
+
+@quick
 def test_18_constant_large_inputs_many_steps(backend: str, device: torch.device) -> None:
     """pytorch#119320, #125674: NaN gradients in float32 with constant inputs of 1000."""
     leaves = [torch.full((1, 2, 70, 16), 1000.0, device=device, requires_grad=True) for _ in range(3)]

@@ -26,8 +26,10 @@ from fused_attn.scoring import SCORINGS
 LOG2E = 1.4426950408889634
 # Windows and offsets beyond this reach every key; clamping keeps index arithmetic in 32 bits.
 _FAR = 2**30
-# Logits in log2 up to which float32's rounding of one, a factor of its row's weights, stays in range: 2^32 there, and in float16 2^8.
-_FAR_WEIGHT, _FAR_WEIGHT_16 = 2.0**30, 2.0**28
+# Logits in log2 up to which float32's rounding of one, a factor of its row's weights, stays in range: 2^32 there.
+_FAR_WEIGHT = 2.0**30
+# Smaller scales are 0: they are no float32 of full precision, and float64 to Triton's interpreter.
+_SMALLEST = 2.0**-126
 
 
 class Matrix(NamedTuple):
@@ -183,7 +185,7 @@ def mask(terms: Terms, summary: Tensor | None) -> MaskArgs:
 
 def unit_is_raw(terms: Terms) -> bool:
     """Whether row statistics can stay in the unit of the product: nothing but a positive scale before the softmax."""
-    return not terms.mods and terms.sinks is None and terms.scale > 0
+    return not terms.mods and terms.sinks is None and terms.scale >= _SMALLEST
 
 
 def scores(terms: Terms, grid: Grid, dtype: torch.dtype) -> ScoreArgs:
@@ -192,10 +194,10 @@ def scores(terms: Terms, grid: Grid, dtype: torch.dtype) -> ScoreArgs:
     functions = [score_mods.FUNCTIONS[m.name] for m in mods]
     factor = terms.scale * LOG2E if raw else LOG2E
     return ScoreArgs(
-        terms.scale,
+        terms.scale if abs(terms.scale) >= _SMALLEST else 0.0,
         factor,
         2.0 ** (math.frexp(factor)[1] - 1),
-        (_FAR_WEIGHT_16 if dtype == torch.float16 else _FAR_WEIGHT) / factor,
+        _FAR_WEIGHT / factor,
         # None is the constant that has to come last, as in MaskArgs.
         tuple((*m.scalars, *(matrix(t) for t in m.tensors), None) for m in mods),
         tuple(value for value, _ in functions),

@@ -43,8 +43,14 @@ def _step(carry, q, q_source, k, v, first, interval, near, place, mask, score, d
         m_new = tl.maximum(m, tl.max(scores, 1))
         bases = base_of(m_new, score)
         p = exponentials(scores, bases)
-        # The rounding of m * factor is that of the earlier tiles' base, whose exponentials they summed.
-        alpha = tl.exp2(m * bases[1] - bases[0])
+        if q.dtype == tl.float16:
+            # 2^excess, up to 2^32, has no place in float16.
+            over = excess(tl.where(m_new == float("-inf"), 0.0, m_new), bases)
+            p = p * tl.exp2(over * -1.0)[:, None]
+            alpha = tl.exp2(excess(m, bases) - over)
+        else:
+            # The rounding of m * factor is that of the earlier tiles' base, whose exponentials they summed.
+            alpha = tl.exp2(m * bases[1] - bases[0])
         l = l * alpha + tl.sum(p, 1)
         m = m_new
     else:
@@ -99,7 +105,10 @@ def _attention_fwd_kernel(q, k, v, out, lse, stats, sinks, redo, small, mask, sc
     # A row without keys, or with scores of -inf alone; its maximum is -inf too where it attended to nothing but NaN.
     empty = l == 0.0
     top = tl.where(m == float("-inf"), 0.0, m)
-    true = tl.exp2(excess(top, base_of(top, score)) * -1.0)
+    if q_rows.dtype == tl.float16:
+        true = tl.full([tile.q], 1.0, tl.float32)
+    else:
+        true = tl.exp2(excess(top, base_of(top, score)) * -1.0)
     l = l * true
     if sinks is not None:
         # Only now: probabilities next to a sink that takes nearly all the weight would vanish in 16 bits before they meet the values.

@@ -90,8 +90,8 @@ def load_keys(k, v, b, kv_h, kv_idx, kv_ok, tile):
 @triton.jit
 def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout, sizes, MASKED: tl.constexpr, CLEAN: tl.constexpr, tile):
     """acc [tile.q, tile.d] and what one tile of keys adds to it, for ``whole_dq``; CLEAN takes NaN and infinities of the keys as zeros."""
-    # Rows are normalised at the end where all of ds is a multiple of the probabilities.
-    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None
+    # Rows are normalised at the end where all of ds is a multiple of the probabilities, and what these have too much leaves their range (float16).
+    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None and rows_of[0].dtype != tl.float16
     kv_idx = first + tl.arange(0, tile.kv)
     kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
     k_tile, v_tile = load_keys(k, v, place[0], place[1] // sizes.group, kv_idx, kv_ok, tile)
@@ -128,7 +128,7 @@ def dq_step(acc, first, near, rows_of, k, v, place, grads, mask, score, dropout,
 @triton.jit
 def whole_dq(acc, rows_of, grads, score):
     """dq from the sum of ``dq_step``."""
-    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None
+    LATER: tl.constexpr = grads[1] is None and score.sigmoid is None and rows_of[0].dtype != tl.float16
     if LATER:
         acc = acc * rows_of[3][:, None]
     return acc * score.scale
