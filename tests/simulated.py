@@ -87,11 +87,9 @@ def check_sigmoid(dtype: torch.dtype) -> None:
 
 
 def check_one_query(dtype: torch.dtype) -> None:
-    """One query, a constant to Triton, that meets one key of its batch or all of them; and one key."""
-    for q_len, kv_len in ((1, 70), (70, 1)):
-        q, k, v = (torch.randn(2, 1, n, 64).to(dtype) for n in (q_len, kv_len, kv_len))
-        inputs = inputs_of(q, k, v, mask=fa.Causal(), q_offset=torch.tensor([0, 73]))
-        check_inputs(inputs, "triton", DIFFERENTIABLE, title=f"{q_len} queries, {kv_len} keys")
+    """One query, a constant to Triton, that meets one key of its batch or all of them."""
+    q, k, v = (torch.randn(2, 1, n, 64).to(dtype) for n in (1, 70, 70))
+    check_inputs(inputs_of(q, k, v, mask=fa.Causal(), q_offset=torch.tensor([0, 73])), "triton", ("out",), title="one query")
 
 
 if __name__ == "__main__":

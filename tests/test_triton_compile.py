@@ -101,6 +101,7 @@ for name, kernel in aot.compiled:
 
 
 @pytest.mark.slow
+@pytest.mark.peers
 def test_the_environment_does_not_decide_how_results_are_rounded(tmp_path: Path) -> None:
     """One kernel of every place that starts some, compiled afresh under both settings of Triton's default for a * b + c."""
 
@@ -167,6 +168,12 @@ def test_an_exception_says_something_else_than_the_table(version: tuple[int, int
         (chip, *which, size): tile
         for chip, rows in config._TABLE.items()
         for which, row in rows.items()
+        for size, tile in zip(config.HEAD_SIZES, row, strict=True)
+    }
+    table |= {
+        (chip, f"{stage} by columns", heavy, bits, size): tile
+        for chip, heavy in itertools.product(config._TABLE, (False, True))
+        for (stage, bits), row in config._BY_COLUMNS.items()
         for size, tile in zip(config.HEAD_SIZES, row, strict=True)
     }
     for special, general in ((config._EXCEPTIONS, table), (config._EXCEPTIONS_OF[version], table | config._EXCEPTIONS)):
