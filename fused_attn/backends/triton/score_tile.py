@@ -34,8 +34,8 @@ def base_of(m, score):
 
     The base is the rounded product, which leaves one instruction per score; its rounding is a factor of the whole row
     (``excess``), which sums and outputs share. Only in rows beyond ``score.far`` would that factor leave the range: these take the power of two
-    below the factor, whose product is exact. Float32 scores that differ there differ by 2^16 in weight at least, so equal ones is
-    all that is left to tell apart.
+    below the factor, whose product is exact. Float32 scores that differ there differ by 2^64 in weight at least, so equal ones is
+    all that is left to tell apart. Whoever rounds weights to float16 takes the factor out before.
     """
     factor = tl.where(tl.abs(m) > score.far, score.coarse, score.factor)
     return tl.maximum(m * factor, _LOWEST), factor
