@@ -44,7 +44,7 @@ lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests -path tests/cusim -prune -o '(' -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' ')' -print | xargs $(VENV)/bin/clang-format --dry-run --Werror
-	$(PY) -m mypy --strict fused_attn
+	$(PY) -m mypy --strict fused_attn fused_attn_bench
 
 matrix: $(DONE)/package $(CPU) $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks.bounds import Report, Row
-from benchmarks.cases import Case
-from benchmarks.harness import Setup, measure
-from fused_attn.cli.text import ratio, seconds, size
+from fused_attn_bench.case import Case
+from fused_attn_bench.harness import Setup, measure
+from fused_attn_bench.text import ratio, seconds, size
 
 SHAPE = (2, 4, 512, 64)
 # Least speed in plain torch's, and most memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fused_attn.cli.text import table
+from fused_attn_bench.text import table
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is measured: an operation, its mask or extra, a mode, a dtype and a shape; and the tensors, the exact result and the work of one."""
+"""Attention and softmax as the benchmarks' operations: their tensors, exact results, work and cases."""
 
 from __future__ import annotations
 
@@ -6,288 +6,199 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fused_attn as fa
+from benchmarks.variants import ATTENTION, SOFTMAX, Variant
+from fused_attn import backends
+from fused_attn.backends.triton import config
+from fused_attn.dropout import keep_factor
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
-
-MODES = ("fwd", "bwd", "fwd+bwd")
-Results = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of a benchmark.
-
-    Args:
-        op: "attention" with shape [batch, heads, length, head_dim], or "softmax" with scores [batch, heads, q_len, kv_len].
-        variant: a name in ``VARIANTS[op]``.
-        mode: "fwd", "bwd" (the graph of a forward done before) or "fwd+bwd".
-        dtype: of the tensors, as torch names it.
-        shape: see op.
-    """
-
-    op: str
-    variant: str
-    mode: str
-    dtype: str
-    shape: tuple[int, int, int, int]
-
-    def __post_init__(self) -> None:
-        if self.op not in VARIANTS or self.variant not in VARIANTS[self.op]:
-            known = "; ".join(f"{op}: {', '.join(variants)}" for op, variants in VARIANTS.items())
-            raise ValueError(f"a case must be one of these operations and variants: {known}; got {self.op}/{self.variant}")
-        if (
-            self.mode not in MODES
-            or len(self.shape) != 4
-            or min(self.shape) < 1
-            or not isinstance(getattr(torch, self.dtype, 0), torch.dtype)
-        ):
-            raise ValueError(f"a case must have a mode of {', '.join(MODES)}, a dtype of torch and four sizes; got {self.name}")
-
-    @property
-    def name(self) -> str:
-        """A readable id, which ``Case.parse`` takes back.
-
-        Example:
-            >>> Case("attention", "causal", "fwd", "float32", (1, 4, 2048, 64)).name
-            'attention/causal/fwd/float32/1x4x2048x64'
-        """
-        return "/".join((self.op, self.variant, self.mode, self.dtype, "x".join(map(str, self.shape))))
-
-    @staticmethod
-    def parse(name: str) -> Case:
-        """A case from its name."""
-        parts = name.split("/")
-        if len(parts) != 5 or not all(size.isdigit() for size in parts[4].split("x")):
-            raise ValueError(f"a case is named op/variant/mode/dtype/1x2x3x4; got {name!r}")
-        return Case(*parts[:4], tuple(int(size) for size in parts[4].split("x")))  # type: ignore[arg-type]
+from fused_attn_bench import Make, Operation, Problem, Tolerance
+from fused_attn_bench.judge import Results
+from fused_attn_bench.operation import BACKWARD, BOTH, FORWARD, dtype_of
 
 
-def _dense(grid: Grid, generator: torch.Generator) -> Tensor:
-    """A third of the pairs at random, whole tiles of 128 x 128 among them; no row is empty."""
-    batch, _, q_len, kv_len = grid.shape
-    keep = torch.rand(batch, 1, q_len, kv_len, generator=generator) < 2 / 3
-    tiles = torch.rand(batch, 1, -(-q_len // 128), -(-kv_len // 128), generator=generator) < 0.5
-    keep &= tiles.repeat_interleave(128, 2)[:, :, :q_len].repeat_interleave(128, 3)[..., :kv_len]
-    keep[..., 0] = True
-    return keep
+class ScoreProblem(Problem):
+    """A problem with rows of scores: the mask and what else stands beside the tensors."""
 
-
-def _padding(grid: Grid, generator: torch.Generator) -> Tensor:
-    """A third of the keys, the same for every query of a sequence."""
-    keep = torch.rand(grid.shape[0], 1, 1, grid.shape[3], generator=generator) < 2 / 3
-    keep[..., 0] = True
-    return keep
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is added to the plain operation.
-
-    Args:
-        mask: makes a mask, or a bool tensor, for a grid.
-        probs: whether the probabilities are returned too, with a gradient of their own.
-        bias: whether a full bias is added, with gradient.
-        additive: whether scores are sum_d weight_d tanh(q_d + k_d), with a weight [heads, head_dim] with gradient.
-        selective: whether head 0's scores are taken off those of later queries in every head.
-        layers: so many, each with tensors of its own; each adds the scores of the one before, and the output is the sum of all.
-    """
-
-    mask: Callable[[Grid, torch.Generator], Mask | Tensor | None] = lambda grid, generator: None
-    probs: bool = False
-    bias: bool = False
-    additive: bool = False
-    selective: bool = False
-    layers: int = 1
-
-    @property
-    def beyond_sdpa(self) -> str:
-        """What no argument of scaled_dot_product_attention says; empty where one does."""
-        reasons = {
-            "cannot return probabilities": self.probs,
-            "has no additive scores": self.additive,
-            "cannot take one head's scores off the others'": self.selective,
-            "cannot return scores for the next layer": self.layers > 1,
-        }
-        return ", ".join(reason for reason, holds in reasons.items() if holds)
-
-
-VARIANTS: dict[str, dict[str, Variant]] = {
-    "attention": {
-        "plain": Variant(),
-        "probs": Variant(probs=True),
-        "causal": Variant(lambda grid, _: fa.Causal()),
-        "masked": Variant(_dense),
-        "bias": Variant(bias=True),
-        "window": Variant(lambda grid, _: fa.Causal() & fa.SlidingWindow(255, 0)),
-        "documents": Variant(lambda grid, _: fa.Documents(torch.arange(grid.shape[3], device=grid.device) * 4 // grid.shape[3])),
-        "additive": Variant(additive=True),
-        "selective": Variant(lambda grid, _: fa.Causal(), selective=True),
-        "realformer": Variant(layers=3),
-    },
-    "softmax": {"plain": Variant(), "masked": Variant(_padding), "dense": Variant(_dense), "causal": Variant(lambda grid, _: fa.Causal())},
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """The tensors of a case on a device, from a fixed seed: standard normal values, which is what caches and clocks are sensitive to."""
-
-    case: Case
-    device: torch.device
-    leaves: Results = field(init=False)
-    incoming: tuple[Tensor, ...] = field(init=False)
-    mask: Mask | None = field(init=False)
-    keep: Tensor | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.case.op}/{self.case.variant}/{self.case.shape}".encode()))
-        dtype = getattr(torch, self.case.dtype)
-
-        def make(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device, dtype)
-
-        shape, backward = self.case.shape, self.case.mode != "fwd"
-        layers = ["", *range(2, self.variant.layers + 1)]
-        names = [f"{name}{layer}" for layer in layers for name in "qkv"] if self.case.op == "attention" else ["scores"]
-        leaves = {name: make(shape) for name in names}
-        if self.variant.bias:
-            leaves["bias"] = make((1, shape[1], shape[2], shape[2]))
-        if self.variant.additive:
-            leaves["weight"] = make((shape[1], shape[3]))
-        made = self.variant.mask(self.grid, generator)
-        mask = fa.Dense(made.to(self.device)) if isinstance(made, Tensor) else made
-        object.__setattr__(self, "leaves", {name: t.requires_grad_(backward) for name, t in leaves.items()})
-        object.__setattr__(self, "incoming", tuple(make(s) for s in self.output_shapes) if backward else ())
-        object.__setattr__(self, "mask", mask)
-        object.__setattr__(self, "keep", None if mask is None else mask.allowed(self.grid))
+    variants: Mapping[str, Variant]
 
     @property
     def variant(self) -> Variant:
-        return VARIANTS[self.case.op][self.case.variant]
+        return self.variants[self.case.variant]
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
-        batch, heads, q_len, last = self.case.shape
-        return Grid((batch, heads, q_len, q_len if self.case.op == "attention" else last), self.device)
+        """With the last query at the last key."""
+        batch, heads, q_len, kv_len = self.score_shape
+        return Grid((batch, heads, q_len, kv_len), self.device, self.q_offset)
 
     @property
-    def output_shapes(self) -> list[tuple[int, ...]]:
-        shapes: list[tuple[int, ...]] = [self.case.shape]
-        return [*shapes, self.grid.shape] if self.variant.probs else shapes
+    def score_shape(self) -> tuple[int, int, int, int]:
+        raise NotImplementedError
+
+    @property
+    def q_offset(self) -> int:
+        """Key position of query 0."""
+        return 0
+
+    @cached_property
+    def mask(self) -> Mask | None:
+        seed = zlib.crc32(f"mask/{self.case.op}/{self.case.variant}/{self.case.sizes}".encode())
+        made = self.variant.mask(self.grid, torch.Generator().manual_seed(seed))
+        return fa.Dense(made.to(self.device)) if isinstance(made, Tensor) else made
+
+    @cached_property
+    def keep(self) -> Tensor | None:
+        """The mask as a bool tensor that broadcasts to [batch, heads, q_len, kv_len]."""
+        return None if self.mask is None else self.mask.allowed(self.grid)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Queries x keys that may attend to each other."""
+        return math.prod(self.score_shape) if self.keep is None else int(self.keep.expand(self.score_shape).sum())
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        return ("out", "probs")[: len(self.output_shapes)]
-
-    def results(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...] = ()) -> Results:
-        """Outputs and gradients by name."""
-        named = dict(zip(self.output_names, (t.detach() for t in outputs), strict=True))
-        return named | {f"d{name}": g for name, g in zip(self.leaves, grads, strict=False)}
-
-    def caller(self, forward: Callable[..., tuple[Tensor, ...]]) -> Callable[[], Results]:
-        """What is timed: the forward function in the case's mode."""
-        leaves = tuple(self.leaves.values())
-        if self.case.mode == "fwd":
-            return lambda: self.results(forward(*leaves))
-        if self.case.mode == "fwd+bwd":
-
-            def both() -> Results:
-                outputs = forward(*leaves)
-                return self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming))
-
-            return both
-        outputs = forward(*leaves)
-        return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming, retain_graph=True))
+        return ("out", "probs")[: 1 + self.variant.probs]
 
     def reference(self, dtype: torch.dtype) -> Results:
-        """The definition in plain torch, computed in ``dtype`` one head at a time so that float64 fits; all at once where heads look at each other."""
+        """Computed one head at a time, so that float64 fits; all at once where heads look at each other."""
         shapes = dict(zip(self.output_names, self.output_shapes, strict=True))
         if self.incoming:
-            shapes |= {f"d{name}": t.shape for name, t in self.leaves.items()}
+            shapes |= {f"d{name}": tuple(t.shape) for name, t in self.tensors.items()}
         sums = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, shape in shapes.items()}
-        heads = self.case.shape[1] if self.variant.selective else 1
-        for b, h in itertools.product(range(self.case.shape[0]), range(0, self.case.shape[1], heads)):
-            part = functools.partial(_part, batch=b, heads=slice(h, h + heads))
-            leaves = [part(t).detach().to(dtype).requires_grad_(bool(self.incoming)) for t in self.leaves.values()]
-            outputs = plain(self, None if self.keep is None else part(self.keep.expand(self.grid.shape)), *leaves)
+        batch, heads = self.score_shape[:2]
+        step = heads if self.variant.selective else 1
+        for b, h in itertools.product(range(batch), range(0, heads, step)):
+            part = functools.partial(_part, batch=b, heads=slice(h, h + step), whole=heads)
+            leaves = [part(t).detach().to(dtype).requires_grad_(bool(self.incoming)) for t in self.tensors.values()]
+            beside = [None if t is None else part(t.expand(self.score_shape)) for t in (self.keep, self.stays)]
+            outputs = self.formula(*beside, *leaves)
             grads = torch.autograd.grad(outputs, leaves, [part(t).to(dtype) for t in self.incoming]) if self.incoming else ()
             for name, tensor in self.results(outputs, grads).items():
                 part(sums[name]).add_(tensor)
         return sums
 
+    @cached_property
+    def stays(self) -> Tensor | None:
+        """Whom dropout leaves, bool [batch, heads, q_len, kv_len]."""
+        return None if self.dropout is None else keep_factor(self.dropout.lower(self.device), self.grid, torch.float32) > 0
+
+    @property
+    def dropout(self) -> fa.Dropout | None:
+        return fa.Dropout(self.variant.dropout, seed=0) if self.variant.dropout else None
+
+    def plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.formula(self.keep, self.stays, *tensors)
+
+    def formula(self, keep: Tensor | None, stays: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What a user would write, on all heads or on a part of them; mask and dropout are those of the part."""
+        raise NotImplementedError
+
+    @property
+    def needed(self) -> float:
+        """One head's scores in float64, or what a variant holds instead, six at a time."""
+        _, _, q_len, kv_len = self.score_shape
+        elements = sum(t.numel() for t in self.tensors.values()) + len(self.output_shapes) * q_len * kv_len
+        return 8.0 * (6 * self.held * q_len * kv_len + 4 * elements)
+
     @property
     def held(self) -> int:
         """Elements, in tensors of queries x keys, that one part of the reference holds in the place of one head's scores."""
-        return (
-            (self.case.shape[1] if self.variant.selective else 1)
-            * (self.case.shape[3] if self.variant.additive else 1)
-            * self.variant.layers
-        )
+        return 1
 
-    @cached_property
-    def pairs(self) -> int:
-        """Queries x keys that may attend to each other."""
-        return math.prod(self.grid.shape) if self.keep is None else int(self.keep.expand(self.grid.shape).sum())
+
+class AttentionProblem(ScoreProblem):
+    """softmax(q kᵀ / √d + …) v."""
+
+    variants = ATTENTION
 
     @property
-    def flops(self) -> int:
-        """Of the matrix products alone: 4 per pair, channel and layer forward, 10 backward, as FlashAttention's authors count; additive scores have none."""
-        if self.case.op == "softmax":
-            return 0
-        forward, backward = (2, 4) if self.variant.additive else (4, 10)
-        count = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[self.case.mode]
-        return count * self.variant.layers * self.pairs * self.case.shape[3]
+    def score_shape(self) -> tuple[int, int, int, int]:
+        return self.sizes["batch"], self.sizes["heads"], self.sizes["length"], self.sizes["kv_len"]
 
     @property
-    def bytes(self) -> int:
-        """The least that has to be moved: every tensor read or written once per pass and layer, masks as the tensors that the caller holds."""
-        size, layers = next(iter(self.leaves.values())).element_size(), self.variant.layers
-        # Scores from layer to layer are float32 or wider.
-        handed = (layers - 1) * math.prod(self.grid.shape) * max(size, 4) // size
-        inputs = sum(t.numel() for t in self.leaves.values()) + handed
-        outputs = layers * sum(math.prod(s) for s in self.output_shapes) + handed
-        held = sum(t.numel() for t in [self.keep] if t is not None and self.case.variant in ("masked", "dense"))
-        forward, backward = inputs + outputs, 2 * inputs + 2 * outputs if self.case.op == "attention" else inputs + 2 * outputs
-        return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[self.case.mode] * size + held
+    def q_offset(self) -> int:
+        return self.sizes["kv_len"] - self.sizes["length"]
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        shapes = ((*self.score_shape[:3], self.sizes["value_dim"]), self.score_shape)
+        return shapes[: 1 + self.variant.probs]
+
+    def has(self, *options: str) -> bool:
+        """Whether any of these sizes differs from its axis'."""
+        return any(self.sizes[name] != self.sizes[self.operation.options[name]] for name in options)
+
+    @property
+    def held(self) -> int:
+        heads, channels = self.sizes["heads"] if self.variant.selective else 1, self.sizes["head_dim"] if self.variant.additive else 1
+        return heads * channels * self.variant.layers
+
+    def formula(self, keep: Tensor | None, stays: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        variant, outputs = self.variant, []
+        layers, more = layers_of(self, tensors)
+        added = more[0] if variant.bias else None
+        for q, k, v in layers:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            scores = _additive(q, k, *more) if variant.additive else q @ k.mT * q.shape[-1] ** -0.5
+            scores = variant.cap * torch.tanh(scores / variant.cap) if variant.cap else scores
+            scores = scores if added is None else scores + added
+            scores = scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+            scores = _selected(scores) if variant.selective else scores
+            probs, added = _softmax(scores, more[0] if variant.sinks else None), scores
+            outputs.append((probs if stays is None else probs * stays / (1 - variant.dropout)) @ v)
+        return (functools.reduce(torch.add, outputs), probs)[: 1 + variant.probs]
 
 
-def _part(tensor: Tensor, batch: int, heads: slice) -> Tensor:
-    """Some heads of one sequence as a view; what has a batch of 1 or none is every sequence's."""
-    if tensor.dim() == 2:
+class SoftmaxProblem(ScoreProblem):
+    """softmax(masked scores) over the last dimension."""
+
+    variants = SOFTMAX
+
+    @property
+    def score_shape(self) -> tuple[int, int, int, int]:
+        batch, heads, q_len, kv_len = self.case.shape
+        return batch, heads, q_len, kv_len
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.score_shape,)
+
+    def formula(self, keep: Tensor | None, stays: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (scores,) = tensors
+        return (torch.softmax(scores if keep is None else scores.masked_fill(~keep, -torch.inf), -1),)
+
+
+def _part(tensor: Tensor, batch: int, heads: slice, whole: int) -> Tensor:
+    """Some heads of one sequence as a view; what has a batch of 1 or none is every sequence's, and grouped heads share keys and values."""
+    if tensor.dim() < 3:
         return tensor[heads]
-    start = batch if tensor.shape[0] > 1 else 0
-    return tensor[start : start + 1, heads]
+    start, group = batch if tensor.shape[0] > 1 else 0, whole // tensor.shape[1]
+    return tensor[start : start + 1, heads.start // group : -(-heads.stop // group)]
 
 
-def plain(problem: Problem, keep: Tensor | None, *leaves: Tensor) -> tuple[Tensor, ...]:
-    """What a user would write: softmax(masked_fill(q k^T / sqrt(d) + bias)) v, its variants, or the softmax alone."""
-    if problem.case.op == "softmax":
-        return (torch.softmax(leaves[0] if keep is None else leaves[0].masked_fill(~keep, -torch.inf), -1),)
-    variant, outputs = problem.variant, []
-    layers, more = layers_of(problem, leaves)
-    added = more[0] if variant.bias else None
-    for q, k, v in layers:
-        scores = _additive(q, k, *more) if variant.additive else q @ k.mT * q.shape[-1] ** -0.5
-        scores = scores if added is None else scores + added
-        scores = scores if keep is None else scores.masked_fill(~keep, -torch.inf)
-        scores = _selected(scores) if variant.selective else scores
-        probs, added = torch.softmax(scores, -1), scores
-        outputs.append(probs @ v)
-    return (functools.reduce(torch.add, outputs), probs)[: 1 + variant.probs]
-
-
-def layers_of(problem: Problem, leaves: tuple[Tensor, ...]) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def layers_of(problem: AttentionProblem, leaves: tuple[Tensor, ...]) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """q, k and v of each layer, and the other tensors."""
     ends = range(3, 3 * problem.variant.layers + 1, 3)
     return [leaves[end - 3 : end] for end in ends], leaves[ends[-1] :]
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The sink is one more key, whose probability is thrown away."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    sink = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat((scores, sink), -1), -1)[..., :-1]
 
 
 def _additive(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
@@ -304,21 +215,126 @@ def _selected(scores: Tensor) -> Tensor:
     return scores - gate[:, None]
 
 
-def defaults(device: torch.device) -> list[Case]:
-    """The cases of a plain ``run``: real sizes that end within minutes."""
+def _attention_inputs(make: Make, sizes: Mapping[str, int]) -> Results:
+    variant = ATTENTION[make.case.variant]
+    batch, heads, length, head_dim = (sizes[name] for name in ("batch", "heads", "length", "head_dim"))
+    kv_heads, kv_len = sizes["kv_heads"], sizes["kv_len"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in ("", *map(str, range(2, variant.layers + 1))):
+        shapes[f"q{layer}"] = (batch, heads, length, head_dim)
+        shapes[f"k{layer}"] = (batch, kv_heads, kv_len, head_dim)
+        shapes[f"v{layer}"] = (batch, kv_heads, kv_len, sizes["value_dim"])
+    if variant.bias:
+        shapes["bias"] = (1, heads, length, kv_len)
+    if variant.additive:
+        shapes["weight"] = (heads, head_dim)
+    if variant.sinks:
+        shapes["sinks"] = (heads,)
+    return {name: make.normal(*shape) for name, shape in shapes.items()}
+
+
+def _attention_flops(problem: AttentionProblem) -> float:
+    """Of the matrix products alone, as FlashAttention's authors count: per pair 2 · (head_dim + value_dim) forward, 6 · head_dim + 4 · value_dim backward.
+
+    Additive scores are no product.
+    """
+    head_dim, value_dim = 0 if problem.variant.additive else problem.sizes["head_dim"], problem.sizes["value_dim"]
+    forward, backward = 2 * (head_dim + value_dim), 6 * head_dim + 4 * value_dim
+    return problem.variant.layers * problem.pairs * {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[problem.case.mode]
+
+
+def _bytes(problem: ScoreProblem) -> float:
+    """The least that has to be moved: every tensor read or written once per pass and layer, masks as the tensors that the caller holds."""
+    size, layers = dtype_of(problem.case.dtype).itemsize, problem.variant.layers
+    # Scores from layer to layer are float32 or wider.
+    handed = (layers - 1) * math.prod(problem.score_shape) * max(size, 4) // size
+    inputs = sum(t.numel() for t in problem.tensors.values()) + handed
+    outputs = layers * sum(math.prod(shape) for shape in problem.output_shapes) + handed
+    held = problem.keep.numel() if problem.keep is not None and problem.case.variant in ("masked", "dense") else 0
+    forward, backward = inputs + outputs, 2 * inputs + 2 * outputs if problem.case.op == "attention" else inputs + 2 * outputs
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[problem.case.mode] * size + held
+
+
+def _tolerance(problem: ScoreProblem) -> Tolerance:
+    """Rounding of sums over keys and channels."""
+    return Tolerance(terms=sum(problem.case.shape[2:]))
+
+
+def _defaults(device: torch.device) -> list[str]:
+    """Real sizes that end within minutes."""
     gpu = device.type == "cuda"
-    dtype, attention = ("bfloat16", (2, 16, 4096, 128)) if gpu else ("float32", (1, 4, 1024, 64))
-    softmax = [(4, 16, 4096, 4096), (1, 8, 256, 65536)] if gpu else [(2, 4, 512, 1024), (1, 2, 64, 32768)]
+    dtype, (batch, heads, length, dim) = ("bfloat16", (2, 16, 4096, 128)) if gpu else ("float32", (1, 4, 1024, 64))
     # Additive attention in plain torch holds head_dim values per pair, several times over: 1 GB of float32 each at this shape.
-    shapes = {"additive": (2, 4, 512, 64)}
-    cases = [
-        Case("attention", variant, mode, dtype, shapes.get(variant, attention))
-        for variant in VARIANTS["attention"]
+    shapes = {"additive": "2x4x512x64"}
+    names = [
+        f"{variant}/{mode}/{dtype}/{shapes.get(variant, f'{batch}x{heads}x{length}x{dim}')}"
+        for variant in ATTENTION
         for mode in ("fwd", "fwd+bwd")
     ]
-    cases += [
-        Case("softmax", variant, mode, dtype, shape) for shape in softmax for variant in ("plain", "masked") for mode in ("fwd", "fwd+bwd")
+    names += [f"causal/fwd/{dtype}/{batch}x{heads}x{n}x{dim}" for n in ((1024, 2048, 4096, 8192, 16384) if gpu else (256, 512, 1024, 2048))]
+    # One query per sequence against many keys, as text is generated; heads in groups; values of another size.
+    decoding = "8x32x1x128,kv_len=16384,kv_heads=8" if gpu else "2x8x1x64,kv_len=4096,kv_heads=2"
+    grouped, narrow = f"{batch}x{heads}x{length}x{dim},kv_heads={heads // 4}", f"{batch}x{heads}x{length}x{dim},value_dim={dim // 2}"
+    return [
+        *names,
+        f"plain/fwd/{dtype}/{decoding}",
+        *(f"causal/{mode}/{dtype}/{s}" for mode in ("fwd", "fwd+bwd") for s in (grouped, narrow)),
     ]
-    lengths = (1024, 2048, 4096, 8192, 16384) if gpu else (256, 512, 1024, 2048)
-    sweep = [Case("attention", "causal", "fwd", dtype, (*attention[:2], length, attention[3])) for length in lengths]
-    return list(dict.fromkeys(cases + sweep))
+
+
+def _softmax_defaults(device: torch.device) -> list[str]:
+    gpu = device.type == "cuda"
+    dtype, shapes = ("bfloat16", ("4x16x4096x4096", "1x8x256x65536")) if gpu else ("float32", ("2x4x512x1024", "1x2x64x32768"))
+    return [f"{variant}/{mode}/{dtype}/{shape}" for shape in shapes for variant in ("plain", "masked") for mode in ("fwd", "fwd+bwd")]
+
+
+@contextmanager
+def observed() -> Iterator[list[str]]:
+    """What fused_attn runs inside, noted where every call passes: the backend, and each stage's tile configuration in Triton."""
+    found: list[str] = []
+    resolve, lookup = backends.resolve, config.lookup
+
+    def resolving(problem: Any, backend: str) -> str:
+        found.append(resolve(problem, backend))
+        return found[-1]
+
+    def looking(chip: int, which: config.Pass, dtype: torch.dtype, head_size: int) -> config.TileConfig:
+        tile = lookup(chip, which, dtype, head_size)
+        found.append(f"{which.stage}={'x'.join(map(str, tile))}")
+        return tile
+
+    backends.resolve, config.lookup = resolving, looking
+    try:
+        yield found
+    finally:
+        backends.resolve, config.lookup = resolve, lookup
+
+
+attention = Operation(
+    "attention",
+    ("batch", "heads", "length", "head_dim"),
+    _attention_inputs,
+    cases=_defaults,
+    variants=tuple(ATTENTION),
+    options={"kv_len": "length", "kv_heads": "heads", "value_dim": "head_dim"},
+    gradients=True,
+    flops=_attention_flops,
+    bytes=_bytes,
+    tolerance=_tolerance,
+    problem=AttentionProblem,
+    refusals=(fa.UnsupportedError,),
+    observe=observed,
+)
+softmax = Operation(
+    "softmax",
+    ("batch", "heads", "q_len", "kv_len"),
+    lambda make, sizes: {"scores": make.normal(*sizes.values())},
+    cases=_softmax_defaults,
+    variants=tuple(SOFTMAX),
+    gradients=True,
+    bytes=_bytes,
+    tolerance=_tolerance,
+    problem=SoftmaxProblem,
+    refusals=(fa.UnsupportedError,),
+    observe=observed,
+)

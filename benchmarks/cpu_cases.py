@@ -12,7 +12,7 @@ import fused_attn as fa
 from fused_attn import backends
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
-from fused_attn.testing.workload import Judge
+from fused_attn_bench.judge import Judge, Tolerance
 
 LENGTHS = (256, 1024, 2048, 4096)
 HEADS = 4
@@ -156,7 +156,7 @@ class Attention:
         grads = ["dq", "dk", "dv", *["dbias"] * (self.kind.bias == "learned")]
 
         def judging(wanted: Sequence[str]) -> Callable[[str, tuple[Tensor, ...]], str]:
-            judge = Judge({n: exact[n] for n in wanted}, {n: plain[n] for n in wanted}, self.length)
+            judge = Judge({n: exact[n] for n in wanted}, {n: plain[n] for n in wanted}, Tolerance(terms=self.length))
 
             def judged(provider: str, results: tuple[Tensor, ...]) -> str:
                 if provider == "eager" and self.kind.dropout:  # draws other numbers
@@ -276,7 +276,7 @@ class Rows:
         rows = slice(None, 4 if len(self.shape) == 3 else None)
         part = None if keep is None else keep[rows]
         exact, plain = ({"probs": _softmax(scores[rows].to(dtype), part)} for dtype in (torch.float64, torch.float32))
-        judge = Judge(exact, plain, self.shape[-1])
+        judge = Judge(exact, plain, Tolerance(terms=self.shape[-1]))
 
         def judged(provider: str, results: tuple[Tensor, ...]) -> str:
             return ", ".join(judge({"probs": results[0][rows]}).broken)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 import fused_attn as fa
-from benchmarks.busy import neighbours
-from benchmarks.timers import page_faults
-from fused_attn.cli.text import ratio, seconds, table
+from fused_attn_bench.busy import neighbours
+from fused_attn_bench.text import ratio, seconds, table
+from fused_attn_bench.timers import page_faults
 
 ROUNDS = 15
 # Enough for a parallel region in torch, which splits from 32,768 elements on.

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import cpu_table, timers
-from benchmarks.busy import neighbours
+from benchmarks import cpu_table
 from benchmarks.cpu_cases import CPU, KINDS, KINDS_AGAIN, LENGTHS, SOFTMAX, Attention, Job
-from benchmarks.environment import ROOT, describe
 from benchmarks.overhead import Call, costs
+from benchmarks.project import ROOT
 from fused_attn.backends.cpu import library as cpu_library
-from fused_attn.testing.measure import Effort, interleaved
+from fused_attn_bench import timers
+from fused_attn_bench.busy import neighbours
+from fused_attn_bench.environment import describe
+from fused_attn_bench.measure import Effort, interleaved
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "targets.json"
 PAGE = ROOT / "docs" / "performance.md"
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
     for rows in SOFTMAX:
         add(rows.job(), 5 * LEAST_SECONDS)
-    environment = describe(CPU) | {"library": library(), "load": load}
+    environment = describe(CPU, ROOT) | {"library": library(), "load": load}
     costs = [asdict(cost) for cost in host_costs(HOST_SECONDS)]
     return {"environment": environment, "busy": args.busy, "lines": [asdict(line) for line in lines], "host": costs}
 

@@ -13,7 +13,7 @@ import tempfile
 
 import torch
 
-from fused_attn.cli.text import seconds, table
+from fused_attn_bench.text import seconds, table
 
 # head_dim, whether there is a gradient.
 KINDS = tuple((head_dim, backward) for head_dim in (64, 128, 256) for backward in (False, True))

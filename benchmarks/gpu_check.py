@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.commands.bounds import BOUNDS
-from benchmarks.environment import commit
+from benchmarks.project import ROOT
 from fused_attn.backends.cuda import library_path
 from fused_attn.cli.info import devices, versions
-from fused_attn.cli.text import seconds, table
+from fused_attn_bench.environment import commit
+from fused_attn_bench.text import seconds, table
 
-ROOT = Path(__file__).resolve().parents[1]
 # The tests whose subject is what kernels compute; the others compile, or look at the source.
 PARITY = (
     "attention",
@@ -162,7 +162,7 @@ def environment() -> dict[str, str]:
     """What the numbers belong to."""
     library = library_path()
     native = f"{library.name}, {library.stat().st_size} bytes" if library.is_file() else "not built"
-    return {**dict(versions()), **dict(devices()), "commit": commit(), "native library": native}
+    return {**dict(versions()), **dict(devices()), "commit": commit(ROOT), "native library": native}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

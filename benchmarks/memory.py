@@ -6,10 +6,10 @@ import torch
 
 import fused_attn as fa
 from benchmarks.bounds import Report, Row
-from fused_attn.cli.text import size
 from fused_attn.testing.comparison import EAGER, FUSED, SDPA, seeded, shortage
-from fused_attn.testing.measure import peak_bytes
-from fused_attn.testing.workload import Judge, Workload
+from fused_attn.testing.workload import Workload
+from fused_attn_bench.measure import peak_bytes
+from fused_attn_bench.text import size
 
 SHAPE = (1, 1, 16384, 64)
 BOUND = 2**30
@@ -23,7 +23,7 @@ def run(device: torch.device, budget: float) -> Report:
 def measure(shape: tuple[int, int, int, int], device: torch.device) -> Report:
     """The report for one [batch, heads, L, D]."""
     work = Workload(seeded(device, shape, torch.float32), fa.Causal() & fa.SlidingWindow(255, 0), backward=True)
-    judge, rows = Judge.of(work), []
+    judge, rows = work.judge(), []
     for name, function in ((FUSED, work.fused), (EAGER, work.eager()), (SDPA, work.sdpa())):
         lacking = "" if name == FUSED else shortage(work)
         if lacking or function is None:

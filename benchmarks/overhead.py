@@ -11,10 +11,10 @@ import torch
 
 import fused_attn as fa
 from benchmarks.bounds import Report, Row
-from fused_attn.cli.text import ratio, seconds
 from fused_attn.testing.comparison import seeded
-from fused_attn.testing.measure import Effort, interleaved
-from fused_attn.testing.workload import Judge, Workload
+from fused_attn.testing.workload import Workload
+from fused_attn_bench.measure import Effort, interleaved
+from fused_attn_bench.text import ratio, seconds
 
 # Most that a call may cost, in calls of SDPA: chosen by auto on the CPU; by the cuda backend, without a gradient, on a GPU.
 BOUND, CUDA_BOUND = 5.0, 2.0
@@ -67,7 +67,7 @@ def costs(call: Call, device: torch.device, effort: Effort) -> tuple[bool, float
     """Whether our result is right, and medians of the calling thread's own seconds: ours and SDPA's."""
     mask = fa.Causal() if call.causal else None
     work = Workload(seeded(device, SHAPE, torch.float32), mask)
-    right = not Judge.of(work)(work.fused()).broken
+    right = not work.judge()(work.fused()).broken
     q, k, v = (t.detach().requires_grad_(call.grad) for t in work.inputs)
     incoming = torch.ones_like(q)
 

@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import fused_attn as fa
 from fused_attn.cli.demo import SENTENCE
 from fused_attn.cli.encoder import ROUTED, Encoder
-from fused_attn.testing.measure import peak_bytes
 from fused_attn.viz import label_tokens
+from fused_attn_bench.measure import peak_bytes
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # Plain torch takes 3.3 GiB at 16384 keys with one head, and a minute under the profiler.

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,102 +12,27 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_attn as fa
-from benchmarks.cases import Problem, Results, layers_of, plain
+from benchmarks.cases import AttentionProblem, ScoreProblem, layers_of
+from fused_attn_bench import Refusal
+from fused_attn_bench.operation import operation
 
 Forward = Callable[..., tuple[Tensor, ...]]
+Maker = Callable[[Any], Forward]
 
 
-class Refusal(Exception):
-    """Why a provider cannot compute a case."""
-
-
-Maker = Callable[[Problem], Forward]
-# Operation -> provider -> what binds it to a problem. Add to it to measure a function of your own (see docs/benchmarking.md).
-PROVIDERS: dict[str, dict[str, Maker]] = {"attention": {}, "softmax": {}}
-
-
-def provider(name: str, *ops: str) -> Callable[[Maker], Maker]:
+def provider(name: str, *ops: str, default: Callable[[torch.device], bool] = lambda device: True) -> Callable[[Maker], Maker]:
     """Registers the decorated function, which takes a problem and returns its forward function, for the operations."""
 
     def register(maker: Maker) -> Maker:
         for op in ops:
-            PROVIDERS[op][name] = maker
+            operation(op).add(name, maker, default)
         return maker
 
     return register
 
 
-def load(path: Path) -> None:
-    """Runs a Python file that adds providers.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ValueError(f"providers are added by Python files; got {path}")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def names() -> list[str]:
-    """Every provider once."""
-    return list(dict.fromkeys(name for makers in PROVIDERS.values() for name in makers))
-
-
-def split(name: str) -> tuple[str, float]:
-    """A provider's name and its planted slowdown.
-
-    Example:
-        >>> split("eager+5%"), split("sdpa:flash")
-        (('eager', 0.05), ('sdpa:flash', 0.0))
-    """
-    found = re.fullmatch(r"(.+)\+(\d+(?:\.\d+)?)%", name)
-    return (found[1], float(found[2]) / 100) if found else (name, 0.0)
-
-
-def known(name: str) -> str:
-    """The name itself.
-
-    Raises:
-        ValueError: there is no such provider.
-    """
-    if split(name)[0] not in names():
-        raise ValueError(f"a provider must be one of {', '.join(names())}, or one of them made slower like eager+5%; got {name!r}")
-    return name
-
-
-def bind(name: str, problem: Problem) -> Callable[[], Results]:
-    """What is timed: the provider on the problem. "eager+5%" is eager made 5 % slower, to see whether that is noticed.
-
-    Raises:
-        Refusal: it cannot compute the case, and why.
-    """
-    base, slowdown = split(known(name))
-    if slowdown and problem.device.type == "cuda":
-        raise Refusal("a planted slowdown waits on the host, which a GPU would not notice")
-    if base not in PROVIDERS[problem.case.op]:
-        raise Refusal(f"has no {problem.case.op}")
-    call = problem.caller(PROVIDERS[problem.case.op][base](problem))
-    return _slowed(call, slowdown) if slowdown else call
-
-
-def defaults(device: torch.device) -> list[str]:
-    """What a plain ``run`` compares: on the CPU torch.compile and FlexAttention take longer to compile than to measure."""
-    on_gpu = [n for n in names() if n != "fused_attn:cpu"]
-    return on_gpu if device.type == "cuda" else ["fused_attn", "eager", "sdpa"]
-
-
-def _slowed(call: Callable[[], Results], fraction: float) -> Callable[[], Results]:
-    def slow() -> Results:
-        start = time.perf_counter()
-        result = call()
-        end = time.perf_counter()
-        until = end + fraction * (end - start)
-        while time.perf_counter() < until:
-            pass
-        return result
-
-    return slow
+# On the CPU torch.compile and FlexAttention take longer to compile than to measure, and the others' packages run on GPUs.
+peer = functools.partial(provider, default=lambda device: device.type == "cuda")
 
 
 def _package(name: str) -> Any:
@@ -127,42 +47,18 @@ def _requires(condition: bool, reason: str) -> None:
         raise Refusal(reason)
 
 
-@contextmanager
-def observed() -> Iterator[list[str]]:
-    """What fused_attn runs inside, noted where every call passes: the backend, and each stage's tile configuration in Triton."""
-    from fused_attn import backends
-    from fused_attn.backends.triton import config
-
-    found: list[str] = []
-    resolve, lookup = backends.resolve, config.lookup
-
-    def resolving(problem: Any, backend: str) -> str:
-        found.append(resolve(problem, backend))
-        return found[-1]
-
-    def looking(chip: int, which: config.Pass, dtype: torch.dtype, head_size: int) -> config.TileConfig:
-        tile = lookup(chip, which, dtype, head_size)
-        found.append(f"{which.stage}={'x'.join(map(str, tile))}")
-        return tile
-
-    backends.resolve, config.lookup = resolving, looking
-    try:
-        yield found
-    finally:
-        backends.resolve, config.lookup = resolve, lookup
-
-
 def _fused(backend: str) -> Maker:
-    def bind_attention(problem: Problem) -> Forward:
+    def bind_attention(problem: AttentionProblem) -> Forward:
         variant = problem.variant
         request = fa.AuxRequest(probs=True) if variant.probs else None
         hand_on = fa.AuxRequest(scores=True, scores_dtype=torch.promote_types(getattr(torch, problem.case.dtype), torch.float32))
-        attend = functools.partial(fa.attention, mask=problem.mask, backend=backend)
+        attend = functools.partial(fa.attention, mask=problem.mask, q_offset=problem.q_offset, dropout=problem.dropout, backend=backend)
+        capped = (fa.SoftCap(variant.cap),) if variant.cap else ()
 
         def forward(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            scoring = fa.Additive(*more) if variant.additive else None
-            mods = (fa.Selective(),) if variant.selective else tuple(map(fa.Bias, more)) if variant.bias else ()
-            returned = attend(q, k, v, scoring=scoring, score_mods=mods, return_aux=request)
+            scoring, sinks = fa.Additive(*more) if variant.additive else None, more[0] if variant.sinks else None
+            mods = (fa.Selective(),) if variant.selective else tuple(map(fa.Bias, more)) if variant.bias else capped
+            returned = attend(q, k, v, scoring=scoring, score_mods=mods, sinks=sinks, return_aux=request)
             return (returned,) if isinstance(returned, Tensor) else (returned[0], returned[1].probs)
 
         def chained(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -175,40 +71,40 @@ def _fused(backend: str) -> Maker:
 
         return chained if variant.layers > 1 else forward
 
-    def bind_any(problem: Problem) -> Forward:
-        if problem.case.op == "attention":
+    def bind_any(problem: ScoreProblem) -> Forward:
+        if isinstance(problem, AttentionProblem):
             return bind_attention(problem)
         return lambda scores: (fa.masked_softmax(scores, problem.mask, q_offset=0, backend=backend),)
 
     return bind_any
 
 
-for _backend in ("auto", "cuda", "triton", "cpu"):
-    provider("fused_attn" if _backend == "auto" else f"fused_attn:{_backend}", "attention", "softmax")(_fused(_backend))
+provider("fused_attn", "attention", "softmax")(_fused("auto"))
+for _backend in ("cuda", "triton", "cpu"):
+    provider(
+        f"fused_attn:{_backend}", "attention", "softmax", default=lambda device, name=_backend: device.type == "cuda" and name != "cpu"
+    )(_fused(_backend))
 
 
-@provider("eager", "attention", "softmax")
-def _eager(problem: Problem) -> Forward:
-    return lambda *leaves: plain(problem, problem.keep, *leaves)
-
-
-@provider("compile", "attention", "softmax")
-def _compile(problem: Problem) -> Forward:
+@peer("compile", "attention", "softmax")
+def _compile(problem: ScoreProblem) -> Forward:
     # One graph per case: a graph kept for all shapes would be slower than what a user of one shape gets.
     torch.compiler.reset()
-    return torch.compile(_eager(problem), dynamic=False)
+    return torch.compile(problem.plain, dynamic=False)
 
 
 def _sdpa(kernel: SDPBackend | None) -> Maker:
-    def bind_attention(problem: Problem) -> Forward:
+    def bind_attention(problem: AttentionProblem) -> Forward:
         _requires(not problem.variant.beyond_sdpa, problem.variant.beyond_sdpa)
-        causal = isinstance(problem.mask, fa.Causal)
+        # torch's own word for causal has query 0 at key 0.
+        causal = isinstance(problem.mask, fa.Causal) and problem.q_offset == 0
         keep = None if causal else problem.keep
         # torch's own function, also while fused_attn.integrations.sdpa is installed.
         attend = torch._C._nn.scaled_dot_product_attention
 
         def forward(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-            return (attend(q, k, v, attn_mask=bias[0] if bias else keep, is_causal=causal),)
+            grouped = q.shape[1] != k.shape[1]
+            return (attend(q, k, v, attn_mask=bias[0] if bias else keep, is_causal=causal, enable_gqa=grouped),)
 
         if kernel is None:
             return forward
@@ -237,7 +133,7 @@ _KERNELS: Mapping[str, SDPBackend | None] = {
     "sdpa:math": SDPBackend.MATH,
 }
 for _name, _kernel in _KERNELS.items():
-    provider(_name, "attention")(_sdpa(_kernel))
+    (provider if _kernel is None else peer)(_name, "attention")(_sdpa(_kernel))
 
 
 @functools.cache
@@ -247,8 +143,8 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@provider("flex", "attention")
-def _flex(problem: Problem) -> Forward:
+@peer("flex", "attention")
+def _flex(problem: AttentionProblem) -> Forward:
     from torch.nn.attention.flex_attention import create_block_mask
 
     _requires(not problem.variant.beyond_sdpa, problem.variant.beyond_sdpa)
@@ -260,18 +156,19 @@ def _flex(problem: Problem) -> Forward:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
         added = (lambda score, b, h, i, j: score + bias[0][0, h, i, j]) if bias else None
-        return (_compiled_flex()(q, k, v, score_mod=added, block_mask=blocks),)
+        return (_compiled_flex()(q, k, v, score_mod=added, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1]),)
 
     return forward
 
 
-@provider("flash-attn", "attention")
-def _flash_attn(problem: Problem) -> Forward:
+@peer("flash-attn", "attention")
+def _flash_attn(problem: AttentionProblem) -> Forward:
     _requires(
         problem.case.variant in ("plain", "causal", "window"),
         "takes no dense mask or bias, no documents in this layout and returns no probabilities",
     )
     _requires(problem.device.type == "cuda" and problem.case.dtype in ("float16", "bfloat16"), "runs in 16 bits on a GPU")
+    _requires(not problem.has("value_dim"), "takes values of the keys' size")
     attend = _package("flash_attn").flash_attn_func
     window = (255, 0) if problem.case.variant == "window" else (-1, -1)
     return lambda q, k, v: (
@@ -279,9 +176,10 @@ def _flash_attn(problem: Problem) -> Forward:
     )
 
 
-@provider("flash-attn-3", "attention")
-def _flash_attn_3(problem: Problem) -> Forward:
+@peer("flash-attn-3", "attention")
+def _flash_attn_3(problem: AttentionProblem) -> Forward:
     _requires(problem.case.variant in ("plain", "causal"), "is measured without masks and causal")
+    _requires(not problem.has("value_dim"), "is measured with values of the keys' size")
     _requires(problem.device.type == "cuda" and problem.case.dtype in ("float16", "bfloat16"), "runs in 16 bits on a GPU")
     attend, causal = _package("flash_attn_interface").flash_attn_func, problem.mask is not None
 
@@ -293,9 +191,10 @@ def _flash_attn_3(problem: Problem) -> Forward:
     return forward
 
 
-@provider("xformers", "attention")
-def _xformers(problem: Problem) -> Forward:
+@peer("xformers", "attention")
+def _xformers(problem: AttentionProblem) -> Forward:
     _requires(problem.case.variant in ("plain", "causal", "bias"), "is measured without masks, causal and with a bias")
+    _requires(not problem.has("kv_len", "kv_heads", "value_dim"), "is measured with as many keys as queries, and all heads apart")
     ops = _package("xformers.ops")
     causal = ops.LowerTriangularMask() if problem.case.variant == "causal" else None
 
@@ -306,15 +205,16 @@ def _xformers(problem: Problem) -> Forward:
     return forward
 
 
-@provider("x-transformers", "attention")
-def _x_transformers(problem: Problem) -> Forward:
+@peer("x-transformers", "attention")
+def _x_transformers(problem: AttentionProblem) -> Forward:
     _requires(problem.case.variant in ("plain", "causal", "bias"), "is measured without masks, causal and with a bias")
+    _requires(not problem.has("kv_len", "kv_heads", "value_dim"), "is measured with as many keys as queries, and all heads apart")
     attend = _package("x_transformers.attend").Attend(causal=problem.case.variant == "causal", flash=problem.case.variant != "bias")
     return lambda q, k, v, *bias: (attend(q, k, v, attn_bias=bias[0] if bias else None)[0],)
 
 
-@provider("liger", "softmax")
-def _liger(problem: Problem) -> Forward:
+@peer("liger", "softmax")
+def _liger(problem: ScoreProblem) -> Forward:
     _requires(problem.mask is None, "has no mask")
     _requires(problem.device.type == "cuda", "runs on a GPU")
     softmax = _package("liger_kernel.ops.softmax").LigerSoftmaxFunction

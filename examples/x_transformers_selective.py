@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.nn.x_transformers import Attend
-from fused_attn.testing.measure import peak_bytes
+from fused_attn_bench.measure import peak_bytes
 
 torch.manual_seed(0)
 q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 4, 1024, 32).unbind(0))  # [batch, heads, length, dim]

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import report, tables
-from benchmarks.busy import most, neighbours
-from benchmarks.changes import series
-from benchmarks.compare import with_history
-from benchmarks.results import History, Result
-from benchmarks.significance import SLOWER
-from benchmarks.timers import WallTimer
+from fused_attn_bench import report, tables
+from fused_attn_bench.busy import most, neighbours
+from fused_attn_bench.changes import series
+from fused_attn_bench.compare import with_history
+from fused_attn_bench.results import History, Result
+from fused_attn_bench.significance import SLOWER
+from fused_attn_bench.timers import WallTimer
 
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def test_they_end_with_a_block_that_fails(error: type[BaseException]) -> None:
 
 @pytest.mark.parametrize("fatal", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM], ids=lambda s: s.name)
 def test_they_end_with_a_process_that_is_killed(fatal: signal.Signals) -> None:
-    code = f"import os, time\nfrom benchmarks.busy import neighbours\nwith neighbours(2) as pids:\n  print(*pids, flush=True)\n  os.kill(os.getpid(), {int(fatal)})\n  time.sleep(60)"
+    code = f"import os, time\nfrom fused_attn_bench.busy import neighbours\nwith neighbours(2) as pids:\n  print(*pids, flush=True)\n  os.kill(os.getpid(), {int(fatal)})\n  time.sleep(60)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == -fatal
     pids = [int(pid) for pid in ended.stdout.split()]
@@ -74,7 +74,7 @@ def test_they_end_with_a_process_that_is_killed(fatal: signal.Signals) -> None:
 
 def test_one_that_does_not_begin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather than results that are called busy and are not."""
-    monkeypatch.setattr("benchmarks.busy._LOOP", "raise SystemExit(3)")
+    monkeypatch.setattr("fused_attn_bench.busy._LOOP", "raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="one ended with 3"), neighbours(2):
         pass
 
@@ -88,7 +88,7 @@ def test_an_impossible_number_is_refused(count: int, tmp_path: Path, capsys: pyt
 def test_a_busy_run_says_so_and_is_compared_with_no_quiet_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
     options = ["--case", "attention/plain/fwd/float32/1x2x16x8", "--provider", "eager", "--seconds", "0", "--rounds", "2"]
     path = tmp_path / "h.sqlite"
     for extra in ([], ["--busy", "1"]):

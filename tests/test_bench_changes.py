@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import changes
-from benchmarks.changes import DRIFT, STEP, Point
-from benchmarks.results import History, Result
+from fused_attn_bench import changes
+from fused_attn_bench.changes import DRIFT, STEP, Point
+from fused_attn_bench.results import History, Result
 
 
 def series(seed: int, levels: list[float], noise: float = 0.01, outliers: float = 0.03) -> list[float]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import baseline, providers
-from benchmarks.results import Result, ResultsError
+from fused_attn_bench import baseline
+from fused_attn_bench.operation import OPERATIONS
+from fused_attn_bench.results import Result, ResultsError
 
 CASES = ("attention/plain/fwd/float32/1x1x8x8", "softmax/masked/fwd+bwd/float32/1x1x4x8")
 QUICK = ("--device", "cpu", "--seconds", "0", "--launches", "3")
@@ -22,7 +23,7 @@ QUICK = ("--device", "cpu", "--seconds", "0", "--launches", "3")
 @pytest.fixture(autouse=True)
 def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is not how fast anything is."""
-    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +83,16 @@ def test_faster_passes(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WRONG = """
-from benchmarks.providers import plain, provider
+from fused_attn_bench.operation import OPERATIONS, Provider
 
-
-@provider("fused_attn", "softmax")
-def wrong(problem):
-    return lambda *leaves: tuple(t * 1.01 for t in plain(problem, problem.keep, *leaves))
+wrong = Provider(lambda problem: lambda *leaves: tuple(t * 1.01 for t in problem.plain(*leaves)), lambda device: True)
+OPERATIONS["softmax"].providers["fused_attn"] = wrong
 """
 
 
 def test_wrong(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong outweighs slow, and a baseline is not written over with it."""
-    monkeypatch.setitem(providers.PROVIDERS, "softmax", dict(providers.PROVIDERS["softmax"]))
+    monkeypatch.setattr(OPERATIONS["softmax"], "providers", dict(OPERATIONS["softmax"].providers))
     (tmp_path / "wrong.py").write_text(WRONG)
     load, before = ("--load", str(tmp_path / "wrong.py")), stored.read_text()
     assert check(stored, *load) == 3

@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import bisection, compare, providers, tables, worker
-from benchmarks.cases import Case
-from benchmarks.compare import Comparison, Providers
-from benchmarks.harness import About, Contestant, Setup
 from benchmarks.power import EXPERIMENTS, Tally
-from benchmarks.results import History, Result
-from benchmarks.significance import FASTER, SAME, SLOWER, UNKNOWN, Difference, against, blocks, corrected, difference, noise_floor
-from benchmarks.timers import Sample
-from fused_attn.testing.workload import Verdict
+from benchmarks.project import PROJECT
+from fused_attn_bench import bisection, compare, tables, worker
+from fused_attn_bench.case import Case
+from fused_attn_bench.compare import Comparison, Providers
+from fused_attn_bench.harness import About, Contestant, Setup
+from fused_attn_bench.judge import Verdict
+from fused_attn_bench.operation import OPERATIONS
+from fused_attn_bench.results import History, Result
+from fused_attn_bench.significance import FASTER, SAME, SLOWER, UNKNOWN, Difference, against, blocks, corrected, difference, noise_floor
+from fused_attn_bench.timers import Sample
 
 CASES = [Case.parse(f"attention/plain/fwd/float32/1x1x{n}x8") for n in (8, 16, 32)]
 SOON = Setup(seconds=0.0, rounds=6, sample=0.0)
@@ -32,7 +34,7 @@ RIGHT = Verdict(1e-7, 1e-7, ())
 @pytest.fixture(autouse=True)
 def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is not how fast anything is."""
-    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
 
 
 class Noisy:
@@ -280,7 +282,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         git("add", "-A")
         git("commit", "-q", "-m", tag)
         git("tag", tag)
-    monkeypatch.setattr(compare, "REPOSITORY", root)
+    monkeypatch.setattr(cli, "PROJECT", replace(PROJECT, root=root))
     return root
 
 
@@ -296,8 +298,8 @@ def test_commits_are_compared_and_bisected(
     assert cli.main(["compare", "one", "broken", *options]) == 0
     assert "this commit is broken" in capsys.readouterr().out
     mine = tmp_path / "mine.py"
-    mine.write_text("from benchmarks.providers import PROVIDERS\n\nPROVIDERS['attention']['mine'] = PROVIDERS['attention']['fused_attn']\n")
-    monkeypatch.setitem(providers.PROVIDERS, "attention", dict(providers.PROVIDERS["attention"]))
+    mine.write_text("from benchmarks.providers import _fused, provider\n\nprovider('mine', 'attention')(_fused('auto'))\n")
+    monkeypatch.setattr(OPERATIONS["attention"], "providers", dict(OPERATIONS["attention"].providers))
     assert cli.main(["compare", "one", "three", "--of", "mine", "--load", str(mine), *options, "--fail-on", "900%"]) == 1
     assert "slower" in capsys.readouterr().out
     assert cli.main(["compare", "one", "broken", "--of", "mine", "--load", str(mine), *options]) == 0
@@ -341,19 +343,20 @@ def test_there_must_be_something_to_find(repository: Path) -> None:
     same = Comparison("c", Result("c", "p"), Result("c", "p"), Difference(0.0, 0.0, 0.0, 0.5, 8))
     with pytest.raises(ValueError, match="BAD must be slower than GOOD beyond the noise; the verdict is no change"):
         bisection.search("good", ["c"], lambda commit: same)
-    assert len(bisection.commits("one", "four")) == 3
+    assert len(bisection.commits(repository, "one", "four")) == 3
     with pytest.raises(ValueError, match="BAD must come after GOOD"):
-        bisection.commits("four", "one")
-    with pytest.raises(ValueError, match="git rev-list must succeed; it says: "):
-        bisection.commits("nowhere", "one")
+        bisection.commits(repository, "four", "one")
+    with pytest.raises(ValueError, match=r"git rev-list must succeed in .*; it says: "):
+        bisection.commits(repository, "nowhere", "one")
 
 
 @pytest.mark.quick
 def test_a_process_that_dies_says_its_last_words(tmp_path: Path) -> None:
-    process = worker.Process(tmp_path, "a folder without fused_attn")
+    process = worker.Process(tmp_path, "a folder without fused_attn", PROJECT)
     try:
         with pytest.raises(
-            RuntimeError, match=r"a folder without fused_attn ended with code 1: .* has no fused_attn; .* was found instead|No module named"
+            RuntimeError,
+            match=r"a folder without fused_attn ended with code 1: .*fused_attn/__init__.py would be measured instead of the commit's",
         ):
             worker.Remote(process, CASES[0], "eager", Setup())
     finally:

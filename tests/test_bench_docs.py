@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import power, providers
-from benchmarks.cases import VARIANTS, Case
-from benchmarks.commands import check
-from benchmarks.results import History
+from benchmarks import power
+from benchmarks.project import PROJECT
+from benchmarks.variants import ATTENTION
+from fused_attn_bench.__main__ import modules
+from fused_attn_bench.case import Case
+from fused_attn_bench.commands import check
+from fused_attn_bench.operation import OPERATIONS
+from fused_attn_bench.results import History
 
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
@@ -22,11 +26,11 @@ TEXT = (ROOT / "docs" / "benchmarking.md").read_text()
 @pytest.fixture(autouse=True)
 def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is not how fast anything is."""
-    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
 
 
 def test_the_provider_of_the_example_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(providers.PROVIDERS, "attention", dict(providers.PROVIDERS["attention"]))
+    monkeypatch.setattr(OPERATIONS["attention"], "providers", dict(OPERATIONS["attention"].providers))
     (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", TEXT, re.S)[0])
     options = [
         "--device",
@@ -43,13 +47,11 @@ def test_the_provider_of_the_example_is_right(tmp_path: Path, monkeypatch: pytes
     assert cli.main(["run", "--op", "attention", "--shape", "1x2x16x8", "--provider", "mine", *options]) == 0
     results = History(tmp_path / "h.sqlite").results()
     assert {r.status for r in results} == {"ok", "refused"}
-    assert {Case.parse(r.case).variant for r in results if r.status == "ok"} == {
-        n for n, v in VARIANTS["attention"].items() if not v.beyond_sdpa
-    }
+    assert {Case.parse(r.case).variant for r in results if r.status == "ok"} == {n for n, v in ATTENTION.items() if not v.beyond_sdpa}
 
 
 def test_every_command_is_named() -> None:
-    for command in cli.COMMANDS:
+    for command in modules(PROJECT):
         assert f"{command} " in TEXT or f"{command}`" in TEXT, command
 
 
@@ -61,7 +63,7 @@ def test_exit_codes_are_those_of_check() -> None:
 
 
 def test_figures_are_those_of_the_committed_measurement() -> None:
-    """The table is what ``benchmarks.power`` prints for the file beside it."""
+    """The table is what ``fused_attn_bench.power`` prints for the file beside it."""
     measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "power.json").read_text())
     tallies = [power.Tally(**experiment) for experiment in measured["experiments"]]
     assert {t.title for t in tallies} == {e.title for e in power.EXPERIMENTS}

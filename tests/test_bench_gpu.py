@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import environment, providers, timers
-from benchmarks.results import History
+from benchmarks import providers
+from fused_attn_bench import environment, planted, timers
+from fused_attn_bench.operation import OPERATIONS, case_of
+from fused_attn_bench.results import History
 
 CPU = torch.device("cpu")
 
@@ -110,7 +112,8 @@ def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.quick
 def test_every_provider_is_asked_on_a_gpu() -> None:
-    everyone = providers.defaults(torch.device("cuda"))
+    everyone = [name for op in OPERATIONS.values() for name, p in op.providers.items() if p.runs_by_default(torch.device("cuda"))]
+    assert "fused_attn:cpu" not in everyone
     assert {
         "fused_attn:cuda",
         "fused_attn:triton",
@@ -124,4 +127,4 @@ def test_every_provider_is_asked_on_a_gpu() -> None:
     } <= set(everyone)
     assert {"flash-attn", "flash-attn-3", "xformers", "x-transformers", "liger"} <= set(everyone)
     with pytest.raises(providers.Refusal, match="a GPU would not notice"):
-        providers.bind("eager+5%", SimpleNamespace(device=torch.device("cuda")))
+        planted.bind("eager+5%", SimpleNamespace(device=torch.device("cuda"), case=case_of("softmax/plain/fwd/float32/1x1x4x8")))

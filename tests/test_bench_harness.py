@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import harness, providers, roofs, tables, timers
-from benchmarks.cases import Case, Problem, Results
-from benchmarks.commands import run, selection
-from benchmarks.harness import About, Setup, contest, measure
-from benchmarks.results import History, Result, load
-from benchmarks.timers import Sample, WallTimer
-from fused_attn.testing.workload import Verdict
+from benchmarks import providers
+from fused_attn_bench import harness, planted, roofs, tables, timers
+from fused_attn_bench.case import Case
+from fused_attn_bench.commands import run, selection
+from fused_attn_bench.harness import About, Setup, contest, measure
+from fused_attn_bench.judge import Results, Verdict
+from fused_attn_bench.operation import OPERATIONS, Problem, Provider
+from fused_attn_bench.results import History, Result, load
+from fused_attn_bench.timers import Sample, WallTimer
 
 pytestmark = pytest.mark.quick
 CASE = Case.parse("attention/causal/fwd+bwd/float32/1x2x16x8")
@@ -31,7 +33,7 @@ RIGHT, WRONG = Verdict(1e-7, 1e-7, ()), Verdict(0.5, 1e-7, ("out", "dq"))
 @pytest.fixture(autouse=True)
 def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is not how fast anything is."""
-    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def extra(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, providers.Maker], N
     """Adds a provider for one test."""
 
     def add(name: str, maker: providers.Maker) -> None:
-        for op in providers.PROVIDERS:
-            monkeypatch.setitem(providers.PROVIDERS[op], name, maker)
+        for op in OPERATIONS.values():
+            monkeypatch.setitem(op.providers, name, Provider(maker, lambda device: True))
 
     return add
 
@@ -55,7 +57,7 @@ def test_a_case_is_measured() -> None:
 
 
 def test_a_wrong_result_gets_no_speed(extra: Callable[[str, providers.Maker], None]) -> None:
-    extra("wrong", lambda problem: lambda *leaves: tuple(t * 1.01 for t in providers.plain(problem, problem.keep, *leaves)))
+    extra("wrong", lambda problem: lambda *leaves: tuple(t * 1.01 for t in problem.plain(*leaves)))
     wrong, eager = measure(CASE, ["wrong", "eager"], SOON)
     assert wrong.status == "wrong" and not wrong.samples and wrong.median is None
     assert wrong.reason.startswith("before timing: error ") and "breaks the error rule in out" in wrong.reason
@@ -67,7 +69,7 @@ def test_a_result_that_goes_wrong_while_timed_gets_no_speed(extra: Callable[[str
     calls = itertools.count()
 
     def maker(problem: Problem) -> providers.Forward:
-        return lambda *leaves: tuple(t + (1e-2 if next(calls) > 4 else 0.0) for t in providers.plain(problem, problem.keep, *leaves))
+        return lambda *leaves: tuple(t + (1e-2 if next(calls) > 4 else 0.0) for t in problem.plain(*leaves))
 
     extra("fading", maker)
     fading, _ = measure(CASE, ["fading", "eager"], replace(SOON, rounds=8))
@@ -75,7 +77,7 @@ def test_a_result_that_goes_wrong_while_timed_gets_no_speed(extra: Callable[[str
 
 
 def test_nan_is_wrong(extra: Callable[[str, providers.Maker], None]) -> None:
-    extra("nan", lambda problem: lambda *leaves: tuple(t * torch.nan for t in providers.plain(problem, problem.keep, *leaves)))
+    extra("nan", lambda problem: lambda *leaves: tuple(t * torch.nan for t in problem.plain(*leaves)))
     assert measure(CASE, ["nan"], SOON)[0].status == "wrong"
 
 
@@ -161,7 +163,7 @@ def test_rounds_make_blocks() -> None:
 def test_a_planted_slowdown_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that moves by a step with each look: a call that takes 100 steps is followed by waiting for 25."""
     clock = itertools.count()
-    monkeypatch.setattr(providers.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(planted.time, "perf_counter", lambda: next(clock))
 
     def call() -> Results:
         for _ in range(99):
@@ -169,7 +171,7 @@ def test_a_planted_slowdown_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> 
         return {}
 
     start = next(clock)
-    providers._slowed(call, 0.25)()
+    planted._slower(call, lambda seconds: 0.25 * seconds)()
     assert next(clock) - start == pytest.approx(1 + 100 + 25, abs=3)
 
 
@@ -233,21 +235,21 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_wrong_result_sets_the_exit_code(
     tmp_path: Path, extra: Callable[[str, providers.Maker], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra("wrong", lambda problem: lambda *leaves: tuple(t * 1.01 for t in providers.plain(problem, problem.keep, *leaves)))
+    extra("wrong", lambda problem: lambda *leaves: tuple(t * 1.01 for t in problem.plain(*leaves)))
     assert cli.main(arguments("--case", CASE.name, "--provider", "wrong", "eager", "--db", str(tmp_path / "h.sqlite"))) == 1
     assert "wrong wrong" in capsys.readouterr().out
 
 
 def test_providers_of_your_own_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(providers.PROVIDERS, "attention", dict(providers.PROVIDERS["attention"]))
+    monkeypatch.setattr(OPERATIONS["attention"], "providers", dict(OPERATIONS["attention"].providers))
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "from benchmarks.providers import plain, provider\n\n@provider('mine', 'attention')\ndef mine(problem):\n    return lambda *leaves: plain(problem, problem.keep, *leaves)\n"
+        "from benchmarks.providers import provider\n\n@provider('mine', 'attention')\ndef mine(problem):\n    return lambda *leaves: problem.plain(*leaves)\n"
     )
     assert cli.main(arguments("--load", str(mine), "--case", CASE.name, "--provider", "mine", "--db", str(tmp_path / "h.sqlite"))) == 0
     assert "mine" in capsys.readouterr().out
     assert cli.main(arguments("--load", str(tmp_path / "absent.py"), "--db", str(tmp_path / "h.sqlite"))) == 2
-    assert "providers are added by Python files" in capsys.readouterr().err
+    assert "operations and providers are declared in Python files" in capsys.readouterr().err
 
 
 def chosen(capsys: pytest.CaptureFixture[str], *given: str) -> list[str]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import plots, report
-from benchmarks.results import History, Result, ResultsError
+from fused_attn_bench import plots, report
+from fused_attn_bench.results import History, Result, ResultsError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -135,7 +135,7 @@ def test_figures_for_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         cli.main(["report", "--db", str(tmp_path / "h.sqlite"), "--out", str(tmp_path / "p.html"), "--plots", str(tmp_path / "plots")]) == 0
     )
     made = sorted(p.name for p in (tmp_path / "plots").iterdir())
-    assert made == [f"{n}.{k}" for n in ("roofline", "speedups", "sweep-attention-causal-fwd-float32-1x4xLx64") for k in ("png", "svg")]
+    assert made == [f"{n}.{k}" for n in ("roofline", "speedups", "sweep-attention-causal-fwd-float32-1x4xNx64") for k in ("png", "svg")]
     assert (tmp_path / "plots" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "plots" / "speedups.svg").read_text()
     assert "attention/causal/fwd/float32/1x4x256x64" in drawn and "times faster than eager" in drawn

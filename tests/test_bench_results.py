@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import results
-from benchmarks.results import FORMAT, History, Result, ResultsError, load
+from fused_attn_bench import results
+from fused_attn_bench.results import FORMAT, History, Result, ResultsError, load
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"device": "a chip", "driver": "1", "cuda": "13", "torch": "2", "triton": "3", "threads": "2", "commit": "abc"}
@@ -118,7 +118,7 @@ KILLED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from benchmarks.results import History
+from fused_attn_bench.results import History
 from tests.test_bench_results import RESULT
 history = History(Path(sys.argv[1]))
 history.add([RESULT])

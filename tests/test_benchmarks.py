@@ -11,9 +11,10 @@ import torch
 import fused_attn as fa
 from benchmarks import __main__ as cli
 from benchmarks import additive, bounds, memory, overhead
-from fused_attn.testing import comparison, measure
-from fused_attn.testing.measure import Effort
-from fused_attn.testing.workload import Judge, Workload
+from fused_attn.testing import comparison
+from fused_attn.testing.workload import Workload
+from fused_attn_bench import measure
+from fused_attn_bench.measure import Effort
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ def test_free_memory_is_positive(device: torch.device) -> None:
 def test_workloads_agree_and_the_judge_knows(probs: bool, backward: bool, device: torch.device) -> None:
     mask = fa.Causal() & fa.SlidingWindow(5, 0)
     work = Workload(comparison.seeded(device, (2, 2, 33, 8), torch.float32), mask, probs, backward)
-    judge, results = Judge.of(work), work.fused("eager")
+    judge, results = work.judge(), work.fused("eager")
     assert set(results) == {"out", *["probs"] * probs, *["dq", "dk", "dv"] * backward}
     assert not judge(results).broken and not judge(work.eager()()).broken
     sdpa = work.sdpa()
@@ -126,7 +127,7 @@ def test_memory_of_a_window_stays_below_the_dense_one() -> None:
 
 @pytest.mark.quick
 def test_additive_attention_is_held_to_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.harness.WARM_UP", 0.0)
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
     for name, easy in (("SHAPE", (1, 2, 9, 8)), ("SPEED", 0.0), ("MEMORY", 1e9)):
         monkeypatch.setattr(additive, name, easy)
     assert [row.cells[0] for row in additive.run(CPU, 0.0).rows] == ["fwd", "fwd+bwd"]
@@ -135,7 +136,7 @@ def test_additive_attention_is_held_to_time_and_memory(monkeypatch: pytest.Monke
         with monkeypatch.context() as patched:
             patched.setattr(additive, name, unreachable)
             assert not additive.run(CPU, 0.0).holds
-    monkeypatch.setattr("benchmarks.providers.plain", lambda problem, keep, *leaves: (leaves[0] * 1.01,))
+    monkeypatch.setattr("benchmarks.cases.AttentionProblem.plain", lambda problem, *leaves: (leaves[0] * 1.01,))
     report = additive.run(CPU, 0.0)
     assert not report.holds and "breaks the error rule in out" in str(report)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.commands import run, selection, tune
+from benchmarks.commands import tune
+from fused_attn_bench.commands import run, selection
 from tests import sanitized, simulated_cuda
 
 ROOT = Path(__file__).parents[1]

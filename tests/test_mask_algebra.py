@@ -19,7 +19,7 @@ from fused_attn.backends.cpu import blocks, flash_blocks, tiles
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.masks import Mask, from_mask_mod
 from fused_attn.testing import EVERYTHING, check_inputs, inputs_of, vocabulary
-from fused_attn.testing.measure import peak_bytes
+from fused_attn_bench.measure import peak_bytes
 from tests.test_definition import MEANINGS
 
 pytestmark = pytest.mark.quick

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_attn as fa
 from fused_attn.masks import from_mask_mod
 from fused_attn.normalizers import TopK
-from fused_attn.testing.measure import peak_bytes
 from fused_attn.viz import attention_thumbnail
+from fused_attn_bench.measure import peak_bytes
 
 BATCH, HEADS, LENGTH = 2, 4, 50
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.nn import MultiheadAttention, replace_multihead_attention
-from fused_attn.testing.measure import peak_bytes
+from fused_attn_bench.measure import peak_bytes
 
 BATCH, Q_LEN, KV_LEN, WIDTH, HEADS = 3, 5, 6, 16, 4
 PADDING = torch.tensor([[0] * 6, [0] * 4 + [1] * 2, [0] + [1] * 5]).bool()

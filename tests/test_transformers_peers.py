@@ -16,7 +16,7 @@ from fused_attn.cli.encoder import MODEL_PACKAGE, model_folder
 from fused_attn.integrations.transformers import NAME, models, register, unregister
 from fused_attn.integrations.transformers import attention as module
 from fused_attn.integrations.transformers.mask_tensor import RowMask
-from fused_attn.testing.measure import peak_bytes
+from fused_attn_bench.measure import peak_bytes
 from tests.transformers_families import FAMILIES, VOCABULARY, evaluated, reference
 
 pytestmark = [

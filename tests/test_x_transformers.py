@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fused_attn as fa
 from fused_attn.nn.x_transformers import Attend, Attention, Decoder, Encoder, Intermediates
-from fused_attn.testing.measure import peak_bytes
+from fused_attn_bench.measure import peak_bytes
 
 CPU = torch.device("cpu")
 SMALL = {"dim": 32, "depth": 2, "heads": 4, "attn_dim_head": 8}

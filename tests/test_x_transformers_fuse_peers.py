@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fused_attn as fa
-from fused_attn.testing.measure import peak_bytes
-from fused_attn.testing.workload import rounding
+from fused_attn_bench.judge import rounding
+from fused_attn_bench.measure import peak_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.peers]
 x_transformers = pytest.importorskip("x_transformers", reason="x-transformers is not installed (make test-peers)")

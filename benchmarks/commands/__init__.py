@@ -1,1 +1,1 @@
-"""One file per command: ``add_arguments(parser)`` and ``run(args)``, which returns the exit code."""
+"""Commands of the benchmarks that belong to fused_attn alone."""

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import additive, memory, overhead
-from benchmarks.commands import selection
+from fused_attn_bench.commands import selection
 
 BOUNDS = {"overhead": overhead.run, "memory": memory.run, "additive": additive.run}
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import selection
-from benchmarks.environment import describe
+from benchmarks.project import ROOT
 from benchmarks.tuning import record, verdict
 from benchmarks.tuning.candidates import Entry, candidates, entries, shown
 from benchmarks.tuning.machine import Held, Local, Machine, Piece
 from benchmarks.tuning.verdict import Verdict
 from benchmarks.tuning.worker import said
 from fused_attn.backends.triton.hopper import tiles
-from fused_attn.cli.text import table
+from fused_attn_bench.commands import selection
+from fused_attn_bench.environment import describe
+from fused_attn_bench.text import table
 
 WRONG = 1
 # Each checks on the GPU as well, with up to 4 GB of its memory: an estimate, from the float64 tensors of the largest problem.
@@ -62,9 +63,9 @@ def run(args: argparse.Namespace, machine: Machine | None = None) -> int:
         print(f"{report(verdicts[-1])}\n", flush=True)
         # After every entry: what has been measured survives whatever comes next.
         if args.write and verdicts[-1].best is not None:
-            tiles.PATH.write_text(record.revised(tiles.PATH.read_text(), verdicts[-1], describe(device)))
+            tiles.PATH.write_text(record.revised(tiles.PATH.read_text(), verdicts[-1], describe(device, ROOT)))
         if args.json is not None:
-            args.json.write_text(json.dumps({"environment": describe(device), "entries": [listed(v) for v in verdicts]}, indent=1))
+            args.json.write_text(json.dumps({"environment": describe(device, ROOT), "entries": [listed(v) for v in verdicts]}, indent=1))
     bad = [f"{entry.table} {entry.name}: {why}" for entry in chosen if (why := found[entry][entry.present])]
     print("\n".join(f"tiles of {line}" for line in bad) or f"{len(chosen)} entries, whose present tiles hold", flush=True)
     return WRONG if bad else 0

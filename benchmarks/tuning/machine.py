@@ -10,17 +10,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from benchmarks import timers
+from benchmarks.project import ROOT
 from benchmarks.tuning import calls
 from benchmarks.tuning.candidates import Entry
-from fused_attn.testing.measure import repeats_for, turns
+from fused_attn_bench import timers
+from fused_attn_bench.measure import repeats_for, turns
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a worker runs.
 PROGRAM = ("-m", "benchmarks.tuning.worker")
 # Seconds per call, one value per round, of each of the tiles in their order.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.significance import MIN_EFFECT, blocks
 from benchmarks.tuning.candidates import Entry
+from fused_attn_bench.significance import MIN_EFFECT, blocks
 
 # Standard errors, and multiples of what the present tiles differ from themselves by, that an effect must exceed: with a dozen candidates two
 # errors would be exceeded by chance in every fourth entry.

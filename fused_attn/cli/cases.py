@@ -10,11 +10,12 @@ import torch
 
 import fused_attn as fa
 from fused_attn.cli.encoder import Encoder
-from fused_attn.cli.text import note, ratio, seconds, size, table
 from fused_attn.masks import Mask
-from fused_attn.testing.comparison import EAGER, FUSED, SDPA, Comparison, Entry
-from fused_attn.testing.measure import Effort
+from fused_attn.testing.comparison import EAGER, FUSED, SDPA, Comparison
 from fused_attn.testing.workload import Workload
+from fused_attn_bench.measure import Effort
+from fused_attn_bench.quick import Entry
+from fused_attn_bench.text import note, ratio, seconds, size, table
 
 LAYER, HEADS = 2, 4
 # Lewis Carroll, Alice's Adventures in Wonderland (1865), the first sentences.

@@ -23,9 +23,9 @@ from fused_attn.cli import info
 from fused_attn.cli.cases import Case, demo_cases, show_cases
 from fused_attn.cli.encoder import ROUTED, STOCK, Encoded, Encoder
 from fused_attn.cli.errors import CommandError, require_packages
-from fused_attn.cli.text import note, table
 from fused_attn.testing.comparison import Comparison, compare
-from fused_attn.testing.workload import rounding
+from fused_attn_bench.judge import rounding
+from fused_attn_bench.text import note, table
 
 SENTENCE = "The animal didn't cross the street because it was too tired."
 OTHERS = (

@@ -11,7 +11,7 @@ import torch
 
 import fused_attn
 from fused_attn.backends.cpu import library
-from fused_attn.cli.text import size
+from fused_attn_bench.text import size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

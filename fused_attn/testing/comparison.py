@@ -8,27 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from fused_attn.backends import Explanation
-from fused_attn.testing.measure import Effort, Timing, free_bytes, interleaved, peak_bytes
-from fused_attn.testing.workload import Judge, Results, Verdict, Workload
+from fused_attn.testing.workload import Workload
+from fused_attn_bench.judge import Results
+from fused_attn_bench.measure import Effort, free_bytes
+from fused_attn_bench.quick import Entry, compared
 
 FUSED, EAGER, SDPA = "fused_attn", "eager", "SDPA"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What one provider did.
-
-    Args:
-        verdict: its error, or None where it did not run.
-        peak: bytes beyond the inputs.
-        timing: None where it did not run or broke the error rule: a wrong result has no speed.
-        reason: why there is no timing.
-    """
-
-    verdict: Verdict | None = None
-    peak: int | None = None
-    timing: Timing | None = None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,23 +32,13 @@ class Comparison:
 def compare(work: Workload, effort: Effort | None = None) -> Comparison:
     """Runs every provider once for errors and peak memory, then those that hold the error rule in turns for time."""
     functions: dict[str, Callable[[], Results]] = {FUSED: work.fused}
-    entries = {EAGER: Entry(reason=shortage(work)), SDPA: Entry(reason="cannot return probabilities")}
-    if not entries[EAGER].reason:
+    skipped = {EAGER: Entry(reason=shortage(work)), SDPA: Entry(reason="cannot return probabilities")}
+    if not skipped[EAGER].reason:
         functions[EAGER] = work.eager()
     sdpa = work.sdpa()
     if sdpa is not None:
         functions[SDPA] = sdpa
-    judge = Judge.of(work)
-    for name, function in functions.items():
-        results, peak = peak_bytes(function, work.device)
-        verdict = judge(results)
-        entries[name] = Entry(verdict, peak, reason=f"breaks the error rule in {', '.join(verdict.broken)}" if verdict.broken else "")
-        del results
-    del judge
-    valid: dict[str, Callable[[], object]] = {n: f for n, f in functions.items() if not entries[n].reason}
-    for name, timing in interleaved(valid, work.device, effort).items():
-        entries[name] = Entry(entries[name].verdict, entries[name].peak, timing)
-    return Comparison(work.explain(), entries)
+    return Comparison(work.explain(), skipped | compared(functions, work.judge(), work.device, effort))
 
 
 def shortage(work: Workload) -> str:

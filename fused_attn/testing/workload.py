@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,10 +11,10 @@ from torch import Tensor
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import Explanation
 from fused_attn.functional import attention, explain
-from fused_attn.lowering import Grid, stat_dtype
+from fused_attn.lowering import Grid
 from fused_attn.masks import Causal, Mask
+from fused_attn_bench.judge import Judge, Results, Tolerance
 
-Results = dict[str, Tensor]
 # Most scores that ``by_rows`` holds in one tensor.
 BLOCK = 2**25
 
@@ -111,6 +110,10 @@ class Workload:
         function = torch._C._nn.scaled_dot_product_attention
         return lambda: self._collected((function(*self.inputs, attn_mask=keep, is_causal=causal),))
 
+    def judge(self) -> Judge:
+        """Holds results to the error rule."""
+        return Judge(self.by_rows(torch.float64), self.by_rows(self.inputs[0].dtype), Tolerance(terms=self.grid.shape[3]))
+
     def by_rows(self, dtype: torch.dtype) -> Results:
         """What ``plain`` gives in ``dtype``, a few hundred query rows at a time so that a long sequence fits."""
         q, k, v = (t.detach().to(dtype).requires_grad_(self.backward) for t in self.inputs)
@@ -134,52 +137,3 @@ def plain(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor,
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     probs = torch.softmax(scores if keep is None else scores.masked_fill(~keep, -torch.inf), -1)
     return probs @ v, probs
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How far results are from float64.
-
-    Args:
-        error: the largest absolute error of any result.
-        plain_error: that of plain torch at the same dtype.
-        broken: names of the results beyond 2 x the plain error + ``rounding`` of a row's sum.
-    """
-
-    error: float
-    plain_error: float
-    broken: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Holds results to the error rule; the exact and the plain ones are computed once per workload."""
-
-    exact: Results
-    plain: Results
-    terms: int
-
-    @classmethod
-    def of(cls, work: Workload) -> Judge:
-        return cls(work.by_rows(torch.float64), work.by_rows(work.inputs[0].dtype), work.grid.shape[3])
-
-    def __call__(self, results: Results) -> Verdict:
-        errors = {n: _distance(results[n], exact) for n, exact in self.exact.items()}
-        plain_errors = {n: _distance(self.plain[n], exact) for n, exact in self.exact.items()}
-        bounds = {n: 2 * plain_errors[n] + rounding(e, results[n].dtype, self.terms) for n, e in self.exact.items()}
-        broken = tuple(n for n, error in errors.items() if not error <= bounds[n])
-        return Verdict(max(errors.values()), max(plain_errors.values()), broken)
-
-
-def _distance(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).abs().max())
-
-
-def rounding(exact: Tensor, dtype: torch.dtype, terms: int = 0) -> float:
-    """What rounding may move the largest element by: stored in ``dtype``, summed over ``terms`` in float32 or wider.
-
-    A sum rounds as often as it has terms, by at most half an eps; as independent errors they add up to
-    eps * sqrt(terms) / 6 at one standard deviation, so eps * sqrt(terms) is six of them.
-    """
-    relative = torch.finfo(dtype).eps + torch.finfo(stat_dtype(dtype)).eps * math.sqrt(terms)
-    return float(exact.abs().max()) * relative

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from benchmarks.cases import Case
-from benchmarks.changes import STEP, Change, Point
-from benchmarks.results import Result
-from benchmarks.tables import REFERENCE, reference_median
+from fused_attn_bench.case import Case
+from fused_attn_bench.changes import STEP, Change, Point
+from fused_attn_bench.results import Result
+from fused_attn_bench.tables import REFERENCE, reference_median
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,30 +99,32 @@ def roofline(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def families(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Timed results that differ in length only, where there are three lengths or more."""
-    found: dict[str, list[Result]] = {}
-    for r in results:
+def families(results: Sequence[Result]) -> dict[str, tuple[int, list[Result]]]:
+    """Timed results that differ in one size alone, and which of the shape's it is, where it has three values or more."""
+    found: dict[str, tuple[int, list[Result]]] = {}
+    for r in filter(lambda r: r.median, results):
         case = Case.parse(r.case)
-        if r.median and case.op == "attention":
-            batch, heads, _, head_dim = case.shape
-            found.setdefault(f"{case.op}/{case.variant}/{case.mode}/{case.dtype}/{batch}x{heads}xLx{head_dim}", []).append(r)
-    return {name: rs for name, rs in found.items() if len({r.case for r in rs}) >= 3}
+        for axis in range(len(case.shape)):
+            sizes = ["N" if i == axis else str(size) for i, size in enumerate(case.shape)]
+            options = [f"{key}={size}" for key, size in case.options]
+            name = "/".join((case.op, case.variant, case.mode, case.dtype, ",".join(("x".join(sizes), *options))))
+            found.setdefault(name, (axis, []))[1].append(r)
+    return {name: (axis, rs) for name, (axis, rs) in found.items() if len({r.case for r in rs}) >= 3}
 
 
-def sweep(name: str, results: Sequence[Result], looks: Mapping[str, tuple[str, str]]) -> Figure:
-    """Time over length, one line per provider."""
+def sweep(name: str, axis: int, results: Sequence[Result], looks: Mapping[str, tuple[str, str]]) -> Figure:
+    """Time over one size, a line per provider."""
     figure, axes = _figure(5.2, 3.6)
     for provider, (colour, mark) in looks.items():
-        mine = sorted((Case.parse(r.case).shape[2], r.median * 1e3) for r in results if r.provider == provider and r.median)
+        mine = sorted((Case.parse(r.case).shape[axis], r.median * 1e3) for r in results if r.provider == provider and r.median)
         if mine:
             axes.loglog(*zip(*mine, strict=True), f"{mark}-", color=colour, label=provider, markersize=5)
-    lengths = sorted({Case.parse(r.case).shape[2] for r in results})
+    sizes = sorted({Case.parse(r.case).shape[axis] for r in results})
     _plain_ticks(axes)
-    axes.set_xticks(lengths, map(str, lengths))
+    axes.set_xticks(sizes, map(str, sizes))
     low, high = axes.get_ylim()
     axes.set_yticks([t for e in range(-4, 7) for d in (1, 2, 5) if low <= (t := d * 10.0**e) <= high])
-    axes.set_xlabel("length")
+    axes.set_xlabel("N")
     axes.set_ylabel("ms")
     axes.set_title(name, fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -176,8 +179,8 @@ def save(results: Sequence[Result], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     looks = look([r.provider for r in results])
     figures: dict[str, Callable[[], Figure]] = {"speedups": lambda: speedups(results), "roofline": lambda: roofline(results)}
-    for name, members in families(results).items():
-        figures[f"sweep-{name.replace('/', '-')}"] = lambda name=name, members=members: sweep(name, members, looks)
+    for name, (axis, members) in families(results).items():
+        figures[f"sweep-{name.replace('/', '-')}"] = functools.partial(sweep, name, axis, members, looks)
     written = []
     for name, make in figures.items():
         figure = make()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import results
-from benchmarks.commands import selection
+from fused_attn_bench import results
+from fused_attn_bench.commands import selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import changes
-from benchmarks.commands import selection
-from fused_attn.cli.text import seconds, table
+from fused_attn_bench import changes
+from fused_attn_bench.commands import selection
+from fused_attn_bench.text import seconds, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

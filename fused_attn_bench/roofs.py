@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timers import Function, Timer
+from fused_attn_bench.timers import Function, Timer
 
 
 class Roofs(NamedTuple):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import KEY
+from fused_attn_bench.environment import KEY
 
 STATUSES = ("ok", "wrong", "refused", "failed")
 FORMAT = 1
@@ -40,7 +40,8 @@ class Result:
         host: seconds until the call returned; empty where that is the same.
         telemetry: one record of sensors per sample.
         faults: minor page faults per call, the median over the samples; None where they were not counted.
-        flops: of the case's matrix products.
+        metrics: figures of the operation's own by name; one whose name ends in "/s" is an amount per call.
+        flops: of the case's operations.
         bytes: the least that the case has to move.
         roofs: bytes per second of a copy and operations per second of a matrix product, measured in the same run; empty where they were not.
         run: id of the run.
@@ -63,8 +64,9 @@ class Result:
     host: tuple[float, ...] = ()
     telemetry: tuple[dict[str, Any], ...] = ()
     faults: float | None = None
-    flops: int = 0
-    bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    flops: float = 0
+    bytes: float = 0
     roofs: tuple[float, ...] = ()
     run: str = ""
     time: str = ""
@@ -197,7 +199,7 @@ class History:
             raise ResultsError(f"{self.path} must be a benchmark history; it is another program's SQLite file. Name another with --db.")
         if version != FORMAT:
             raise ResultsError(
-                f"{self.path} must have format {FORMAT} or older; it has {version}, from a newer fused_attn. Update, or name another with --db."
+                f"{self.path} must have format {FORMAT} or older; it has {version}, from a newer version. Update, or name another with --db."
             )
         found = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
@@ -208,7 +210,7 @@ class History:
         return int(self.connection.execute(f"PRAGMA {pragma}").fetchone()[0])
 
     def _is_empty(self) -> bool:
-        return self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        return int(self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]) == 0
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import compare, providers, significance
-from benchmarks.commands import selection
-from benchmarks.commands.compare import add_sides, progress, sides
-from benchmarks.environment import describe
-from benchmarks.results import machine
-from fused_attn.cli.text import table
+from fused_attn_bench import compare, planted, significance
+from fused_attn_bench.commands import selection
+from fused_attn_bench.commands.compare import add_sides, progress, sides
+from fused_attn_bench.environment import describe
+from fused_attn_bench.results import machine
+from fused_attn_bench.text import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,18 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; prints each floor and keeps it in the history."""
-    selection.load(args)
     setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args)
     if args.times < 2:
         raise ValueError(f"--times must be at least 2, or there is no spread; got {args.times}")
-    described, rows = describe(setup.device), []
+    described, rows = describe(setup.device, args.project.repository), []
     with sides(args.operand, args.operand, args, setup) as two, progress(len(cases) * args.launches * args.times) as tell:
         name = two.calibrations[0]
         for case, floor in compare.calibrate(two, cases, setup, args.launches, args.times, tell).items():
             history.set_floor(machine(described, setup.timer), case, name, floor, args.times)
             rows.append((case, f"{100 * floor:.2f}%"))
     print(
-        f"{providers.split(name)[0]}: {args.times} comparisons with itself; a change must exceed max(floor, {100 * significance.MIN_EFFECT:.0f}%)"
+        f"{planted.split(name)[0]}: {args.times} comparisons with itself; a change must exceed max(floor, {100 * significance.MIN_EFFECT:.0f}%)"
     )
     print(table(("case", "floor"), rows))
     return 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks.compare import Comparison, git
-from benchmarks.significance import SLOWER
+from fused_attn_bench.compare import Comparison, git
+from fused_attn_bench.significance import SLOWER
 
 # Measures a commit against the good one.
 Measure = Callable[[str], Comparison]
@@ -44,9 +45,9 @@ class Found:
     steps: tuple[Step, ...]
 
 
-def commits(good: str, bad: str) -> list[str]:
+def commits(root: Path, good: str, bad: str) -> list[str]:
     """Full ids after ``good`` up to ``bad``, oldest first, along first parents."""
-    found = git("rev-list", "--first-parent", "--reverse", f"{good}..{bad}").split()
+    found = git(root, "rev-list", "--first-parent", "--reverse", f"{good}..{bad}").split()
     if not found:
         raise ValueError(f"BAD must come after GOOD; no commit lies in {good}..{bad}")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +12,15 @@ from typing import Protocol
 
 import torch
 
-from benchmarks import timers
-from benchmarks.cases import Case, Problem
-from benchmarks.environment import telemetry
-from benchmarks.providers import Refusal, bind, observed
-from benchmarks.results import Result
-from benchmarks.roofs import Roofs
-from benchmarks.timers import Sample
-from fused_attn import UnsupportedError
-from fused_attn.testing.measure import free_bytes, peak_bytes, repeats_for, turns
-from fused_attn.testing.workload import Judge, Verdict
+from fused_attn_bench import planted, timers
+from fused_attn_bench.case import Case
+from fused_attn_bench.environment import telemetry
+from fused_attn_bench.judge import Judge, Verdict
+from fused_attn_bench.measure import free_bytes, peak_bytes, repeats_for, turns
+from fused_attn_bench.operation import DeclarationError, Problem, Refusal, operation, problem_of
+from fused_attn_bench.results import Result
+from fused_attn_bench.roofs import Roofs
+from fused_attn_bench.timers import Sample
 
 # Seconds that a provider runs before it is timed: clocks rise, allocators and caches fill.
 WARM_UP = 0.05
@@ -53,13 +53,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a provider's answer before it is timed; ``outputs`` are the bytes that it gives out."""
+    """What is known of a provider's answer before it is timed.
+
+    Args:
+        verdict: whether it is right.
+        peak: bytes of tensors alive at once beyond the inputs.
+        backend, config: what ran, where the operation can observe it.
+        outputs: bytes that it gives out.
+        metrics: the operation's own figures.
+    """
 
     verdict: Verdict
     peak: int
-    backend: str
-    config: str
+    backend: str = ""
+    config: str = ""
     outputs: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Contestant(Protocol):
@@ -93,41 +102,61 @@ class Local:
         self.timer = timers.make(self.setup.timer, self.setup.device, self.setup.cold)
 
     def prepare(self) -> About:
-        with observed() as ran:
-            self.call = bind(self.provider, self.problem)
-            self.call()
-        results, peak = peak_bytes(self.call, self.setup.device)
-        end = time.perf_counter() + WARM_UP
-        once = [self.timer(self.call, 1).seconds]
-        while time.perf_counter() < end:
-            once.append(self.timer(self.call, 1).seconds)
+        with self.problem.kept() as written:
+            with self.problem.operation.observe() as ran:
+                self.call = planted.bind(self.provider, self.problem)
+                self.call()
+            results, peak = peak_bytes(self.call, self.setup.device)
+            verdict = self.judge(results)
+            # A result of the wrong kind may have no metrics.
+            metrics = {} if verdict.broken else self.problem.metrics(results)
+            outputs = sum(t.nbytes for t in results.values())
+            del results
+            end = time.perf_counter() + WARM_UP
+            once = [self.timer(self.call, 1).seconds]
+            while time.perf_counter() < end:
+                once.append(self.timer(self.call, 1).seconds)
         self.repeats = repeats_for(self.setup.sample, min(once))
-        return About(self.judge(results), peak, *_ran(ran), sum(t.nbytes for t in results.values()))
+        backends = [name for name in ran if "=" not in name]
+        configs = [name for name in ran if "=" in name]
+        return About(_untouched(verdict, written), peak, _once(backends), _once(configs), outputs, metrics)
 
     def sample(self) -> Sample:
-        return self.timer(self.call, self.repeats)._replace(telemetry=telemetry(self.setup.device))
+        before = self.problem.versions
+        taken = self.timer(self.call, self.repeats)._replace(telemetry=telemetry(self.setup.device))
+        if self.problem.versions != before:
+            raise RuntimeError("it wrote into its inputs")
+        return taken
 
     def check(self) -> Verdict:
-        return self.judge(self.call())
+        self.problem.restore()
+        with self.problem.kept() as written:
+            verdict = self.judge(self.call())
+        return _untouched(verdict, written)
 
 
-def _ran(observed: Sequence[str]) -> tuple[str, str]:
-    backends = [name for name in observed if "=" not in name]
-    return " ".join(dict.fromkeys(backends)), " ".join(dict.fromkeys(name for name in observed if "=" in name))
+def _once(names: Sequence[str]) -> str:
+    return " ".join(dict.fromkeys(names))
 
 
-def judge(problem: Problem) -> Judge:
-    """Holds results to the error rule: twice the error of plain torch at the same dtype, and rounding."""
-    return Judge(problem.reference(torch.float64), problem.reference(getattr(torch, problem.case.dtype)), sum(problem.case.shape[2:]))
+def _untouched(verdict: Verdict, written: Sequence[str]) -> Verdict:
+    """Who writes into what others are given is wrong, whatever it returns."""
+    return replace(verdict, broken=tuple(written), reason=f"writes into its inputs: {', '.join(written)}") if written else verdict
 
 
 def measure(case: Case, providers: Sequence[str], setup: Setup, roofs: Roofs | None = None) -> list[Result]:
-    """One result per provider, in their order."""
+    """One result per provider, in their order.
+
+    Raises:
+        DeclarationError: the operation is not declared as it must be.
+    """
     try:
-        problem = Problem(case, setup.device)
+        problem = problem_of(case, setup.device)
         lacking = shortage(problem)
-        judged = None if lacking else judge(problem)
-    except RuntimeError as error:
+        judged = None if lacking else problem.judge()
+    except DeclarationError:
+        raise
+    except Exception as error:  # whatever a reference raises, the other cases are measured
         lacking, judged = _first_line(error), None
     if judged is None:
         return [Result(case.name, name, "failed", lacking) for name in providers]
@@ -140,19 +169,29 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
     """Contestants against each other: only those that are right are timed, and only those that are right afterwards keep their times."""
     results: dict[str, Result] = {}
     running: dict[str, Contestant] = {}
+    refusals: tuple[type[BaseException], ...] = (Refusal, *operation(case.op).refusals)
     for name, make in makers.items():
         try:
             contestant = make()
             about = contestant.prepare()
-        except (Refusal, UnsupportedError) as refusal:
+        except DeclarationError:
+            raise
+        except refusals as refusal:
             results[name] = Result(case.name, name, "refused", str(refusal))
             continue
-        except (RuntimeError, NotImplementedError) as error:
+        except (Exception, SystemExit) as error:  # a provider may raise anything; the others are measured
             results[name] = Result(case.name, name, "failed", _first_line(error))
             continue
         verdict = about.verdict
         known = Result(
-            case.name, name, "ok", "", about.backend, about.config, verdict.error, verdict.plain_error, about.peak, about.outputs
+            case.name,
+            name,
+            backend=about.backend,
+            config=about.config,
+            plain_error=_number(verdict.plain_error),
+            peak=about.peak,
+            outputs=about.outputs,
+            metrics=dict(about.metrics),
         )
         results[name] = _judged(known, verdict, "before timing")
         if results[name].status == "ok":
@@ -172,7 +211,10 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
             telemetry=tuple(s.telemetry for s in samples),
             faults=_middle([s.faults for s in samples if s.faults is not None]),
         )
-        results[name] = _judged(timed, contestant.check(), "after timing")
+        try:
+            results[name] = _judged(timed, contestant.check(), "after timing")
+        except (Exception, SystemExit) as error:
+            results[name] = _untimed(timed, "failed", f"after timing: {_first_line(error)}")
     return [results[name] for name in makers]
 
 
@@ -191,7 +233,7 @@ def _take_turns(running: Mapping[str, Contestant], setup: Setup) -> tuple[dict[s
     def guarded(name: str) -> Sample:
         try:
             return running[name].sample()
-        except RuntimeError as error:
+        except (Exception, SystemExit) as error:
             failed[name] = _first_line(error)
             raise _Stopped from error
 
@@ -206,9 +248,18 @@ def _take_turns(running: Mapping[str, Contestant], setup: Setup) -> tuple[dict[s
 def _judged(result: Result, verdict: Verdict, when: str) -> Result:
     """A wrong result has no speed."""
     if not verdict.broken:
-        return result
-    reason = f"{when}: error {verdict.error:.1e} breaks the error rule in {', '.join(verdict.broken)}"
-    return replace(result, status="wrong", reason=reason, error=verdict.error, samples=(), host=(), telemetry=())
+        return replace(result, error=_number(verdict.error))
+    reason = verdict.reason or f"error {verdict.error:.1e} breaks the error rule in {', '.join(verdict.broken)}"
+    return _untimed(replace(result, error=_number(verdict.error)), "wrong", f"{when}: {reason}")
+
+
+def _untimed(result: Result, status: str, reason: str) -> Result:
+    return replace(result, status=status, reason=reason, samples=(), host=(), telemetry=())
+
+
+def _number(value: float) -> float | None:
+    """None for what is no number, which JSON has no word for."""
+    return value if math.isfinite(value) else None
 
 
 def _unthrottled(taken: dict[str, list[Sample]], floor: int) -> tuple[dict[str, list[Sample]], str]:
@@ -222,10 +273,8 @@ def _unthrottled(taken: dict[str, list[Sample]], floor: int) -> tuple[dict[str, 
 
 
 def shortage(problem: Problem) -> str:
-    """Why the exact result cannot be computed here: one head's scores in float64, or what a variant holds instead, six at a time; empty when they fit."""
-    _, _, q_len, kv_len = problem.grid.shape
-    held = sum(t.numel() for t in problem.leaves.values()) + len(problem.output_shapes) * q_len * kv_len
-    needed, free = 8 * (6 * problem.held * q_len * kv_len + 4 * held), free_bytes(problem.device)
+    """Why the exact result cannot be computed here; empty when it fits."""
+    needed, free = problem.needed, free_bytes(problem.device)
     return "" if needed < 0.8 * free else f"the check needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 

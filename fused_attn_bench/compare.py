@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -12,18 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.cases import Case, Problem
-from benchmarks.environment import ROOT
-from benchmarks.harness import Contestant, Local, Setup, contest, judge
-from benchmarks.results import History, Result
-from benchmarks.significance import SLOWER, UNCALIBRATED, Difference, against, blocks, corrected, difference, noise_floor
-from benchmarks.worker import Process, Remote
-from fused_attn.testing.workload import Judge
+from fused_attn_bench.case import Case
+from fused_attn_bench.harness import Contestant, Local, Setup, contest
+from fused_attn_bench.judge import Judge
+from fused_attn_bench.operation import Problem, problem_of
+from fused_attn_bench.project import Project
+from fused_attn_bench.results import History, Result
+from fused_attn_bench.significance import SLOWER, UNCALIBRATED, Difference, against, blocks, corrected, difference, noise_floor
+from fused_attn_bench.worker import Process, Remote
 
 # Instead of a commit: the checkout as it is, with what is not committed yet.
 HERE = "."
-# Where commits are looked up.
-REPOSITORY = ROOT
 Progress = Callable[[str], None]
 
 
@@ -97,9 +95,9 @@ class Providers:
         def make(case: Case, side: int) -> Contestant:
             if case not in problems:
                 problems.clear()
-                problems[case] = Problem(case, self.setup.device)
+                problems[case] = problem_of(case, self.setup.device)
             if case not in self.judges:
-                self.judges[case] = judge(problems[case])
+                self.judges[case] = problems[case].judge()
             return Local(self.labels[side], problems[case], self.judges[case], self.setup)
 
         yield make
@@ -111,6 +109,7 @@ class Separate:
 
     labels: tuple[str, str]
     setup: Setup
+    project: Project
     load: Sequence[Path] = ()
 
     @property
@@ -120,7 +119,7 @@ class Separate:
     @contextmanager
     def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
         """A new process."""
-        with closing(Process(ROOT, "the measuring", self.load)) as process:
+        with closing(Process(self.project.repository, "the measuring", self.project, self.load)) as process:
             yield lambda case, side: Remote(process, case, self.labels[side], self.setup, side)
 
 
@@ -132,13 +131,15 @@ class Commits:
         commits: names that git knows.
         provider: what is measured.
         setup: how.
-        build: whether the native CUDA library is built in each worktree first; the CPU's is wherever there is a compiler.
-        load: Python files that add providers.
+        project: whose commits.
+        build: whether native code for a GPU is built in each worktree first.
+        load: Python files that declare operations; each side takes those of its commit.
     """
 
     commits: tuple[str, str]
     provider: str
     setup: Setup
+    project: Project
     build: bool = False
     load: Sequence[Path] = ()
 
@@ -152,16 +153,12 @@ class Commits:
 
     def __enter__(self) -> Commits:
         self.stack = ExitStack()
-        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fused_attn-compare-")))
+        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fused-attn-bench-")))
+        root = self.project.repository
         try:
-            self.trees = [self.stack.enter_context(_worktree(commit, folder / str(i))) for i, commit in enumerate(self.commits)]
+            self.trees = [self.stack.enter_context(_worktree(root, commit, folder / str(i))) for i, commit in enumerate(self.commits)]
             for tree in self.trees:
-                if (
-                    tree / "fused_attn" / "build_cpu.py"
-                ).is_file():  # without a compiler it says so, and plain torch operations are compared
-                    subprocess.run([sys.executable, "-m", "fused_attn", "build", "--cpu"], cwd=tree, check=False, stdout=subprocess.DEVNULL)
-            for tree in self.trees if self.build else ():
-                subprocess.run([sys.executable, "-m", "fused_attn", "build"], cwd=tree, check=True)
+                self.project.build(tree, self.build)
         except BaseException:
             self.stack.close()
             raise
@@ -174,41 +171,44 @@ class Commits:
     def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
         """Two new processes."""
         with ExitStack() as stack:
-            processes = [Process(tree, label, self.load) for tree, label in zip(self.trees, self.labels, strict=True)]
+            processes = [Process(tree, label, self.project, self.load) for tree, label in zip(self.trees, self.labels, strict=True)]
             for process in processes:
                 stack.callback(process.close)
             yield lambda case, side: Remote(processes[side], case, self.provider, self.setup)
 
 
 @contextmanager
-def _worktree(commit: str, path: Path) -> Iterator[Path]:
+def _worktree(root: Path, commit: str, path: Path) -> Iterator[Path]:
     if commit == HERE:
-        yield REPOSITORY
+        yield root
         return
-    git("worktree", "add", "--detach", "--quiet", str(path), commit)
+    git(root, "worktree", "add", "--detach", "--quiet", str(path), commit)
     try:
         yield path
     finally:
-        git("worktree", "remove", "--force", str(path))
+        git(root, "worktree", "remove", "--force", str(path))
 
 
-def git(*arguments: str) -> str:
-    """What git prints.
+def git(root: Path, *arguments: str) -> str:
+    """What git prints in a repository.
 
     Raises:
         ValueError: git's own message.
     """
-    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"commits are compared with git, which must be installed; got: {error}") from None
     if done.returncode:
-        raise ValueError(f"git {arguments[0]} must succeed; it says: {done.stderr.strip() or done.returncode}")
+        raise ValueError(f"git {arguments[0]} must succeed in {root}; it says: {done.stderr.strip() or done.returncode}")
     return done.stdout.strip()
 
 
-def is_commit(name: str) -> bool:
-    """Whether git knows the name as a commit of this repository."""
+def is_commit(root: Path, name: str) -> bool:
+    """Whether git knows the name as a commit of the repository."""
     try:
-        git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    except (ValueError, OSError):
+        git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    except ValueError:
         return False
     return True
 

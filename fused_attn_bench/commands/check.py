@@ -10,16 +10,16 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from benchmarks import baseline, providers, tables
-from benchmarks.baseline import Entry
-from benchmarks.cases import Case
-from benchmarks.commands import selection
-from benchmarks.commands.compare import progress
-from benchmarks.compare import Separate
-from benchmarks.environment import KEY, describe
-from benchmarks.results import Result, machine
-from benchmarks.significance import Difference, corrected
-from fused_attn.cli.text import ratio, table
+from fused_attn_bench import baseline, planted, tables
+from fused_attn_bench.baseline import Entry
+from fused_attn_bench.commands import selection
+from fused_attn_bench.commands.compare import progress
+from fused_attn_bench.compare import Separate
+from fused_attn_bench.environment import KEY, describe
+from fused_attn_bench.operation import case_of
+from fused_attn_bench.results import Result, machine
+from fused_attn_bench.significance import Difference, corrected
+from fused_attn_bench.text import ratio, table
 
 SLOWER, WRONG, NOT_COMPARABLE = 1, 3, 4
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("baseline", type=Path, metavar="BASELINE", help="JSON lines, kept with the project that is checked")
     parser.add_argument("--update", action="store_true", help="write the baseline instead of comparing with it")
     parser.add_argument("--fail-on", type=selection.percentage, default=0.05, metavar="5%", help="smallest change that fails (default 5%%)")
-    parser.add_argument("--provider", default="fused_attn", metavar="NAME", help="what is watched, with --update (default fused_attn)")
+    parser.add_argument("--of", metavar="PROVIDER", help="what is watched, with --update (default: the project's own)")
     parser.add_argument("--reference", default="eager", metavar="NAME", help="what it is measured against, with --update (default eager)")
     parser.add_argument("--launches", type=int, default=5, help="fresh starts; their spread is the error bar (default 5)")
     selection.add_cases(parser)
@@ -39,18 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """See the module's text."""
-    selection.load(args)
     if args.launches < 3:
         raise ValueError(f"--launches must be at least 3, or there is no spread to speak of; got {args.launches}")
-    setup, described = selection.setup(args), describe(selection.setup(args).device)
+    setup, described = selection.setup(args), describe(selection.setup(args).device, args.project.repository)
     old = {} if args.update else {entry.case: entry for entry in baseline.read(args.baseline)}
     first = next(iter(old.values()), None)
-    pair = (first.reference, first.provider) if first else (args.reference, args.provider)
+    pair = (first.reference, first.provider) if first else (args.reference, selection.watched(args))
     for name in pair:
-        providers.known(name)
-    cases = [Case.parse(name) for name in old] or selection.chosen_cases(args)
+        planted.known(name)
+    cases = [case_of(name) for name in old] or selection.chosen_cases(args)
     with progress(len(cases) * args.launches) as tell:
-        measured = baseline.measure(Separate(pair, setup, args.load), cases, setup, args.launches, tell)
+        measured = baseline.measure(Separate(pair, setup, args.project, args.load), cases, setup, args.launches, tell)
     print(tables.environment(described))
     comparable = all(entry.machine == machine(described, setup.timer) for entry in old.values())
     new = [dataclasses.replace(entry, environment=described) for _, entry in measured if entry is not None]

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from benchmarks.cases import Case
-from benchmarks.compare import Progress, Separate, compare_launches
-from benchmarks.harness import Setup
-from benchmarks.results import Result, ResultsError, machine
-from benchmarks.significance import SLOWER, Difference
+from fused_attn_bench.case import Case
+from fused_attn_bench.compare import Progress, Separate, compare_launches
+from fused_attn_bench.harness import Setup
+from fused_attn_bench.results import Result, ResultsError, machine
+from fused_attn_bench.significance import SLOWER, Difference
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from benchmarks import compare, providers, tables
-from benchmarks.commands import selection
-from benchmarks.compare import Commits, Comparison, Providers, Sides
-from benchmarks.environment import describe
-from benchmarks.harness import Setup
-from benchmarks.results import History, ResultsError, machine
+from fused_attn_bench import compare, planted, tables
+from fused_attn_bench.commands import selection
+from fused_attn_bench.compare import Commits, Comparison, Providers, Sides
+from fused_attn_bench.environment import describe
+from fused_attn_bench.harness import Setup
+from fused_attn_bench.operation import provider_names
+from fused_attn_bench.results import History, ResultsError, machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sides(parser: argparse.ArgumentParser) -> None:
     """What commands that measure two sides share."""
     parser.add_argument("--launches", type=int, default=8, help="fresh starts of both sides; their spread is the error bar (default 8)")
-    parser.add_argument("--of", default="fused_attn", metavar="PROVIDER", help="what is measured of commits (default fused_attn)")
-    parser.add_argument("--build", action="store_true", help="build each commit's native CUDA library first")
+    parser.add_argument("--of", metavar="PROVIDER", help="what is measured of commits (default: the project's own)")
+    parser.add_argument("--build", action="store_true", help="build each commit's native code for a GPU first")
     selection.add_cases(parser)
     selection.add_setup(parser, seconds=8.0)
     selection.add_history(parser)
@@ -38,7 +39,6 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when --fail-on says so."""
-    selection.load(args)
     history = selection.history(args)
     compared = against_history(history, args.b) if args.a == "history" else measured(args, history)
     described = next((c.b.environment for c in compared if c.b.environment), {})
@@ -67,15 +67,15 @@ def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractCon
     Raises:
         ValueError: the operands are neither.
     """
-    known = [providers.split(name)[0] in providers.names() for name in (a, b)]
+    known = [planted.split(name)[0] in provider_names() for name in (a, b)]
     if all(known):
         return nullcontext(Providers((a, b), setup))
     for name in (a, b):
-        if name != "." and not compare.is_commit(name):
+        if name != "." and not compare.is_commit(args.project.repository, name):
             raise ValueError(
-                f"A and B must both be providers ({', '.join(providers.names())}), or both commits of this repository; got {name!r}, which is no commit."
+                f"A and B must both be providers ({', '.join(provider_names())}), or both commits of this repository; got {name!r}, which is no commit."
             )
-    return Commits((a, b), providers.known(args.of), setup, args.build, args.load)
+    return Commits((a, b), selection.watched(args), setup, args.project, args.build, args.load)
 
 
 def measured(args: argparse.Namespace, history: History) -> list[Comparison]:
@@ -83,7 +83,7 @@ def measured(args: argparse.Namespace, history: History) -> list[Comparison]:
     setup, cases = selection.setup(args), selection.chosen_cases(args)
     with sides(args.a, args.b, args, setup) as two, progress(len(cases) * args.launches) as tell:
         compared = compare.compare(two, cases, setup, args.launches, tell)
-        described = describe(setup.device)
+        described = describe(setup.device, args.project.repository)
         floored = compare.with_floors(compared, two, history, machine(described, setup.timer))
     return compare.described(floored, described)
 

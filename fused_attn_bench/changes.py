@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.results import Result
-from benchmarks.significance import ALPHA, MIN_EFFECT, holm
+from fused_attn_bench.results import Result
+from fused_attn_bench.significance import ALPHA, MIN_EFFECT, holm
 
 # Fewer runs than this on a side of a step cannot be told from an outlier or two.
 SEGMENT = 4

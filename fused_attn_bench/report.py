@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import changes, plots, tables
-from benchmarks.cases import Case
-from benchmarks.changes import Change, Point, Series
-from benchmarks.results import Result, ResultsError
-from benchmarks.tables import REFERENCE, reference_median
-from fused_attn.cli.text import size
+from fused_attn_bench import changes, plots, tables
+from fused_attn_bench.case import Case
+from fused_attn_bench.changes import Change, Point, Series
+from fused_attn_bench.results import Result, ResultsError
+from fused_attn_bench.tables import REFERENCE, reference_median
+from fused_attn_bench.text import size
 
 FOLDER = Path(__file__).parent / "templates"
 
@@ -111,7 +111,9 @@ def build(history: Sequence[Result], run: str | None = None) -> str:
     earlier = [r for r in history if r.time < results[0].time and r.environment.get("device") == results[0].environment.get("device")]
     looks = plots.look([r.provider for r in results])
     drawn = [("Roofline", plots.roofline(results))] if any(r.flops and r.roofs for r in results) else []
-    sweeps = [(f"Time over length, {name}", plots.sweep(name, members, looks)) for name, members in plots.families(results).items()]
+    sweeps = [
+        (f"Time over N, {name}", plots.sweep(name, axis, members, looks)) for name, (axis, members) in plots.families(results).items()
+    ]
     found = _histories(history, results)
     past = [
         (f"History of {key[1]}, {key[2]}", plots.history(f"{key[1]}\n{key[2]}", points, steps)) for key, (points, steps) in found.items()
@@ -124,7 +126,7 @@ def build(history: Sequence[Result], run: str | None = None) -> str:
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     script = (FOLDER / "report.js").read_text()
-    return environment.get_template("report.html").render(
+    page: str = environment.get_template("report.html").render(
         run=run,
         first=results[0],
         columns=COLUMNS,
@@ -141,6 +143,7 @@ def build(history: Sequence[Result], run: str | None = None) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    return page
 
 
 def _histories(history: Sequence[Result], results: Sequence[Result]) -> dict[Series, tuple[list[Point], list[Change]]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from benchmarks.compare import Comparison
-from benchmarks.results import Result
-from fused_attn.cli.text import ratio, seconds, size, table
+from fused_attn_bench.compare import Comparison
+from fused_attn_bench.results import Result
+from fused_attn_bench.text import ratio, seconds, size, table
 
 REFERENCE = "eager"
 

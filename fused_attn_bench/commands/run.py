@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import roofs, tables, timers
-from benchmarks.busy import neighbours
-from benchmarks.cases import Case
-from benchmarks.commands import selection
-from benchmarks.environment import describe
-from benchmarks.harness import Setup, measure
-from benchmarks.results import Result, export
-
-# What shells say of a process that Ctrl-C ended.
-INTERRUPTED = 130
+from fused_attn_bench import roofs, tables, timers
+from fused_attn_bench.busy import neighbours
+from fused_attn_bench.case import Case
+from fused_attn_bench.codes import CRASHED, GOOD, INTERRUPTED, WORSE
+from fused_attn_bench.commands import selection
+from fused_attn_bench.environment import describe
+from fused_attn_bench.harness import Setup, measure
+from fused_attn_bench.project import Project
+from fused_attn_bench.results import Result, export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,18 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 when fused_attn failed or any result is wrong; 130 after Ctrl-C, with what was done kept and shown."""
-    selection.load(args)
+    """0; 1 when a result is wrong, 4 when what is watched failed; 130 after Ctrl-C, with what was done kept and shown."""
     setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
     history, done, code = selection.history(args), [], 0
     try:
         with neighbours(args.busy):
-            for results in measured(cases, providers, setup, beside=args.busy):
+            for results in measured(cases, providers, setup, args.project, args.busy):
                 history.add(results)
                 done += results
     except KeyboardInterrupt:
         code = INTERRUPTED
-    print(tables.environment(done[0].environment if done else describe(setup.device, beside=args.busy)))
+    print(tables.environment(done[0].environment if done else describe(setup.device, args.project.repository, args.busy)))
     print(tables.results(done))
     if args.json is not None:
         export(done, args.json)
@@ -54,16 +52,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"interrupted after {len({r.case for r in done})} of {len(cases)} cases; those are kept")
     if done:
         print(f"run {done[0].run}")
-    return code or int(any(map(is_failure, done)))
+    return code or outcome(done, args.project.watched)
 
 
-def is_failure(result: Result) -> bool:
-    """A wrong result, or one of fused_attn's that raised."""
-    return result.status == "wrong" or (result.status == "failed" and result.provider.startswith("fused_attn"))
+def outcome(results: Sequence[Result], watched: str) -> int:
+    """The exit code of results: wrong ones count whoever gave them, failed ones if they are watched (all, where nothing is named)."""
+    if any(r.status == "wrong" for r in results):
+        return WORSE
+    return CRASHED if any(r.status == "failed" and r.provider.startswith(watched) for r in results) else GOOD
 
 
-def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, beside: int = 0) -> Iterator[list[Result]]:
-    """The results of each case as soon as it is done, stamped with the run and the environment."""
+def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, project: Project, beside: int = 0) -> Iterator[list[Result]]:
+    """The results of each case as soon as it is done, stamped with the run and the environment; beside so many busy processes."""
     from tqdm import tqdm
 
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -71,7 +71,7 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, besi
         "run": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         "time": now.isoformat(timespec="seconds"),
         "timer": setup.timer,
-        "environment": describe(setup.device, beside=beside),
+        "environment": describe(setup.device, project.repository, beside),
     }
     limits: Mapping[str, roofs.Roofs] = {
         dtype: roofs.measure(setup.device, getattr(torch, dtype), timers.make(setup.timer, setup.device))

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import busy
+from fused_attn_bench import busy
 
-ROOT = Path(__file__).resolve().parents[1]
 # What has to agree before two measurements may be compared. Numbers that change from boot to boot do not belong here.
 KEY = ("device", "driver", "cuda", "torch", "triton", "threads")
 # Reasons of NVML that say that the clock was held back; idle and settings of the user's are none.
 THROTTLE = ("SwPowerCap", "HwSlowdown", "SyncBoost", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
 
 
-def describe(device: torch.device, root: Path = ROOT, beside: int = 0) -> dict[str, str]:
+def describe(device: torch.device, root: Path, beside: int = 0) -> dict[str, str]:
     """Everything that a number depends on, as text; ``beside`` busy processes that were started for it."""
     gpu = device.type == "cuda"
     return {
@@ -41,7 +40,7 @@ def describe(device: torch.device, root: Path = ROOT, beside: int = 0) -> dict[s
 
 
 @functools.cache
-def commit(root: Path = ROOT) -> str:
+def commit(root: Path) -> str:
     """Of the checkout, with a mark when files differ from it; "unknown" outside of one, and without git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--match="]
     try:

@@ -1,4 +1,4 @@
-"""One commit's fused_attn in a process of its own, measured by this checkout's tools: a line of JSON asks, a line of JSON answers."""
+"""One commit's code in a process of its own, measured by the installed engine: a line of JSON asks, a line of JSON answers."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import providers
-from benchmarks.cases import Case, Problem
-from benchmarks.environment import ROOT
-from benchmarks.harness import About, Local, Setup, judge
-from benchmarks.providers import Refusal
-from benchmarks.timers import Sample
-from fused_attn import UnsupportedError
-from fused_attn.testing.workload import Verdict
+from fused_attn_bench.case import Case
+from fused_attn_bench.harness import About, Local, Setup
+from fused_attn_bench.judge import Verdict
+from fused_attn_bench.operation import Refusal, case_of, load, operation, problem_of
+from fused_attn_bench.project import Project
+from fused_attn_bench.timers import Sample
 
-# fused_attn comes from the commit's tree, but for fused_attn.testing, which measures: both sides must be measured by the same code.
-BOOT = """
-import sys, types
-tree, here, *files = sys.argv[1:]
-sys.path[0] = tree
-import fused_attn
-if not fused_attn.__file__.startswith(tree):
-    sys.exit(f"{tree} has no fused_attn; {fused_attn.__file__} was found instead")
-testing = types.ModuleType("fused_attn.testing")
-testing.__path__ = [here + "/fused_attn/testing"]
-sys.modules["fused_attn.testing"] = testing
-sys.path[0] = here
-from benchmarks.worker import serve
-serve(files)
+ENGINE = Path(__file__).resolve().parent
+# The code under test comes from the commit's tree, and nothing of it from the working copy; the engine, which measures, and the packages that
+# declare what is measured come from where they were started, so that both sides are measured alike. Their folders are no path to import from:
+# the packages' own code could come from there as well.
+BOOT = r"""
+import importlib.util, sys
+from pathlib import Path
+tree, repository, *packages = sys.argv[1].split("\n")
+sys.path[:1] = [str(Path(tree) / "src"), tree]
+for path in packages:
+    name = Path(path).name
+    spec = importlib.util.spec_from_file_location(name, Path(path) / "__init__.py", submodule_search_locations=[path])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+from fused_attn_bench.worker import serve
+serve(Path(tree), Path(repository), packages, sys.argv[2:])
 """
 
 # Alike on both sides, against what makes one process on a CPU slower than its twin. Memory stays in the heap instead of being given back
@@ -49,17 +50,20 @@ class Process:
     """A running worker.
 
     Args:
-        tree: a checkout whose fused_attn is measured.
+        tree: a checkout whose code is measured.
         name: of the commit, for messages.
-        files: Python files that add providers.
+        project: whose declarations are loaded as they are here.
+        files: Python files that declare more; one that the tree has is taken from it.
     """
 
-    def __init__(self, tree: Path, name: str, files: Sequence[Path] = ()) -> None:
+    def __init__(self, tree: Path, name: str, project: Project, files: Sequence[Path] = ()) -> None:
         self.name = name
+        packages = [ENGINE, *project.packages]
+        loaded = [*project.files, *(_within(tree, project.repository, path) for path in files)]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | CALM
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, str(tree), str(ROOT), *(str(path.resolve()) for path in files)],
+            [sys.executable, "-c", BOOT, "\n".join(map(str, (tree, project.repository, *packages))), *map(str, loaded)],
             cwd=tree,
             env=environment,
             stdin=subprocess.PIPE,
@@ -126,27 +130,56 @@ class Remote:
         return _verdict(self.process.ask("check", place=self.place))
 
 
+def _within(tree: Path, repository: Path, path: Path) -> Path:
+    """A file of the repository as the tree has it, or as it is here where the tree has none."""
+    path = path.resolve()
+    inside = tree / path.relative_to(repository) if path.is_relative_to(repository) else path
+    return inside if inside.is_file() else path
+
+
 def _verdict(values: list[Any]) -> Verdict:
-    error, plain_error, broken = values
-    return Verdict(error, plain_error, tuple(broken))
+    error, plain_error, broken, reason = values
+    return Verdict(error, plain_error, tuple(broken), reason)
 
 
-def serve(files: Sequence[str]) -> None:
-    """Runs files that add providers, then answers until standard input ends."""
+def serve(tree: Path, repository: Path, packages: Sequence[str], files: Sequence[str]) -> None:
+    """Runs files that declare operations, then answers until standard input ends."""
     for path in files:
-        providers.load(Path(path))
+        load(Path(path))
+    strays = _strays(tree, repository, [Path(path) for path in (*packages, *files)])
+    if strays:
+        sys.exit(f"{strays[0]} would be measured instead of the commit's: it is imported from the working copy, and {tree} has none")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not mix with the answers
     held: dict[int, Local] = {}
     for line in sys.stdin:
+        request = json.loads(line)
         try:
-            answer = {"value": _answer(json.loads(line), held)}
-        except (Refusal, UnsupportedError) as refusal:
+            answer = {"value": _answer(request, held)}
+        except _refusals(request, held) as refusal:
             answer = {"refused": str(refusal)}
-        except Exception as error:  # the other side decides what a failure means
+        except (Exception, SystemExit) as error:  # the other side decides what a failure means
             answer = {"failed": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _strays(tree: Path, repository: Path, declared: Sequence[Path]) -> list[str]:
+    """Modules of the working copy that are neither the tree's nor declared to be taken from here."""
+    found = []
+    for module in list(sys.modules.values()):
+        name = getattr(module, "__file__", None)
+        path = Path(name).resolve() if name else None
+        if path is None or not path.is_relative_to(repository) or "site-packages" in path.parts:
+            continue
+        if not path.is_relative_to(tree) and not any(path.is_relative_to(here) for here in declared):
+            found.append(str(path))
+    return sorted(found)
+
+
+def _refusals(request: dict[str, Any], held: dict[int, Local]) -> tuple[type[BaseException], ...]:
+    local = held.get(request["place"])
+    return (Refusal, *(operation(local.problem.case.op).refusals if local is not None else ()))
 
 
 def _answer(request: dict[str, Any], held: dict[int, Local]) -> Any:
@@ -155,20 +188,15 @@ def _answer(request: dict[str, Any], held: dict[int, Local]) -> Any:
         held.pop(place, None)
         options = request["setup"]
         setup = Setup(torch.device(options.pop("device")), **options)
-        case = Case.parse(request["case"])
+        case = case_of(request["case"])
         twin = next((local for local in held.values() if local.problem.case == case), None)
-        problem = Problem(case, setup.device) if twin is None else twin.problem
-        held[place] = Local(request["provider"], problem, judge(problem) if twin is None else twin.judge, setup)
+        problem = problem_of(case, setup.device) if twin is None else twin.problem
+        held[place] = Local(request["provider"], problem, problem.judge() if twin is None else twin.judge, setup)
         return None
     local = held[place]
     if what == "prepare":
-        about = local.prepare()
-        return _values(about.verdict), about.peak, about.backend, about.config, about.outputs
+        return astuple(local.prepare())
     if what == "sample":
         local.call()  # the other process had the caches and, on the CPU, its threads may still spin
         return tuple(local.sample())
-    return _values(local.check())
-
-
-def _values(verdict: Verdict) -> tuple[float, float, tuple[str, ...]]:
-    return verdict.error, verdict.plain_error, verdict.broken
+    return astuple(local.check())

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, providers, results, timers
-from benchmarks.cases import MODES, VARIANTS, Case
-from benchmarks.harness import Setup
+from fused_attn_bench import planted, results, timers
+from fused_attn_bench.case import FORM, Case
+from fused_attn_bench.harness import Setup
+from fused_attn_bench.operation import MODES, OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
 
 
 def add_history(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +35,17 @@ def history(args: argparse.Namespace) -> results.History:
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """What is measured."""
     group = parser.add_argument_group("cases", "every combination of what is given; the others as in a plain run")
-    group.add_argument("--case", nargs="+", metavar="NAME", help="op/variant/mode/dtype/shape, or a pattern over the cases of a plain run")
-    group.add_argument("--op", nargs="+", choices=VARIANTS)
-    group.add_argument("--variant", nargs="+", choices=sorted({v for known in VARIANTS.values() for v in known}))
+    group.add_argument("--case", nargs="+", metavar="NAME", help=f"{FORM}, or a pattern over the cases of a plain run")
+    group.add_argument("--op", nargs="+", metavar="NAME")
+    group.add_argument("--variant", nargs="+", metavar="NAME")
     group.add_argument("--mode", nargs="+", choices=MODES)
     group.add_argument("--dtype", nargs="+", choices=("float64", "float32", "bfloat16", "float16"))
     group.add_argument(
-        "--shape", nargs="+", metavar="1x4x1024x64", help="attention: batch, heads, length, head_dim; softmax: that of the scores"
+        "--shape", nargs="+", metavar="1x4x1024x64", help="sizes along the operation's axes, and its options: 1x4x1x64,kv_len=512"
     )
-    group.add_argument("--load", type=Path, nargs="+", default=(), metavar="FILE.py", help="Python files that add providers of your own")
+    group.add_argument(
+        "--load", type=Path, nargs="+", default=(), metavar="FILE.py", help="Python files that declare operations or providers"
+    )
 
 
 def add_setup(parser: argparse.ArgumentParser, seconds: float) -> None:
@@ -74,56 +77,72 @@ def setup(args: argparse.Namespace) -> Setup:
     return Setup(where, args.seconds, args.rounds, timer=name, cold=not args.warm)
 
 
-def load(args: argparse.Namespace) -> None:
-    """Runs the files that add providers."""
-    for path in args.load:
-        providers.load(path)
-
-
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """Cases by name or pattern, or all combinations, or those of a plain run."""
-    plain = cases.defaults(torch.device(args.device))
+    where = torch.device(args.device)
+    if not OPERATIONS:
+        raise ValueError("there must be an operation to measure; none is declared. Name a Python file that declares one with --load.")
+    plain = [case for op in OPERATIONS.values() for case in op.defaults(where)]
     if args.case:
-        return list(dict.fromkeys(case for name in args.case for case in _named(name, plain)))
+        return list(dict.fromkeys(case for name in args.case for case in _named(name, plain, args)))
     filters = (args.op, args.variant, args.mode, args.dtype, args.shape)
+    for name in args.op or ():
+        operation(name)
     if not any(filters):
-        return plain
+        return plain or _nothing("declared", args)
     if not (args.dtype or args.shape):
         wanted = filters[:3]
         chosen = [c for c in plain if all(not f or x in f for f, x in zip(wanted, (c.op, c.variant, c.mode), strict=True))]
     else:
-        chosen = [c for op in args.op or VARIANTS for c in _combined(op, args, [p for p in plain if p.op == op])]
-    return chosen or _nothing(f"op {args.op}, variant {args.variant}, mode {args.mode}, dtype {args.dtype}, shape {args.shape}")
+        chosen = [case for name in args.op or OPERATIONS for case in _combined(operation(name), args, plain)]
+    return chosen or _nothing(f"op {args.op}, variant {args.variant}, mode {args.mode}, dtype {args.dtype}, shape {args.shape}", args)
 
 
-def _named(name: str, plain: Sequence[Case]) -> list[Case]:
+def _named(name: str, plain: Sequence[Case], args: argparse.Namespace) -> list[Case]:
     if not set("*?[") & set(name):
-        return [Case.parse(name)]
-    return [case for case in plain if fnmatch.fnmatch(case.name, name)] or _nothing(name)
+        return [case_of(name)]
+    return [case for case in plain if fnmatch.fnmatch(case.name, name)] or _nothing(name, args)
 
 
-def _nothing(said: str) -> Any:
+def _nothing(said: str, args: argparse.Namespace) -> Any:
     raise ValueError(
-        f"the arguments must choose at least one case; none is {said}. A plain run's cases are listed by python -m benchmarks cases."
+        f"the arguments must choose at least one case; none is {said}. A plain run's cases are listed by {args.project.program} cases."
     )
 
 
-def _combined(op: str, args: argparse.Namespace, plain: Sequence[Case]) -> list[Case]:
-    variants = [v for v in args.variant or VARIANTS[op] if v in VARIANTS[op]]
-    shapes = args.shape or list(dict.fromkeys(case.name.rpartition("/")[2] for case in plain))
-    combinations = itertools.product(variants, args.mode or ("fwd", "fwd+bwd"), args.dtype or [plain[0].dtype], shapes)
-    return [Case.parse("/".join((op, *parts))) for parts in combinations]
+def _combined(op: Operation, args: argparse.Namespace, plain: Sequence[Case]) -> list[Case]:
+    own = [case for case in plain if case.op == op.name]
+    variants = [v for v in args.variant or op.variants if v in op.variants]
+    modes = [m for m in args.mode or ("fwd", "fwd+bwd") if m in op.modes]
+    shapes = args.shape or list(dict.fromkeys(case.sizes for case in own))
+    dtypes = args.dtype or list(dict.fromkeys(case.dtype for case in own))[:1] or ["float32"]
+    return [op.case("/".join((op.name, *parts))) for parts in itertools.product(variants, modes, dtypes, shapes)]
 
 
 def add_providers(parser: argparse.ArgumentParser) -> None:
     """Who is measured."""
-    text = f"of {', '.join(providers.names())}; eager+5%% is eager made 5 %% slower (default: those that are common on the device)"
+    text = "eager is the reference itself, eager+5%% the same made 5 %% slower (default: what the operations run on the device)"
     parser.add_argument("--provider", nargs="+", metavar="NAME", help=text)
 
 
 def chosen_providers(args: argparse.Namespace) -> list[str]:
     """As given, or the device's defaults."""
-    return [providers.known(name) for name in args.provider or providers.defaults(torch.device(args.device))]
+    where = torch.device(args.device)
+    ours = dict.fromkeys(n for op in OPERATIONS.values() for n, p in op.providers.items() if p.runs_by_default(where) and n != REFERENCE)
+    return [planted.known(name) for name in args.provider or (*ours, REFERENCE)]
+
+
+def watched(args: argparse.Namespace) -> str:
+    """The provider that commits and baselines are about: --of, the project's, or the only one there is.
+
+    Raises:
+        ValueError: there are several.
+    """
+    others = [name for name in provider_names() if name != REFERENCE]
+    name = args.of or args.project.watched or (others[0] if len(others) == 1 else "")
+    if not name:
+        raise ValueError(f"what is measured must be named with --of, one of {', '.join(others) or 'no provider yet'}")
+    return planted.known(name)
 
 
 def percentage(text: str) -> float:

@@ -1,0 +1,71 @@
+"""Benchmarks that can be trusted: COMMAND --help says more."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from fused_attn_bench.codes import CRASHED, INTERRUPTED, USAGE
+from fused_attn_bench.operation import load
+from fused_attn_bench.project import Project
+
+COMMANDS = {
+    "run": "measure providers on cases and keep the results",
+    "compare": "two providers, two commits, or a run against history: which cases changed",
+    "calibrate": "measure the noise floor of each case by comparing identical code",
+    "bisect": "find the first commit that made a case slower",
+    "track": "find changes and slow drift in the history",
+    "report": "write an HTML page and plots",
+    "check": "correctness and performance gate against a stored baseline",
+    "export": "write the history as JSON lines",
+    "import": "add JSON lines to the history",
+    "cases": "list the cases of a plain run",
+}
+
+
+def modules(project: Project) -> dict[str, tuple[str, str]]:
+    """Each command's module and a line on it, the project's own ones last."""
+    own = {name: (f"fused_attn_bench.commands.{name}{'_' * (name == 'import')}", text) for name, text in COMMANDS.items()}
+    return own | dict(project.commands)
+
+
+def parser(project: Project) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
+    """The command line and the module behind each command."""
+    made = argparse.ArgumentParser(prog=project.program, description=__doc__)
+    commands, found = made.add_subparsers(dest="command", required=True, metavar="command"), {}
+    for name, (module, text) in modules(project).items():
+        found[name] = importlib.import_module(module)
+        sub = commands.add_parser(name, help=text, description=found[name].__doc__)
+        sub.set_defaults(project=project)
+        found[name].add_arguments(sub)
+    return made, found
+
+
+def main(argv: Sequence[str] | None = None, project: Project | None = None) -> int:
+    """Runs a command of a project; the exit codes are those of ``fused_attn_bench.codes``."""
+    project = project or Project()
+    made, found = parser(project)
+    args = made.parse_args(argv)
+    try:
+        for path in (*project.files, *args.load) if hasattr(args, "load") else ():
+            load(path)
+        return int(found[args.command].run(args))
+    except ValueError as error:
+        print(f"{project.program} {args.command}: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        # Also a full disk or a damaged file: whatever it was, it is no verdict on what was measured.
+        import traceback
+
+        traceback.print_exc()
+        return CRASHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

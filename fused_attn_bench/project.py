@@ -1,0 +1,55 @@
+"""Whose code is measured: what a project's own command line passes to the engine's."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """A repository, and what the engine has to know of it; without one it is the repository around the working folder.
+
+    Args:
+        program: how the command line is called, for messages.
+        title: of the page.
+        root: of the repository; None for the one around the working folder.
+        files: Python files that declare its operations, loaded for every command and always as they are here.
+        watched: the provider that commits are compared by, and whose failures end a run with an error; empty where every provider counts.
+        build: from a commit's tree, and whether native code for a GPU is wanted, to what has to be run there first.
+        commands: further commands by name: the module that has ``add_arguments`` and ``run``, and a line on it.
+    """
+
+    program: str = "fused-attn-bench"
+    title: str = "Benchmarks"
+    root: Path | None = None
+    files: tuple[Path, ...] = ()
+    watched: str = ""
+    build: Callable[[Path, bool], None] = lambda tree, native: None
+    commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @cached_property
+    def repository(self) -> Path:
+        """The root; the working folder where there is no repository."""
+        if self.root is not None:
+            return self.root
+        try:
+            found = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            found = ""
+        return Path(found or ".").resolve()
+
+    @property
+    def packages(self) -> list[Path]:
+        """The folders of the packages that its files belong to."""
+        found = []
+        for path in self.files:
+            package = path.resolve().parent
+            while (package.parent / "__init__.py").is_file():
+                package = package.parent
+            if (package / "__init__.py").is_file():
+                found.append(package)
+        return list(dict.fromkeys(found))
