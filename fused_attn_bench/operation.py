@@ -259,6 +259,8 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
+# Files that ``load`` ran: twice would declare everything twice.
+_LOADED: set[Path] = set()
 
 
 class Problem:
@@ -485,6 +487,9 @@ def load(path: Path) -> None:
     """
     if not path.is_file() or path.suffix != ".py":
         raise DeclarationError(f"operations and providers are declared in Python files; got {path}, which is none")
+    if path.resolve() in _LOADED:
+        return
+    _LOADED.add(path.resolve())
     folder, names = path.resolve().parent, [path.stem]
     while (folder / "__init__.py").is_file():
         folder, names = folder.parent, [folder.name, *names]

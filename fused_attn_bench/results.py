@@ -16,7 +16,7 @@ from typing import Any
 from fused_attn_bench.environment import KEY
 
 STATUSES = ("ok", "wrong", "refused", "failed")
-FORMAT = 1
+FORMAT = 2
 # "FuAt": tells a history from any other SQLite file.
 APPLICATION = 0x46754174
 
@@ -128,6 +128,45 @@ class Result:
         return json.dumps(asdict(self), allow_nan=False)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found on one case, as the history keeps it.
+
+    Args:
+        case: ``Case.name``.
+        a, b: what the sides are called.
+        verdict: as ``significance`` names it, or the status of a side that has no time.
+        reason: why there is no time, or what to know about it.
+        medians: seconds of A and of B; None where there are none.
+        effect: log of the ratio of times B / A; None where a side has no time.
+        low, high: its 95 % interval; None where it has none.
+        p: corrected p-value.
+        smallest: the smallest effect that the comparison could have found, a log ratio.
+        launches: how many.
+        run: id of the comparison.
+        time: of its start, ISO 8601 in UTC.
+        timer: what took the samples.
+        environment: see ``environment.describe``.
+    """
+
+    case: str
+    a: str
+    b: str
+    verdict: str
+    reason: str = ""
+    medians: tuple[float | None, float | None] = (None, None)
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    smallest: float | None = None
+    launches: int = 0
+    run: str = ""
+    time: str = ""
+    timer: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 def machine(environment: Mapping[str, str], timer: str) -> tuple[str, ...]:
     """The part of an environment that times depend on, and what took them, beside which busy processes."""
     busy = environment.get("busy", "")
@@ -161,8 +200,17 @@ CREATE TABLE floors (
     PRIMARY KEY (machine, "case", provider)
 );
 PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {FORMAT};
 """
+# What each format added to the one before; a new history takes all of them.
+ADDED = {
+    2: """
+CREATE TABLE comparisons (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, time TEXT NOT NULL, "case" TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, verdict TEXT NOT NULL,
+    data TEXT NOT NULL
+);
+CREATE INDEX comparisons_by_case ON comparisons ("case", time);
+"""
+}
 
 
 class History:
@@ -192,11 +240,15 @@ class History:
         if version == 0 and application == 0 and self._is_empty():
             with self.writing():
                 if self._is_empty():  # another process may have been faster
-                    for statement in filter(str.strip, SCHEMA.split(";")):
-                        self.connection.execute(statement)
+                    self._execute(SCHEMA, 1)
             version, application = self._number("user_version"), self._number("application_id")
         if application != APPLICATION:
             raise ResultsError(f"{self.path} must be a benchmark history; it is another program's SQLite file. Name another with --db.")
+        for added in range(version + 1, FORMAT + 1):
+            with self.writing():
+                if self._number("user_version") < added:  # another process may have been faster
+                    self._execute(ADDED[added], added)
+        version = self._number("user_version")
         if version != FORMAT:
             raise ResultsError(
                 f"{self.path} must have format {FORMAT} or older; it has {version}, from a newer version. Update, or name another with --db."
@@ -205,6 +257,11 @@ class History:
         if found != "ok":
             raise ResultsError(f"{self.path} must be undamaged; SQLite says: {found}. Move it away or name another with --db.")
         self.connection.execute("PRAGMA journal_mode = WAL")
+
+    def _execute(self, statements: str, version: int) -> None:
+        for statement in filter(str.strip, statements.split(";")):
+            self.connection.execute(statement)
+        self.connection.execute(f"PRAGMA user_version = {version}")
 
     def _number(self, pragma: str) -> int:
         return int(self.connection.execute(f"PRAGMA {pragma}").fetchone()[0])
@@ -256,6 +313,21 @@ class History:
         where, values = ("WHERE run = ?", (run,)) if run else ("", ())
         rows = self.connection.execute(f"SELECT data FROM results {where} ORDER BY time, id", values)
         return [Result.from_json(row[0]) for row in rows]
+
+    def add_comparisons(self, compared: Iterable[Compared]) -> None:
+        """Keeps what comparisons found, all or none."""
+        with self.writing():
+            for c in compared:
+                values = (c.run, c.time, c.case, c.a, c.b, c.verdict, json.dumps(asdict(c), allow_nan=False))
+                self.connection.execute(
+                    'INSERT INTO comparisons (run, time, "case", a, b, verdict, data) VALUES (?, ?, ?, ?, ?, ?, ?)', values
+                )
+
+    def comparisons(self) -> list[Compared]:
+        """All that were kept, oldest first."""
+        rows = self.connection.execute("SELECT data FROM comparisons ORDER BY time, id")
+        read = (json.loads(row[0]) for row in rows)
+        return [Compared(**{**values, "medians": tuple(values["medians"])}) for values in read]
 
     def runs(self) -> list[str]:
         """Ids of all runs, oldest first."""
