@@ -489,7 +489,6 @@ def load(path: Path) -> None:
         raise DeclarationError(f"operations and providers are declared in Python files; got {path}, which is none")
     if path.resolve() in _LOADED:
         return
-    _LOADED.add(path.resolve())
     folder, names = path.resolve().parent, [path.stem]
     while (folder / "__init__.py").is_file():
         folder, names = folder.parent, [folder.name, *names]
@@ -499,6 +498,7 @@ def load(path: Path) -> None:
     try:
         if len(names) > 1:
             importlib.import_module(".".join(names))
+            _LOADED.add(path.resolve())
             return
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
@@ -507,6 +507,7 @@ def load(path: Path) -> None:
         # Triton and torch.compile look a function's source up through its module.
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
+        _LOADED.add(path.resolve())
     except DeclarationError as error:
         raise DeclarationError(f"{path}: {error}") from None
     except Exception as error:

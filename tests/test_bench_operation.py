@@ -1,0 +1,271 @@
+"""Operations that anyone declares: errors are a sentence, and a provider that misbehaves harms nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness
+from fused_attn_bench.harness import Setup, measure
+from fused_attn_bench.operation import OPERATIONS, load
+from fused_attn_bench.results import Result
+
+pytestmark = pytest.mark.quick
+CPU = torch.device("cpu")
+SOON = Setup(seconds=0.0, rounds=2, sample=0.0)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No operation but those of the test."""
+    monkeypatch.setattr(harness, "WARM_UP", 0.0)
+    before = dict(OPERATIONS)
+    OPERATIONS.clear()
+    yield
+    OPERATIONS.clear()
+    OPERATIONS.update(before)
+
+
+def scaled(**more: object) -> Operation:
+    """x * weight, of 4 rows."""
+    options = {
+        "axes": ("rows", "columns"),
+        "inputs": lambda make, sizes: {"x": make.normal(sizes["rows"], sizes["columns"]), "weight": make.normal(sizes["columns"])},
+        "reference": lambda x, weight: x * weight,
+        "cases": ("plain/fwd/float32/4x8",),
+        "gradients": True,
+    }
+    return Operation("scaled", **{**options, **more})  # type: ignore[arg-type]
+
+
+def measured(operation: Operation, mode: str = "fwd", *providers: str) -> dict[str, Result]:
+    case = operation.case(f"scaled/plain/{mode}/float32/4x8")
+    return {r.provider: r for r in measure(case, providers or tuple(operation.providers), SOON)}
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+def test_a_provider_is_held_to_the_reference(mode: str) -> None:
+    operation = scaled()
+    operation.provider("turned")(lambda x, weight: weight * x)
+    operation.provider("off")(lambda x, weight: x * weight * 1.001)
+    found = measured(operation, mode)
+    assert {name: r.status for name, r in found.items()} == {"eager": "ok", "turned": "ok", "off": "wrong"}
+    assert found["turned"].samples and not found["off"].samples
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+def test_gradients_are_those_of_the_floating_inputs(mode: str) -> None:
+    operation = Operation(
+        "rows",
+        ("count",),
+        lambda make, sizes: {"table": make.normal(10, 4), "index": make.integers(10, sizes["count"])},
+        lambda table, index: table[index],
+        gradients=True,
+    )
+    problem = operation.of(operation.case(f"rows/plain/{mode}/float32/6"), CPU)
+    results = operation.bind("eager", problem)()
+    assert set(results) == {"out", *["dtable"] * (mode != "fwd")}
+    assert not problem.judge()(results).broken
+
+
+def throw(error: Exception) -> Tensor:
+    raise error
+
+
+BAD = {
+    "raises": (lambda x, weight: 1 / 0, "failed", "ZeroDivisionError: division by zero"),
+    "exits": (lambda x, weight: exit(3), "failed", "SystemExit: 3"),
+    "asserts": (lambda x, weight: throw(AssertionError()), "failed", "AssertionError: no message"),
+    "refuses": (lambda x, weight: throw(Refusal("never")), "refused", "never"),
+    "text": (lambda x, weight: "x", "failed", "must return 1 tensor(s); got str 'x'"),
+    "two": (lambda x, weight: (x, x), "failed", "must return 1 tensor(s)"),
+    "nan": (lambda x, weight: x * torch.nan, "wrong", "out has NaN or infinity where float64 has none"),
+    "inf": (lambda x, weight: x + torch.inf, "wrong", "out has NaN or infinity where float64 has none"),
+    "short": (lambda x, weight: (x * weight)[:2], "wrong", "shape: out is [2, 8], must be [4, 8]"),
+    "broadcast": (lambda x, weight: (x * weight)[:1], "wrong", "shape: out is [1, 8], must be [4, 8]"),
+    "flat": (lambda x, weight: (x * weight).flatten(), "wrong", "shape: out is [32], must be [4, 8]"),
+    "writes": (lambda x, weight: x.mul_(weight), "wrong", "writes into its inputs: x"),
+    "writes both": (lambda x, weight: (weight.add_(1), x.mul_(weight - 1))[1], "wrong", "writes into its inputs: x, weight"),
+    "writes and raises": (lambda x, weight: x.zero_() / "no", "failed", "TypeError"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_only_who_misbehaves_is_reported(kind: str) -> None:
+    function, status, reason = BAD[kind]
+    operation = scaled()
+    operation.provider("before")(lambda x, weight: weight * x)
+    operation.provider("bad")(function)
+    operation.provider("after")(lambda x, weight: weight * x)
+    found = measured(operation)
+    assert (found["bad"].status, found["bad"].samples) == (status, ())
+    assert reason in found["bad"].reason
+    assert {name: r.status for name, r in found.items() if name != "bad"} == {"eager": "ok", "before": "ok", "after": "ok"}
+    assert all(len(r.samples) == 2 for name, r in found.items() if name != "bad")
+    for r in found.values():
+        assert Result.from_json(r.to_json()) == r, "what is wrong can be kept"
+
+
+def test_a_writer_spoils_no_graph_of_the_others() -> None:
+    """In mode bwd the others' graphs hold the inputs, and torch refuses to use what has been written into since."""
+    operation = scaled()
+
+    def writes(x: Tensor, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight.add_(1)
+        return x * weight
+
+    operation.provider("bad")(writes)
+    found = measured(operation, "bwd", "eager", "bad")
+    assert (found["eager"].status, found["bad"].status) == ("ok", "wrong")
+
+
+def test_who_begins_to_write_while_timed_fails() -> None:
+    operation, calls = scaled(), []
+
+    def later(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(0)
+        return x.mul_(weight) if len(calls) > 4 else x * weight
+
+    operation.provider("bad")(later)
+    found = measured(operation, "fwd", "eager", "bad")
+    assert found["bad"].status == "failed" and found["bad"].reason == "while timed: RuntimeError: it wrote into its inputs"
+    assert found["eager"].status == "ok" and len(found["eager"].samples) == 2
+
+
+def test_special_values_of_the_exact_result_are_held_too() -> None:
+    """log(0) is -inf and log(-1) NaN in the reference; a provider must give the same, and may."""
+    operation = scaled(reference=lambda x, weight: (x.clamp(min=0.0) * 0 + x.sign()).log(), gradients=False)
+    operation.provider("same")(lambda x, weight: x.sign().log())
+    operation.provider("zero")(lambda x, weight: x.sign().log().nan_to_num(0.0, neginf=0.0))
+    found = measured(operation)
+    assert (found["eager"].status, found["same"].status, found["zero"].status) == ("ok", "ok", "wrong")
+
+
+DECLARATIONS = {
+    "two of a name": (lambda: (scaled(), scaled()), "there is an operation named scaled already"),
+    "a name with a slash": (lambda: Operation("a/b", ("n",), dict, dict), "name must be different words"),
+    "no axes": (lambda: scaled(axes=()), "axes must be different words"),
+    "an axis twice": (lambda: scaled(axes=("n", "n")), "axes must be different words"),
+    "no reference": (lambda: scaled(reference=None), "reference must be a function; got None"),
+    "inputs are tensors": (lambda: scaled(inputs=torch.ones(3)), "inputs must be a function"),
+    "an option of no axis": (lambda: scaled(options={"kv_len": "length"}), "take an axis' size (rows, columns)"),
+    "eager is taken": (lambda: scaled().provider("eager")(print), "has a provider named eager already"),
+    "a provider twice": (lambda: [scaled_once.provider("a")(print) for scaled_once in [scaled()] for _ in range(2)], "named a already"),
+    "a provider's name": (lambda: scaled().provider("a+5%")(print), "must be a word"),
+    "a case of two sizes": (lambda: scaled(cases=("plain/fwd/float32/4",)).defaults(CPU), "a case of scaled is scaled/plain/"),
+    "a mode that is not there": (lambda: scaled(gradients=False, cases=("plain/bwd/float32/4x8",)).defaults(CPU), "a case of scaled is"),
+    "inputs give a list": (lambda: measured(scaled(inputs=lambda make, sizes: [1])), "inputs must return tensors by name; got list '[1]'"),
+    "flops are text": (
+        lambda: measured(scaled(flops=lambda problem: "many")),
+        "flops must return a number that is not negative; got 'many'",
+    ),
+    "bytes are negative": (lambda: measured(scaled(bytes=lambda problem: -1)), "bytes must return a number"),
+    "a metric is NaN": (lambda: measured(scaled(metrics={"m": lambda problem, results: float("nan")})), "metric m must be a finite number"),
+}
+
+
+@pytest.mark.parametrize("kind", DECLARATIONS)
+def test_a_mistake_in_a_declaration_is_a_sentence(kind: str) -> None:
+    make, sentence = DECLARATIONS[kind]
+    with pytest.raises(ValueError, match=r"must|already|a case of") as raised:
+        make()
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_files_that_do_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    for text, sentence in (("import nothing_of_the_kind", "it raised ModuleNotFoundError"), ("x = (", "it raised SyntaxError")):
+        path.write_text(text)
+        with pytest.raises(DeclarationError, match=sentence):
+            load(path)
+    with pytest.raises(DeclarationError, match="are declared in Python files"):
+        load(tmp_path / "absent.py")
+
+
+def test_a_file_imports_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "kernels_of_mine.py").write_text("def double(x):\n    return x + x\n")
+    (tmp_path / "declared.py").write_text(
+        "from fused_attn_bench import Operation\nfrom kernels_of_mine import double\n"
+        "op = Operation('double', ('n',), lambda make, sizes: {'x': make.normal(sizes['n'])}, lambda x: 2 * x)\nop.provider('sum')(double)\n"
+    )
+    load(tmp_path / "declared.py")
+    load(tmp_path / "declared.py")
+    assert {*OPERATIONS["double"].providers} == {"eager", "sum"}
+
+
+def test_values_are_the_same_every_time_and_in_every_mode() -> None:
+    operation = scaled()
+    first, second = (operation.of(operation.case(f"scaled/plain/{mode}/float32/4x8"), CPU) for mode in ("fwd", "bwd"))
+    assert all(first.tensors[name].equal(second.tensors[name]) for name in ("x", "weight"))
+    other = operation.of(operation.case("scaled/plain/fwd/float32/8x4"), CPU)
+    assert not other.tensors["x"].flatten().equal(first.tensors["x"].flatten())
+
+
+def test_options_take_an_axis_size_unless_they_are_given() -> None:
+    operation = scaled(options={"group": "columns"})
+    assert operation.sizes(operation.case("scaled/plain/fwd/float32/4x8")) == {"rows": 4, "columns": 8, "group": 8}
+    assert operation.sizes(operation.case("scaled/plain/fwd/float32/4x8,group=2")) == {"rows": 4, "columns": 8, "group": 2}
+
+
+def test_work_is_counted() -> None:
+    operation = scaled()
+    forward, both = (operation.of(operation.case(f"scaled/plain/{mode}/float32/4x8"), CPU) for mode in ("fwd", "fwd+bwd"))
+    assert forward.bytes == 4 * (32 + 8 + 32), "x, weight, out"
+    assert both.bytes == forward.bytes + 4 * (32 + 8 + 32) + 4 * (32 + 8), "all again with the gradient that arrives, and two that leave"
+    assert forward.flops == 0
+    assert scaled_again().flops == 32
+
+
+def scaled_again() -> Problem:
+    OPERATIONS.clear()
+    operation = scaled(flops=lambda problem: problem.tensors["x"].numel())
+    return operation.of(operation.case("scaled/plain/fwd/float32/4x8"), CPU)
+
+
+def test_metrics_and_tolerances_of_one_s_own() -> None:
+    operation = scaled(
+        metrics={"largest": lambda problem, results: results["out"].abs().max(), "rows/s": lambda problem, results: problem.sizes["rows"]},
+        tolerance=lambda problem: Tolerance(absolute=0.5),
+    )
+    operation.provider("near")(lambda x, weight: x * weight + 0.4)
+    operation.provider("far")(lambda x, weight: x * weight + 0.6)
+    found = measured(operation)
+    assert found["near"].status == "ok" and found["near"].metrics["rows/s"] == 4.0 and found["near"].metrics["largest"] > 0
+    assert found["far"].status == "wrong"
+
+
+def test_exceptions_that_refuse() -> None:
+    operation = scaled(refusals=(KeyError,))
+    operation.provider("bad")(lambda x, weight: {}["kernel"])
+    assert measured(operation)["bad"].status == "refused"
+
+
+def test_what_ran_is_observed() -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def observe() -> Iterator[list[str]]:
+        seen.clear()
+        yield seen
+
+    operation = scaled(observe=observe)
+
+    @operation.prepared("kernel")
+    def prepare(problem: Problem) -> object:
+        seen.append("tile=64")
+        return lambda x, weight: (seen.append("fast"), x * weight)[1]
+
+    found = measured(operation)["kernel"]
+    assert (found.backend, found.config) == ("fast", "tile=64")
+
+
+def test_make_gives_the_case_s_dtype() -> None:
+    operation = scaled()
+    make = Make(operation.case("scaled/plain/fwd/bfloat16/4x8"), CPU, torch.Generator().manual_seed(0))
+    assert make.normal(2, 3).dtype == torch.bfloat16 and make.integers(5, 7).max() < 5
