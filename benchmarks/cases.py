@@ -23,7 +23,7 @@ from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
 from fused_attn_bench import Make, Operation, Problem, Tolerance
 from fused_attn_bench.judge import Results
-from fused_attn_bench.operation import BACKWARD, BOTH, FORWARD, dtype_of
+from fused_attn_bench.problem import BACKWARD, BOTH, FORWARD, dtype_of
 
 
 class ScoreProblem(Problem):

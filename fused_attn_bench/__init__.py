@@ -4,6 +4,7 @@ An operation is declared once (``Operation``); ``fused-attn-bench run --load FIL
 """
 
 from fused_attn_bench.judge import Tolerance
-from fused_attn_bench.operation import DeclarationError, Make, Operation, Problem, Refusal
+from fused_attn_bench.operation import Operation
+from fused_attn_bench.problem import DeclarationError, Make, Problem, Refusal
 
 __all__ = ["DeclarationError", "Make", "Operation", "Problem", "Refusal", "Tolerance"]

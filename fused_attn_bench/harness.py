@@ -17,7 +17,8 @@ from fused_attn_bench.case import Case
 from fused_attn_bench.environment import telemetry
 from fused_attn_bench.judge import Judge, Verdict
 from fused_attn_bench.measure import free_bytes, peak_bytes, repeats_for, turns
-from fused_attn_bench.operation import DeclarationError, Problem, Refusal, operation, problem_of
+from fused_attn_bench.operation import operation, problem_of
+from fused_attn_bench.problem import DeclarationError, Problem, Refusal
 from fused_attn_bench.results import Result
 from fused_attn_bench.roofs import Roofs
 from fused_attn_bench.timers import Sample

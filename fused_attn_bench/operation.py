@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,62 +16,12 @@ import torch
 from torch import Tensor
 
 from fused_attn_bench.case import Case
-from fused_attn_bench.judge import Judge, Results, Tolerance
+from fused_attn_bench.judge import Results, Tolerance
+from fused_attn_bench.problem import FORWARD, MODES, DeclarationError, Function, Make, Problem, Refusal, dtype_of
 
-FORWARD, BACKWARD, BOTH = "fwd", "bwd", "fwd+bwd"
-MODES = (FORWARD, BACKWARD, BOTH)
 # The provider that every operation has: its reference at the case's own dtype.
 REFERENCE = "eager"
-Function = Callable[..., Any]
 T = TypeVar("T", bound=Function)
-
-
-class DeclarationError(ValueError):
-    """An operation, or something of it, is not declared as it must be."""
-
-
-class Refusal(Exception):
-    """Why a provider cannot compute a case: ``raise Refusal("has no backward")``."""
-
-
-@dataclass(frozen=True)
-class Make:
-    """Makes the inputs of a case: the same values every time, from a seed of the case's own.
-
-    Args:
-        case: whose.
-        device: where.
-        generator: on the CPU, for values of another kind.
-    """
-
-    case: Case
-    device: torch.device
-    generator: torch.Generator
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the case."""
-        return dtype_of(self.case.dtype)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal values in the case's dtype, which is what caches and clocks are sensitive to."""
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """Whole numbers in [0, high), as indices are."""
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of that name.
-
-    Raises:
-        ValueError: torch has none.
-    """
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"the dtype must be one of torch's, like float32 or bfloat16; got {name!r}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -261,189 +208,6 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {}
 # Files that ``load`` ran: twice would declare everything twice.
 _LOADED: set[Path] = set()
-
-
-class Problem:
-    """The tensors of a case on a device.
-
-    Args:
-        operation: which.
-        case: one of its cases.
-        device: where.
-    """
-
-    def __init__(self, operation: Operation, case: Case, device: torch.device) -> None:
-        self.operation, self.case, self.device = operation, case, device
-        self.sizes = operation.sizes(case)
-        made = operation.inputs(self._make(case.name), self.sizes)
-        if not isinstance(made, Mapping) or not made or not all(isinstance(t, Tensor) for t in made.values()):
-            raise DeclarationError(f"{case.op}: inputs must return tensors by name; got {_shown(made)}")
-        needs = case.mode != FORWARD
-        self.tensors: Results = {n: t.detach().requires_grad_(needs and t.is_floating_point()) for n, t in made.items()}
-        self._originals = {name: t.detach().clone() for name, t in self.tensors.items()}
-
-    def _make(self, seed: str) -> Make:
-        """The generator of values depends on the operation, variant and sizes, so that modes and dtypes have the same ones."""
-        words = seed.split("/")
-        seeded = torch.Generator().manual_seed(zlib.crc32("/".join((*words[:2], *words[4:])).encode()))
-        return Make(self.case, self.device, seeded)
-
-    @property
-    def leaves(self) -> Results:
-        """The tensors that have gradients."""
-        return {name: t for name, t in self.tensors.items() if t.is_floating_point()}
-
-    @cached_property
-    def incoming(self) -> tuple[Tensor, ...]:
-        """Gradients that arrive at the outputs; none in a forward pass."""
-        if self.case.mode == FORWARD:
-            return ()
-        make = self._make(f"{self.case.name}/incoming")
-        return tuple(make.normal(*shape) for shape in self.output_shapes)
-
-    @cached_property
-    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of what the reference returns."""
-        with torch.no_grad():
-            return tuple(tuple(t.shape) for t in self.outputs_of(self.plain(*self.tensors.values())))
-
-    @contextmanager
-    def kept(self) -> Iterator[list[str]]:
-        """After the block the tensors hold what they held when they were made; the list then names those that were written into.
-
-        Graphs that other providers recorded stay valid: as far as they can see nothing has been written.
-        """
-        written: list[str] = []
-        with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(self.tensors.values())):
-            try:
-                yield written
-            finally:
-                written += self.restore()
-
-    def restore(self) -> list[str]:
-        """Writes the original values into tensors that have others; returns their names."""
-        changed = [n for n, t in self.tensors.items() if not torch.equal(_bits(t), _bits(self._originals[n]))]
-        for name in changed:
-            self.tensors[name].detach().copy_(self._originals[name])
-        return changed
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """Grow when one of torch's operations writes into a tensor."""
-        return tuple(t._version for t in self.tensors.values())
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """As declared."""
-        return self.operation.outputs
-
-    def outputs_of(self, returned: Any) -> tuple[Tensor, ...]:
-        """What a function returned, as a tuple of tensors as long as the declared outputs.
-
-        Raises:
-            TypeError: it is something else.
-        """
-        outputs = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
-        if len(outputs) != len(self.output_names) or not all(isinstance(t, Tensor) for t in outputs):
-            raise TypeError(f"a function of {self.case.op} must return {len(self.output_names)} tensor(s); got {_shown(returned)}")
-        return outputs
-
-    def results(self, outputs: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> Results:
-        """Outputs and gradients by name."""
-        named = dict(zip(self.output_names, (t.detach() for t in outputs), strict=True))
-        return named | {f"d{name}": g for name, g in zip(self.leaves, grads, strict=False)}
-
-    def plain(self, *tensors: Tensor) -> Any:
-        """The definition, in the dtype of what it is given."""
-        assert self.operation.reference is not None
-        return self.operation.reference(*tensors)
-
-    def caller(self, forward: Function) -> Callable[[], Results]:
-        """A forward function in the case's mode."""
-        tensors, leaves = tuple(self.tensors.values()), tuple(self.leaves.values())
-        if self.case.mode == FORWARD:
-            return lambda: self.results(self.outputs_of(forward(*tensors)))
-        if self.case.mode == BOTH:
-
-            def both() -> Results:
-                outputs = self.outputs_of(forward(*tensors))
-                return self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming))
-
-            return both
-        outputs = self.outputs_of(forward(*tensors))
-        return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming, retain_graph=True))
-
-    def reference(self, dtype: torch.dtype) -> Results:
-        """The definition's results, computed in ``dtype``."""
-        tensors = [t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in self.tensors.values()]
-        outputs = self.outputs_of(self.plain(*tensors))
-        leaves = [t for t in tensors if t.is_floating_point()]
-        grads = torch.autograd.grad(outputs, leaves, [t.to(dtype) for t in self.incoming]) if self.incoming else ()
-        return self.results(outputs, grads)
-
-    def judge(self) -> Judge:
-        """Holds results to the error rule."""
-        return Judge(self.reference(torch.float64), self.reference(dtype_of(self.case.dtype)), self.tolerance)
-
-    @property
-    def tolerance(self) -> Tolerance:
-        """As declared; else rounding is that of a sum along the largest axis."""
-        if self.operation.tolerance is not None:
-            return self.operation.tolerance(self)
-        return Tolerance(terms=max(self.case.shape))
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of a call; 0 where none are declared."""
-        return self._number("flops", 0.0)
-
-    @property
-    def bytes(self) -> float:
-        """The least that a call has to move."""
-        forward = sum(t.nbytes for t in self.tensors.values())
-        size = dtype_of(self.case.dtype).itemsize
-        outputs = sum(math.prod(shape) for shape in self.output_shapes) * size
-        # A backward pass reads everything and the gradients that arrive, and writes those that leave.
-        backward = forward + outputs + sum(t.nbytes for t in self.leaves.values())
-        moved = {FORWARD: forward + outputs, BACKWARD: backward, BOTH: forward + outputs + backward}[self.case.mode]
-        return self._number("bytes", float(moved))
-
-    @property
-    def needed(self) -> float:
-        """Bytes that the check holds at once: about six times what the results take in float64."""
-        elements = sum(t.numel() for t in self.tensors.values()) + sum(math.prod(shape) for shape in self.output_shapes)
-        return 6 * 8.0 * elements
-
-    def _number(self, what: str, default: float) -> float:
-        function = getattr(self.operation, what)
-        value = default if function is None else function(self)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise DeclarationError(f"{self.case.op}: {what} must return a number that is not negative; got {value!r}")
-        return value
-
-    def metrics(self, results: Results) -> dict[str, float]:
-        """The operation's own figures.
-
-        Raises:
-            DeclarationError: one is no number.
-        """
-        found = {}
-        for name, function in self.operation.metrics.items():
-            value = function(self, results)
-            if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or not math.isfinite(value):
-                raise DeclarationError(f"{self.case.op}: metric {name} must be a finite number; got {_shown(value)}")
-            found[name] = float(value)
-        return found
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes, among which NaN equals itself."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _shown(value: object) -> str:
-    """Enough of a value to recognise it."""
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def operation(name: str) -> Operation:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from fused_attn_bench.judge import Results
-from fused_attn_bench.operation import Problem, Refusal, provider_names
+from fused_attn_bench.operation import provider_names
+from fused_attn_bench.problem import Problem, Refusal
 
 _PLANTED = re.compile(r"(.+)\+(\d+(?:\.\d+)?)(%|MiB|us)")
 Call = Callable[[], Results]

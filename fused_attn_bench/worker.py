@@ -18,7 +18,8 @@ import torch
 from fused_attn_bench.case import Case
 from fused_attn_bench.harness import About, Local, Setup
 from fused_attn_bench.judge import Verdict
-from fused_attn_bench.operation import Refusal, case_of, load, operation, problem_of
+from fused_attn_bench.operation import case_of, load, operation, problem_of
+from fused_attn_bench.problem import Refusal
 from fused_attn_bench.project import Project
 from fused_attn_bench.timers import Sample
 

@@ -23,9 +23,14 @@ ROOT = Path(fa.__file__).parent.parent
 PACKAGE = ROOT / "fused_attn"
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
 NAMES = [str(p.relative_to(ROOT)) for p in FILES]
+# The measuring engine: the same rules of size, words and signatures.
+ENGINE = ROOT / "fused_attn_bench"
+ENGINE_FILES = sorted(p for p in ENGINE.rglob("*.py") if "__pycache__" not in p.parts)
+BOTH = [*FILES, *ENGINE_FILES]
+BOTH_NAMES = [str(p.relative_to(ROOT)) for p in BOTH]
 PROJECT = [
     p
-    for folder in ("fused_attn", "tests", "benchmarks", "examples")
+    for folder in ("fused_attn", "fused_attn_bench", "tests", "benchmarks", "examples")
     for p in sorted((ROOT / folder).rglob("*.py"))
     if "__pycache__" not in p.parts
 ]
@@ -72,18 +77,21 @@ def module_of(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path):
-    """Dotted names below ``fused_attn`` that a file imports, at any depth but for type checking."""
+def running(path):
+    """Every node of a file but those for type checking."""
     skipped = {
         id(n)
         for node in ast.walk(tree(path))
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for n in ast.walk(node)
     }
+    return [node for node in ast.walk(tree(path)) if id(node) not in skipped]
+
+
+def imports(path):
+    """Dotted names below ``fused_attn`` that a file imports, at any depth but for type checking."""
     package = ["fused_attn", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(tree(path)):
-        if id(node) in skipped:
-            continue
+    for node in running(path):
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix("fused_attn.") for a in node.names if a.name.startswith("fused_attn."))
         elif isinstance(node, ast.ImportFrom):
@@ -110,6 +118,48 @@ def test_import_arrows(path):
         assert not ({here, there} <= BACKENDS), f"the backend {here} imports the backend {there}"
 
 
+# Of fused_attn_bench: a module may import those of its own rank or below. What measures knows nothing of what keeps and shows.
+ENGINE_RANKS = (
+    ("case", "codes", "text", "judge", "measure", "timers", "busy", "significance"),
+    ("environment", "roofs", "problem", "quick"),
+    ("operation",),
+    ("planted", "project", "results"),
+    ("harness", "changes"),
+    ("worker",),
+    ("compare",),
+    ("baseline", "bisection", "tables", "plots"),
+    ("report",),
+    ("commands", "__init__", "__main__"),
+)
+
+
+def engine_rank(module):
+    return next(rank for rank, names in enumerate(ENGINE_RANKS) if module in names)
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=[str(p.relative_to(ROOT)) for p in ENGINE_FILES])
+def test_the_engine_knows_no_attention(path):
+    here = path.relative_to(ENGINE).with_suffix("").parts[0]
+    for node in running(path):
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for name in names:
+            assert name.partition(".")[0] not in ("fused_attn", "benchmarks", "tests"), f"{path.name} imports {name}"
+            if isinstance(node, ast.ImportFrom) and name.partition(".")[0] == "fused_attn_bench":
+                below = [name.split(".")[1]] if "." in name else [a.name for a in node.names if (ENGINE / f"{a.name}.py").is_file()]
+                assert all(engine_rank(there) <= engine_rank(here) for there in below), f"{here} imports {below}"
+
+
+def test_only_tests_and_commands_of_fused_attn_use_the_engine():
+    users = [n for n, p in zip(NAMES, FILES, strict=True) if "fused_attn_bench" in p.read_text()]
+    assert [n for n in users if not n.startswith(("fused_attn/testing/", "fused_attn/cli/"))] == []
+
+
 def test_importing_the_package_is_light():
     code = "import sys, torch; before = set(sys.modules); import fused_attn; print(*sorted(m for m in sys.modules if m not in before))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
@@ -118,13 +168,14 @@ def test_importing_the_package_is_light():
         "fused_attn.nn",
         "fused_attn.integrations",
         "fused_attn.testing",
+        "fused_attn_bench",
     }
     assert not heavy & ({m.split(".")[0] for m in loaded} | set(loaded))
     assert not [m for m in loaded if m.startswith(("fused_attn.backends.triton", "fused_attn._C", "torch._dynamo", "torch._inductor"))]
 
 
 def test_file_sizes():
-    sizes = {name: len(path.read_text().splitlines()) for name, path in zip(NAMES, FILES, strict=True)}
+    sizes = {name: len(path.read_text().splitlines()) for name, path in zip(BOTH_NAMES, BOTH, strict=True)}
     assert {n: s for n, s in sizes.items() if s > 400} == {}
     assert statistics.median(sizes.values()) <= 150
 
@@ -144,7 +195,7 @@ def length(node):
 
 
 def test_function_lengths():
-    plain = sorted(length(n) for p in FILES for n in functions(p) if not is_jit(n))
+    plain = sorted(length(n) for p in BOTH for n in functions(p) if not is_jit(n))
     assert statistics.median(plain) <= 15
     assert plain[int(len(plain) * 0.95)] <= 60
     assert {n.name: length(n) for p in FILES for n in functions(p) if is_jit(n) and length(n) > 150} == {}
@@ -153,7 +204,7 @@ def test_function_lengths():
 def test_at_most_six_parameters_after_functional():
     exempt = ("functional.py", "integrations/", "nn/")  # other libraries' signatures
     crowded = []
-    for name, path in zip(NAMES, FILES, strict=True):
+    for name, path in zip(BOTH_NAMES, BOTH, strict=True):
         for node in functions(path):
             given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls", "ctx")]
             if (
@@ -183,7 +234,7 @@ def inherits_a_contract(path, node):
     return any(isinstance(c, ast.ClassDef) and node in c.body for c in tree(path).body)
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", BOTH, ids=BOTH_NAMES)
 def test_public_names_are_documented_and_typed(path):
     assert ast.get_docstring(tree(path))
     undocumented = [n.name for n in public(path) if ast.get_docstring(n) is None and not inherits_a_contract(path, n)]
@@ -206,7 +257,7 @@ def test_public_names():
 
 
 def test_no_drawers():
-    assert [n for n in NAMES if re.search(r"(^|[/_])(utils?|common|helpers?|misc)([/_.]|$)", n)] == []
+    assert [n for n in BOTH_NAMES if re.search(r"(^|[/_])(utils?|common|helpers?|misc)([/_.]|$)", n)] == []
 
 
 CONCEPTS = {
@@ -351,7 +402,7 @@ FACTORIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", BOTH, ids=BOTH_NAMES)
 def test_every_tensor_is_made_on_a_named_device(path):
     """A factory without ``device=`` follows torch's default device, which the caller's tensors need not be on."""
     calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]

@@ -18,7 +18,8 @@ from benchmarks.variants import ATTENTION, SOFTMAX
 from fused_attn_bench import Refusal, planted, timers
 from fused_attn_bench.case import Case
 from fused_attn_bench.harness import Local, Setup
-from fused_attn_bench.operation import MODES, OPERATIONS, case_of, problem_of
+from fused_attn_bench.operation import OPERATIONS, case_of, problem_of
+from fused_attn_bench.problem import MODES
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")

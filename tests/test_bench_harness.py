@@ -20,7 +20,8 @@ from fused_attn_bench.case import Case
 from fused_attn_bench.commands import run, selection
 from fused_attn_bench.harness import About, Setup, contest, measure
 from fused_attn_bench.judge import Results, Verdict
-from fused_attn_bench.operation import OPERATIONS, Problem, Provider
+from fused_attn_bench.operation import OPERATIONS, Provider
+from fused_attn_bench.problem import Problem
 from fused_attn_bench.results import History, Result, load
 from fused_attn_bench.timers import Sample, WallTimer
 

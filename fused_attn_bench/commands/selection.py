@@ -15,7 +15,8 @@ import torch
 from fused_attn_bench import planted, results, timers
 from fused_attn_bench.case import FORM, Case
 from fused_attn_bench.harness import Setup
-from fused_attn_bench.operation import MODES, OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
+from fused_attn_bench.operation import OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
+from fused_attn_bench.problem import MODES
 
 
 def add_history(parser: argparse.ArgumentParser) -> None:
