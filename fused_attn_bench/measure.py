@@ -84,8 +84,19 @@ def repeats_for(sample: float, seconds: float) -> int:
     return max(1, int(sample / max(seconds, 1e-9)))
 
 
-def turns(samplers: Mapping[str, Callable[[], Result]], seconds: float, rounds: int) -> dict[str, list[Result]]:
+def turns(
+    samplers: Mapping[str, Callable[[], Result]],
+    seconds: float,
+    rounds: int,
+    enough: Callable[[Mapping[str, list[Result]]], bool] = lambda taken: False,
+) -> dict[str, list[Result]]:
     """What each sampler returned, one sample in each round, A B C then C B A, until ``seconds`` are over and ``rounds`` done.
+
+    Args:
+        samplers: who takes the samples, by name.
+        seconds: for all together; a round that has begun is finished.
+        rounds: at least so many.
+        enough: whether what has been taken is enough before the seconds are over; asked after every second round.
 
     Example:
         >>> seen = []
@@ -101,6 +112,8 @@ def turns(samplers: Mapping[str, Callable[[], Result]], seconds: float, rounds: 
             taken[name].append(samplers[name]())
         order.reverse()
         done += 1
+        if done >= rounds and done % 2 == 0 and enough(taken):
+            break
     return taken
 
 

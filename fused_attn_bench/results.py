@@ -44,6 +44,7 @@ class Result:
         flops: of the case's operations.
         bytes: the least that the case has to move.
         roofs: bytes per second of a copy and operations per second of a matrix product, measured in the same run; empty where they were not.
+        marks: why the times are no plain facts, since the machine was not quiet; see ``quiet``.
         run: id of the run.
         time: of its start, ISO 8601 in UTC.
         timer: what took the samples.
@@ -68,6 +69,7 @@ class Result:
     flops: float = 0
     bytes: float = 0
     roofs: tuple[float, ...] = ()
+    marks: tuple[str, ...] = ()
     run: str = ""
     time: str = ""
     timer: str = ""
@@ -90,6 +92,12 @@ class Result:
     def limit(self) -> float | None:
         """The shortest time in seconds that the roofs allow: what the products or what the memory need, whichever is longer."""
         return max(self.bytes / self.roofs[0], self.flops / self.roofs[1]) if self.roofs else None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the times are no plain facts: the marks, and a roof that they are beyond."""
+        beyond = bool(self.limit and self.median and self.limit > self.median)
+        return (*self.marks, *["faster than the measured roofs allow"] * beyond)
 
     @property
     def memory(self) -> str:
@@ -116,7 +124,7 @@ class Result:
         try:
             read = json.loads(text)
             known = {f.name: read[f.name] for f in fields(cls) if f.name in read}
-            result = cls(**known | {name: tuple(known.get(name, ())) for name in ("samples", "host", "telemetry", "roofs")})
+            result = cls(**known | {name: tuple(known.get(name, ())) for name in ("samples", "host", "telemetry", "roofs", "marks")})
             if result.status not in STATUSES or not all(isinstance(s, float) and s > 0 for s in result.samples):
                 raise ValueError(f"a status of {', '.join(STATUSES)} and positive times are needed")
         except (ValueError, TypeError, KeyError, AttributeError) as error:

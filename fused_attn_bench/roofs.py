@@ -15,6 +15,15 @@ class Roofs(NamedTuple):
     copy: float
     matmul: float
 
+    def raised(self, other: Roofs) -> Roofs:
+        """The higher one of each.
+
+        Example:
+            >>> Roofs(1.0, 5.0).raised(Roofs(2.0, 4.0))
+            Roofs(copy=2.0, matmul=5.0)
+        """
+        return Roofs(*map(max, self, other))
+
 
 def measure(device: torch.device, dtype: torch.dtype, timer: Timer, seconds: float = 0.5) -> Roofs:
     """The best of several samples of each."""

@@ -10,6 +10,8 @@ from fused_attn_bench.results import Result
 from fused_attn_bench.text import ratio, seconds, size, table
 
 REFERENCE = "eager"
+# Before a time that is no plain fact.
+DOUBT = "?"
 
 
 def environment(described: Mapping[str, str]) -> str:
@@ -31,7 +33,7 @@ def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
     plain = reference_median(result, results)
     host = sorted(result.host)[len(result.host) // 2] if result.host else None
     return (
-        seconds(median),
+        f"{DOUBT * bool(result.doubts)} {seconds(median)}".lstrip(),
         "-" if result.spread is None else f"{100 * result.spread:.0f}%",
         "-" if host is None else seconds(host),
         "-" if plain is None else ratio(plain / median),
@@ -43,26 +45,53 @@ def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def results(measured: Sequence[Result]) -> str:
-    """One line per case and provider; what could not be measured is a line of its own below."""
-    headers = ("case", "provider", "backend", "time", "±", "host", "vs eager", "TFLOP/s", "GB/s", "of roof", "faults", "peak", "error")
-    rows, notes, shown = [], [], ""
+    """One line per case and provider; what could not be measured, and what makes times doubtful, is a line of its own below."""
+    own = list(dict.fromkeys(name for r in measured for name in r.metrics))
+    headers = (
+        "case",
+        "provider",
+        "backend",
+        "time",
+        "±",
+        "host",
+        "vs eager",
+        "TFLOP/s",
+        "GB/s",
+        "of roof",
+        "faults",
+        "peak",
+        "error",
+        *own,
+    )
+    rows, shown = [], ""
+    grouped: dict[tuple[str, ...], list[str]] = {}
     for r in measured:
         if r.status == "ok":
             name = "" if r.case == shown else r.case
             shown = r.case
             peak, error = "-" if r.peak is None else size(r.peak), "-" if r.error is None else f"{r.error:.1e}"
-            rows.append((name, r.provider, r.backend or "-", *figures(r, measured), peak, error))
+            rows.append((name, r.provider, r.backend or "-", *figures(r, measured), peak, error, *(metric(r, name) for name in own)))
         if r.reason:
-            notes.append((r.provider, r.status, r.reason, r.case))
+            grouped.setdefault((r.provider, r.status, r.reason), []).append(r.case)
+        for doubt in r.doubts:
+            grouped.setdefault((DOUBT, doubt), []).append(r.case)
     lines = [table(headers, rows, left=3)] if rows else []
-    grouped: dict[tuple[str, str, str], list[str]] = {}
-    for provider, status, reason, case in notes:
-        grouped.setdefault((provider, status, reason), []).append(case)
-    lines += [
-        f"  {provider} {status} ({names[0] if len(names) == 1 else f'{len(names)} cases'}): {reason}"
-        for (provider, status, reason), names in grouped.items()
-    ]
+    for (who, what, *why), cases in grouped.items():
+        names = list(dict.fromkeys(cases))
+        lines.append(": ".join((f"  {who} {what} ({names[0] if len(names) == 1 else f'{len(names)} cases'})", *why)))
+    if any(r.doubts for r in measured):
+        lines.append(
+            f"  {DOUBT} marks times that are no plain facts; measure again when the machine is quiet, or beside processes on purpose with --busy."
+        )
     return "\n".join(lines)
+
+
+def metric(result: Result, name: str) -> str:
+    """An operation's own figure; an amount per call is shown per second."""
+    value = result.metrics.get(name)
+    if value is None or (name.endswith("/s") and result.median is None):
+        return "-"
+    return f"{value / result.median:.3g}" if name.endswith("/s") and result.median else f"{value:.3g}"
 
 
 HEADERS = ("case", "A", "B", "B takes", "95 % interval", "p", "floor", "verdict")

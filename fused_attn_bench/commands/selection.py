@@ -57,6 +57,14 @@ def add_setup(parser: argparse.ArgumentParser, seconds: float) -> None:
     group.add_argument("--rounds", type=int, default=6, help="at least so many samples of each, even (default 6)")
     group.add_argument("--timer", choices=timers.TIMERS, default="auto", help="auto: wall on the CPU, events on a GPU; graph: CUDA graphs")
     group.add_argument("--warm", action="store_true", help="do not flush a GPU's L2 cache before each call")
+    group.add_argument(
+        "--precision",
+        type=percentage,
+        default=0.005,
+        metavar="0.5%",
+        help="end a case early once every median is known to that (default 0.5%%)",
+    )
+    group.add_argument("--again", type=int, default=1, metavar="N", help="measure a disturbed case so many times anew (default 1)")
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
@@ -75,7 +83,7 @@ def setup(args: argparse.Namespace) -> Setup:
     """As given."""
     where = device(args)
     name = timers.make(args.timer, where).name
-    return Setup(where, args.seconds, args.rounds, timer=name, cold=not args.warm)
+    return Setup(where, args.seconds, args.rounds, timer=name, cold=not args.warm, precision=args.precision, again=args.again)
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
