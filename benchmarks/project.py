@@ -21,6 +21,7 @@ def build(tree: Path, native: bool) -> None:
 
 PROJECT = Project(
     program="python -m benchmarks",
+    launch=("-m", "benchmarks"),
     title="fused_attn benchmarks",
     root=ROOT,
     files=(ROOT / "benchmarks" / "providers.py",),

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write the history as JSON lines",
     "import": "add JSON lines to the history",
     "cases": "list the cases of a plain run",
+    "profile": "run one provider on one case under ncu, nsys or another profiler",
 }
 
 

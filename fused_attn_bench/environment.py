@@ -21,8 +21,8 @@ KEY = ("device", "driver", "cuda", "torch", "triton", "threads")
 THROTTLE = ("SwPowerCap", "HwSlowdown", "SyncBoost", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
 
 
-def describe(device: torch.device, root: Path, beside: int = 0) -> dict[str, str]:
-    """Everything that a number depends on, as text; ``beside`` busy processes that were started for it."""
+def describe(device: torch.device, root: Path, beside: int = 0, mhz: int = 0) -> dict[str, str]:
+    """Everything that a number depends on, as text; with the busy processes that were started for it, and the GPU's clock if it was locked."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
@@ -32,6 +32,7 @@ def describe(device: torch.device, root: Path, beside: int = 0) -> dict[str, str
         "triton": _installed("triton"),
         "threads": "" if gpu else str(torch.get_num_threads()),
         "busy": busy.described(beside),
+        "clocks": f"locked at {mhz} MHz" if mhz else "",
         "python": platform.python_version(),
         "system": platform.platform(),
         "commit": commit(root),
@@ -69,8 +70,8 @@ def _installed(package: str) -> str:
 
 
 @functools.cache
-def _nvml() -> Any:
-    """The module, initialised, or None."""
+def nvml() -> Any:
+    """NVML's module, initialised, or None."""
     try:
         import pynvml
 
@@ -81,24 +82,28 @@ def _nvml() -> Any:
 
 
 def _driver() -> str:
-    return _nvml().nvmlSystemGetDriverVersion() if _nvml() else ""
+    return nvml().nvmlSystemGetDriverVersion() if nvml() else ""
 
 
 def telemetry(device: torch.device) -> dict[str, Any]:
     """Clocks in MHz, power in watts, degrees Celsius and reasons for throttling; on the CPU how many processes want to run."""
     if device.type != "cuda":
         return {"load": os.getloadavg()[0]}
-    nvml = _nvml()
-    if nvml is None:
+    library = nvml()
+    if library is None:
         return {}
     found: dict[str, Any] = {}
     for name, read in _READINGS.items():
         try:
-            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            found[name] = read(nvml, handle)
-        except nvml.NVMLError:  # a container, a MIG slice or an old driver may hide some of them
+            found[name] = read(library, gpu_handle(library, device))
+        except library.NVMLError:  # a container, a MIG slice or an old driver may hide some of them
             continue
     return found
+
+
+def gpu_handle(library: Any, device: torch.device) -> Any:
+    """NVML's handle of a GPU."""
+    return library.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def _throttled(nvml: Any, handle: Any) -> list[str]:

@@ -15,6 +15,7 @@ class Project:
 
     Args:
         program: how the command line is called, for messages.
+        launch: what Python is given to call it.
         title: of the page.
         root: of the repository; None for the one around the working folder.
         files: Python files that declare its operations, loaded for every command and always as they are here.
@@ -24,6 +25,7 @@ class Project:
     """
 
     program: str = "fused-attn-bench"
+    launch: tuple[str, ...] = ("-m", "fused_attn_bench")
     title: str = "Benchmarks"
     root: Path | None = None
     files: tuple[Path, ...] = ()

@@ -176,9 +176,9 @@ class Compared:
 
 
 def machine(environment: Mapping[str, str], timer: str) -> tuple[str, ...]:
-    """The part of an environment that times depend on, and what took them, beside which busy processes."""
-    busy = environment.get("busy", "")
-    return (*(environment.get(name, "") for name in KEY), f"{timer} beside {busy}" if busy else timer)
+    """The part of an environment that times depend on, and what took them, beside which busy processes and at which locked clock."""
+    busy, clocks = environment.get("busy", ""), environment.get("clocks", "")
+    return (*(environment.get(name, "") for name in KEY), f"{timer}{f' beside {busy}' * bool(busy)}{f', {clocks}' * bool(clocks)}")
 
 
 class ResultsError(ValueError):

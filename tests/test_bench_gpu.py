@@ -74,7 +74,7 @@ class Sensors:
 
 @pytest.mark.quick
 def test_what_is_read_of_the_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_nvml", Sensors)
+    monkeypatch.setattr(environment, "nvml", Sensors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2-3"))
     read = environment.telemetry(torch.device("cuda"))
     assert read == {"sm_mhz": 1980, "memory_mhz": 3201, "watts": 650.5, "celsius": 84, "throttled": ["HwThermalSlowdown"]}
@@ -91,14 +91,14 @@ def test_sensors_that_are_hidden_or_have_their_older_name(monkeypatch: pytest.Mo
         def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
             raise self.NVMLError("not supported")
 
-    monkeypatch.setattr(environment, "_nvml", Old)
+    monkeypatch.setattr(environment, "nvml", Old)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2-3"))
     assert environment.telemetry(torch.device("cuda")) == {"sm_mhz": 1980, "memory_mhz": 3201, "celsius": 84, "throttled": ["SwPowerCap"]}
 
 
 @pytest.mark.quick
 def test_without_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_nvml", lambda: None)
+    monkeypatch.setattr(environment, "nvml", lambda: None)
     assert environment.telemetry(torch.device("cuda")) == {}
     assert environment._driver() == ""
     assert set(environment.telemetry(CPU)) == {"load"}

@@ -6,19 +6,19 @@ import argparse
 import datetime
 import functools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fused_attn_bench import roofs, tables, timers
 from fused_attn_bench.busy import neighbours
 from fused_attn_bench.case import Case
+from fused_attn_bench.clocks import locked
 from fused_attn_bench.codes import CRASHED, GOOD, INTERRUPTED, WORSE
 from fused_attn_bench.commands import selection
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.problem import dtype_of
-from fused_attn_bench.project import Project
 from fused_attn_bench.results import Result, export
 
 
@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     selection.add_history(parser)
     text = "keep so many processes busy meanwhile; such results are never compared with quiet ones"
     parser.add_argument("--busy", type=int, default=0, metavar="N", help=text)
+    text = "hold the GPU's clock there meanwhile, which takes an administrator; such results are compared with each other only"
+    parser.add_argument("--lock-clocks", type=int, default=0, metavar="MHZ", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, as JSON lines")
 
 
@@ -37,14 +39,15 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when a result is wrong, 4 when what is watched failed; 130 after Ctrl-C, with what was done kept and shown."""
     setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
     history, done, code = selection.history(args), [], 0
+    described = describe(setup.device, args.project.repository, args.busy, args.lock_clocks)
     try:
-        with neighbours(args.busy):
-            for results in measured(cases, providers, setup, args.project, args.busy):
+        with neighbours(args.busy), locked(setup.device, args.lock_clocks):
+            for results in measured(cases, providers, setup, described):
                 history.add(results)
                 done += results
     except KeyboardInterrupt:
         code = INTERRUPTED
-    print(tables.environment(done[0].environment if done else describe(setup.device, args.project.repository, args.busy)))
+    print(tables.environment(described))
     print(tables.results(done))
     if args.json is not None:
         export(done, args.json)
@@ -62,8 +65,8 @@ def outcome(results: Sequence[Result], watched: str) -> int:
     return CRASHED if any(r.status == "failed" and r.provider.startswith(watched) for r in results) else GOOD
 
 
-def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, project: Project, beside: int = 0) -> Iterator[list[Result]]:
-    """The results of each case as soon as it is done, stamped with the run and the environment; beside so many busy processes."""
+def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, environment: Mapping[str, str]) -> Iterator[list[Result]]:
+    """The results of each case as soon as it is done, stamped with the run and the environment."""
     from tqdm import tqdm
 
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -71,7 +74,7 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, proj
         "run": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         "time": now.isoformat(timespec="seconds"),
         "timer": setup.timer,
-        "environment": describe(setup.device, project.repository, beside),
+        "environment": environment,
     }
     measure_roofs = functools.partial(roofs.measure, setup.device, timer=timers.make(setup.timer, setup.device))
     limits = {dtype: measure_roofs(dtype_of(dtype)) for dtype in dict.fromkeys(case.dtype for case in cases)}

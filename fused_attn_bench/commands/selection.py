@@ -44,9 +44,13 @@ def add_cases(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shape", nargs="+", metavar="1x4x1024x64", help="sizes along the operation's axes, and its options: 1x4x1x64,kv_len=512"
     )
-    group.add_argument(
-        "--load", type=Path, nargs="+", default=(), metavar="FILE.py", help="Python files that declare operations or providers"
-    )
+    add_files(group)
+
+
+def add_files(parser: argparse._ActionsContainer) -> None:
+    """``--load``."""
+    text = "Python files that declare operations or providers"
+    parser.add_argument("--load", type=Path, nargs="+", default=(), metavar="FILE.py", help=text)
 
 
 def add_setup(parser: argparse.ArgumentParser, seconds: float) -> None:
