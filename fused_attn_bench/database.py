@@ -177,6 +177,7 @@ class Database:
         """Gives the room of what was removed back to the disk, where that has the room to do it."""
         with contextlib.suppress(sqlite3.OperationalError):
             self.connection.execute("VACUUM")
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Ends the connection; what was added is on disk already."""
