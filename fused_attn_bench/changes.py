@@ -129,7 +129,7 @@ def standing(points: Sequence[Point], steps: Sequence[Change], tested: int) -> S
         p = min(1.0, _yuen(segment, newest) * len(earlier) * tested)
         best = statistics.median(segment)
         found.append(Standing(math.exp(level), math.exp(best), bounds[-2], level - best, p))
-    return max(found, key=lambda s: (s.p < ALPHA, s.effect))
+    return max(found, key=lambda s: (s.p < ALPHA and s.effect > 0, s.effect))
 
 
 def superseded(histories: Mapping[Series, Sequence[Point]]) -> set[Series]:

@@ -117,21 +117,26 @@ class History(Database):
 
     def results(self, run: str | None = None, only: Filter = EVERYTHING) -> list[Result]:
         """Every result, those of one run, or those that a filter keeps, oldest first; what cannot be read is left out and warned of."""
-        return self._records(Result, only if run is None else Filter(runs=(run,)))
+        return list(self._records(Result, only if run is None else Filter(runs=(run,))))
 
     def comparisons(self, only: Filter = EVERYTHING) -> list[Compared]:
         """What comparisons found, oldest first; what cannot be read is left out and warned of."""
-        return self._records(Compared, only)
+        return list(self._records(Compared, only))
 
-    def _records(self, kind: type[S], only: Filter) -> list[S]:
-        found, broken = [], 0
+    def each(self, only: Filter = EVERYTHING) -> Iterator[Record]:
+        """Results, comparisons and the noise floors of their cases, one at a time: all of a large history would not fit."""
+        yield from self._records(Result, only)
+        yield from self._records(Compared, only)
+        yield from self.floors(only)
+
+    def _records(self, kind: type[S], only: Filter) -> Iterator[S]:
+        broken = 0
         for _, record in self._read(kind, only):
             if record is None:
                 broken += 1
             else:
-                found.append(record)
+                yield record
         self._say_left_out(broken)
-        return found
 
     def _say_left_out(self, rows: int) -> None:
         if rows:
@@ -181,13 +186,13 @@ class History(Database):
             found[c.run] = replace(earlier, comparisons=earlier.comparisons + 1)
         return sorted(found.values(), key=lambda r: (r.time, r.id))
 
-    def named(self, run: str) -> str:
-        """A run's id, which "latest" stands for as well.
+    def named(self, run: str, compared: bool = True) -> str:
+        """A run's id, which "latest" stands for as well; ``compared`` says whether comparisons are runs here.
 
         Raises:
             ResultsError: there is no such run.
         """
-        known = [r.id for r in self.overview()]
+        known = [r.id for r in self.overview()] if compared else self.runs()
         found = known[-1] if run == "latest" and known else run
         if found not in known:
             raise ResultsError(

@@ -299,6 +299,7 @@ import resource, sys
 from pathlib import Path
 from benchmarks import __main__ as cli
 from fused_attn_bench.commands import run
+from fused_attn_bench.results import Result
 run.measure = lambda case, *rest: [Result(case.name, "eager", samples=(0.1,), reason="x" * 30_000)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 cases = [f"softmax/masked/fwd/float32/1x1x4x{i}" for i in range(1, 21)]

@@ -245,7 +245,7 @@ def test_comparisons_and_floors_travel_too(tmp_path: Path, capsys: pytest.Captur
     first, lines = History(tmp_path / "a.sqlite"), tmp_path / "out.jsonl"
     first.add([RESULT, COMPARED, FLOOR])
     assert cli.main(["export", str(lines), "--db", str(tmp_path / "a.sqlite")]) == 0
-    assert "1 results, 1 comparisons and 1 noise floors" in capsys.readouterr().out
+    assert "1 results, 1 comparisons, 1 noise floors written" in capsys.readouterr().out
     second = History(tmp_path / "b.sqlite")
     second.set_floor(FLOOR.machine, FLOOR.case, "eager", 0.05, 2)
     for added in (3, 0):

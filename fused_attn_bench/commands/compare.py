@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def against_history(history: History, run: str) -> list[Comparison]:
     """A run among the earlier ones of the machine."""
-    return compare.with_history(history, history.named(run))
+    return compare.with_history(history, history.named(run, compared=False))
 
 
 def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractContextManager[Sides]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from fused_attn_bench import results
 from fused_attn_bench.codes import GOOD
 from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.history import Filter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0."""
     outputs.writable(args.file)
-    history, only = selection.history(args), selection.filtered(args)
-    found, compared, floors = history.results(only=only), history.comparisons(only), history.floors(only)
-    if not (found or compared):
-        said = f" of run {', '.join(args.run)}" if args.run else " that the arguments choose" if vars(only) != vars(type(only)()) else ""
+    only = selection.filtered(args)
+    records = selection.history(args).each(only)
+    first = next(records, None)
+    if first is None or isinstance(first, results.Floor):
+        said = "" if only == Filter() else f" of run {', '.join(args.run)}" if args.run else " that the arguments choose"
         raise results.ResultsError(f"the history must hold results{said}; it holds none.")
-    records: list[results.Record] = [*found, *compared, *floors]
-    outputs.write(args.file, map(results.to_line, records))
+    written: Counter[type[results.Record]] = Counter()
+
+    def lines() -> Iterator[str]:
+        for record in itertools.chain([first], records):
+            written[type(record)] += 1
+            yield results.to_line(record)
+
+    outputs.write(args.file, lines())
+    kinds = ((results.Result, "results"), (results.Compared, "comparisons"), (results.Floor, "noise floors"))
     with outputs.table_of(args.file):
-        print(f"{len(found)} results, {len(compared)} comparisons and {len(floors)} noise floors written to {args.file}")
+        print(f"{', '.join(f'{written[kind]} {name}' for kind, name in kinds)} written to {args.file}")
     return GOOD
