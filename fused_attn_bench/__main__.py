@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
         # Also a full disk or a damaged file: whatever it was, it is no verdict on what was measured.
         if outputs.unwritten(error):
             print(
-                f"{project.program} {args.command}: all of the output must find room; got: {error}. Make room and repeat it.",
+                f"{project.program} {args.command}: all of the output must be written; got: {error}. Make room for it and repeat the command.",
                 file=sys.stderr,
             )
         else:

@@ -54,6 +54,8 @@ CREATE TABLE comparisons (
 CREATE INDEX comparisons_by_case ON comparisons ("case", time);
 """
 }
+# What SQLite says when it cannot write; the second also of a quota that is used up.
+UNWRITTEN = {"database or disk is full": errno.ENOSPC, "disk I/O error": errno.EIO}
 
 
 class Database:
@@ -158,7 +160,7 @@ class Database:
 
         Raises:
             ResultsError: the file can only be read.
-            OSError: the disk is full; nothing of the transaction is kept.
+            OSError: the disk is full or fails; nothing of the transaction is kept.
         """
         self.must_be_writable()
         try:
@@ -168,9 +170,9 @@ class Database:
         except BaseException as error:
             if self.connection.in_transaction:  # a full disk may have ended it already
                 self.connection.execute("ROLLBACK")
-            # The second is what SQLite says of a file that may not grow.
-            if isinstance(error, sqlite3.OperationalError) and str(error) in ("database or disk is full", "disk I/O error"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from None
+            code = UNWRITTEN.get(str(error)) if isinstance(error, sqlite3.OperationalError) else None
+            if code is not None:
+                raise OSError(code, os.strerror(code), str(self.path)) from None
             raise
 
     def shrink(self) -> None:

@@ -117,7 +117,7 @@ class History(Database):
 
     def results(self, run: str | None = None, only: Filter = EVERYTHING) -> list[Result]:
         """Every result, those of one run, or those that a filter keeps, oldest first; what cannot be read is left out and warned of."""
-        return list(self._records(Result, only if run is None else Filter(runs=(run,))))
+        return list(self._records(Result, only if run is None else replace(only, runs=(run,))))
 
     def comparisons(self, only: Filter = EVERYTHING) -> list[Compared]:
         """What comparisons found, oldest first; what cannot be read is left out and warned of."""
@@ -157,7 +157,7 @@ class History(Database):
     def points(self, only: Filter = EVERYTHING) -> dict[Series, list[Point]]:
         """Medians in the order of time for each machine, case and provider, read without their samples."""
         where, values = only.where(TABLES[Result])
-        sound = "typeof(median) = 'real' AND median > 0 AND time GLOB '????-??-??*'"
+        sound = "typeof(median) = 'real' AND median BETWEEN 1e-12 AND 1e9 AND time GLOB '????-??-??*'"
         columns = f'{sound}, {", ".join((*KEY, "timer"))}, "case", provider, run, time, "commit", median'
         text = f"SELECT {columns} FROM results WHERE {where} AND median IS NOT NULL ORDER BY time, id"
         found: dict[Series, list[Point]] = {}

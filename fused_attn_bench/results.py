@@ -54,6 +54,9 @@ CaseName = Annotated[str, Held(Case.parse, "it must be a case")]
 Time = Annotated[str, Held(_is_utc, "a time must be in UTC")]
 Name = Annotated[str, Held(bool, "a name must not be empty")]
 Status = Annotated[str, Held(STATUSES.__contains__, f"a status must be one of {', '.join(STATUSES)}")]
+# Beyond these no clock is right, and ratios of times or powers of effects would overflow.
+Seconds = Annotated[float, Held(lambda value: 1e-12 <= value <= 1e9, "a time must lie between 1e-12 and 1e9 seconds")]
+Effect = Annotated[float, Held(lambda value: abs(value) <= 100, "a log ratio must lie between -100 and 100")]
 Positive = Annotated[float, Held(lambda value: value > 0, "it must be greater than 0")]
 Amount = Annotated[float, Held(lambda value: value >= 0, "it must not be negative")]
 Count = Annotated[int, Held(lambda value: value >= 0, "it must not be negative")]
@@ -104,7 +107,7 @@ class Result:
     plain_error: Amount | None = None
     peak: Count | None = None
     outputs: Count = 0
-    samples: tuple[Positive, ...] = ()
+    samples: tuple[Seconds, ...] = ()
     host: tuple[Amount, ...] = ()
     telemetry: tuple[dict[str, Any], ...] = ()
     faults: Amount | None = None
@@ -192,10 +195,10 @@ class Compared:
     b: Name
     verdict: Name
     reason: str = ""
-    medians: tuple[Positive | None, Positive | None] = (None, None)
-    effect: float | None = None
-    low: float | None = None
-    high: float | None = None
+    medians: tuple[Seconds | None, Seconds | None] = (None, None)
+    effect: Effect | None = None
+    low: Effect | None = None
+    high: Effect | None = None
     p: Amount | None = None
     smallest: Amount | None = None
     launches: Count = 0

@@ -188,7 +188,8 @@ BAD_LINES = {
     '{"case": "x"}': "case",
     line(status="fine"): "status",
     line(samples=["fast"]): "samples.0: Input should be a valid number",
-    line(samples=[0.1, -0.1]): "samples.1: it must be greater than 0",
+    line(samples=[0.1, -0.1]): "samples.1: a time must lie between 1e-12 and 1e9 seconds",
+    line(samples=[1e300, 1e300]): "samples.0: a time must lie between",
     line(samples=[float("nan")]): "NaN is no number",
     line(samples=[True]): "samples.0",
     line(time=5): "time: Input should be a valid string",
@@ -212,6 +213,7 @@ BAD_LINES = {
     line(warp=1): "warp: this field is unknown; a newer version may have written it",
     to_line(FLOOR).replace("0.01", "-0.01"): "floor: it must not be negative",
     to_line(COMPARED).replace('"c1"', "1"): "run",
+    to_line(COMPARED).replace("0.7", "800.0"): "effect: a log ratio must lie between",
     to_line(COMPARED).replace("[0.1, 0.2]", "[0.1]"): "medians.1",
     to_line(COMPARED).replace('"comparison"', '"opinion"'): "opinion: this field is unknown",
 }

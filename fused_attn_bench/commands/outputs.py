@@ -42,8 +42,8 @@ def write(path: Path | None, lines: Iterable[str]) -> None:
 
 
 def unwritten(error: BaseException) -> bool:
-    """Whether it says that a disk, a quota or a file's size is used up, or that whoever read the output has gone."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
+    """Whether it says that a disk, a quota or a file's size is used up, that a disk fails, or that whoever read the output has gone."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 def flush() -> None:

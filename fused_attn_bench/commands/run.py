@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         if not outputs.unwritten(error):
             raise
-        code, ended = CRASHED, f"ended by a full disk ({error})"
+        code, ended = CRASHED, f"ended because results could not be written ({error})"
     with outputs.table_of(args.json):
         print(tables.environment(done[0].environment if done else describe(setup.device, args.project.repository, args.busy)))
         print(tables.results(done))
