@@ -200,21 +200,15 @@ class History(Database):
             )
         return found
 
-    def delete(self, only: Filter) -> tuple[int, int]:
-        """Removes the results and the comparisons that a filter keeps; returns how many of each."""
+    def delete(self, only: Filter, others: bool = False) -> tuple[int, int]:
+        """Removes the results and the comparisons that a filter keeps, or all others; returns how many of each."""
         with self.writing():
             conditions = [(table, *only.where(table)) for table in TABLES.values()]
             results, comparisons = (
-                self.connection.execute(f"DELETE FROM {table} WHERE {where}", values).rowcount for table, where, values in conditions
+                self.connection.execute(f"DELETE FROM {table} WHERE {'NOT' if others else ''} ({where})", values).rowcount
+                for table, where, values in conditions
             )
         return results, comparisons
-
-    def keep(self, count: int) -> tuple[int, int]:
-        """Removes all but the newest so many runs and the newest so many comparisons; returns how many results and cases of comparisons went."""
-        runs = self.overview()
-        stay = {r.id for r in [r for r in runs if r.results][-count:] + [r for r in runs if not r.results][-count:]}
-        gone = tuple(r.id for r in runs if r.id not in stay)
-        return self.delete(Filter(runs=gone)) if gone else (0, 0)
 
     def delete_broken(self) -> int:
         """Removes the rows that cannot be read; returns how many."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
+from benchmarks import large_history
+from fused_attn_bench import changes
 from fused_attn_bench.commands import outputs
 from fused_attn_bench.database import FORMAT
 from fused_attn_bench.history import Filter, History
@@ -67,6 +70,18 @@ def test_filters(kind: str, path: Path) -> None:
     assert sum(r.results for r in history.overview(only)) == count
     if only.last == 3 and not only.before:
         assert {r.run for r in found} == {"r8", "r9", "r10"}
+
+
+def test_the_large_history_is_one_that_can_be_read(tmp_path: Path) -> None:
+    """What ``benchmarks.large_history`` times is what a run keeps, with changes to find in it."""
+    history, chance = History(tmp_path / "h.sqlite"), random.Random(0)
+    for number in range(40):
+        history.add(large_history.run_of(number, 40, 10, chance))
+    series = history.points()
+    assert len(series) == 10 and sum(map(len, series.values())) == len(history.results()) == 400
+    made = {key: i for i, key in enumerate((r.machine, r.case, r.provider) for r in history.results("run0000"))}
+    changed = {made[key] for key in changes.find(series)}
+    assert changed <= {0, 1, 5, 6} and len(changed) >= 3, "two became slower, two drift; one of them does so after five runs"
 
 
 def test_points_are_those_of_the_results(path: Path) -> None:
@@ -299,6 +314,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from benchmarks import __main__ as cli
+from benchmarks import large_history
+from fused_attn_bench import changes
 from fused_attn_bench.commands import run, selection
 from fused_attn_bench.results import Result
 run.measure = lambda case, *rest: [Result(case.name, "eager", samples=(0.1,), reason="x" * 30_000)]

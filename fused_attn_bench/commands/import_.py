@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; files are read before anything is written, so that a bad one adds nothing."""
+    from tqdm import tqdm
+
     read = [record for path in args.file for record in results.load(path)]
-    added = selection.history(args, writes=True).add(read)
+    added = selection.history(args, writes=True).add(tqdm(read, unit="record", disable=None, leave=False))
     print(f"{added} records added, {len(read) - added} were there already")
     return GOOD

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     if args.broken:
         print(f"{history.delete_broken()} rows that cannot be read removed")
     else:
-        results, comparisons = history.delete(Filter(before=args.before)) if args.before else history.keep(args.keep)
+        older = history.delete(Filter(before=args.before)) if args.before else history.delete(Filter(last=args.keep), others=True)
+        results, comparisons = older
         print(f"{results} results and {comparisons} comparisons removed")
     history.shrink()
     return GOOD
