@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import benchmarks.providers  # noqa: F401  (declares the operations)
 from benchmarks.bounds import Report, Row
 from fused_attn_bench.case import Case
 from fused_attn_bench.harness import Setup, measure

@@ -16,7 +16,8 @@ import pytest
 
 from benchmarks import __main__ as cli
 from fused_attn_bench import plots, report
-from fused_attn_bench.results import History, Result, ResultsError
+from fused_attn_bench.history import History
+from fused_attn_bench.results import Result, ResultsError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

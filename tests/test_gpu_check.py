@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from benchmarks import providers as _declared  # noqa: F401  (the operations that cases are of)
 from benchmarks.commands import tune
 from fused_attn_bench.commands import run, selection
 from tests import sanitized, simulated_cuda
