@@ -1,0 +1,90 @@
+// Two runs, or two commits, against each other; of a commit the median over its runs.
+const MOST_DIFFERENCES = 40;
+let differences = [];
+
+function choices() {
+  const { runs } = device();
+  if (state.by === "run") return runs.map((run) => [run.id, `${date(run.time)}, ${short(run.commit)}, ${run.id}`]).reverse();
+  return unique(runs.map((run) => run.commit)).map((commit) => [commit, `${short(commit)}, ${date(runs.findLast((run) => run.commit === commit).time)}`]).reverse();
+}
+
+const members = (name) => device().runs.map((run, i) => ((state.by === "run" ? run.id : run.commit) === name ? i : -1)).filter((i) => i >= 0);
+
+// By default the shown run and the one before it that may be compared with it.
+function chosenRuns() {
+  const { runs, run } = device(), key = (one) => (state.by === "run" ? one.id : one.commit);
+  const b = state.b || key(runs[run]);
+  const last = runs.findLastIndex((one) => key(one) === b), before = runs.slice(0, Math.max(last, 0)).filter((one) => key(one) !== b);
+  const same = before.findLast((one) => one.env === runs[last]?.env && one.timer === runs[last]?.timer) ?? before.at(-1);
+  return [state.a || (same ? key(same) : b), b];
+}
+
+function compareRuns() {
+  const [a, b] = chosenRuns().map((name) => new Set(members(name))), found = new Map();
+  for (const [name, who, , places, medians, spreads] of device().series) {
+    if (!seriesMatches(name, who)) continue;
+    const key = JSON.stringify([name, who]), pair = found.get(key) ?? { case: name, provider: who, a: [], b: [] };
+    places.forEach((run, i) => {
+      for (const side of ["a", "b"]) if ((side === "a" ? a : b).has(run)) pair[side].push([medians[i] * 1e-6, (spreads[i] ?? 0) / 1000]);
+    });
+    found.set(key, pair);
+  }
+  const middle = (side, i) => median(side.map((one) => one[i]));
+  differences = [...found.values()].filter((pair) => pair.a.length && pair.b.length).map((pair) => {
+    const [before, after] = [middle(pair.a, 0), middle(pair.b, 0)];
+    return { case: pair.case, provider: pair.provider, a: before, b: after, ratio: after / before, bar: Math.hypot(middle(pair.a, 1), middle(pair.b, 1)) };
+  });
+}
+
+// Beyond the spread and one per cent, the smallest change that the tool speaks of.
+const beyond = (d) => Math.abs(Math.log(d.ratio)) > Math.max(d.bar, 0.01);
+const tone = (d) => (beyond(d) ? (d.ratio > 1 ? "slower" : "faster") : "");
+
+function differenceFigure() {
+  if (!differences.length) return null;
+  const largest = [...differences].sort((x, y) => Math.abs(Math.log(y.ratio)) - Math.abs(Math.log(x.ratio))).slice(0, most(MOST_DIFFERENCES));
+  const groups = Map.groupBy ? Map.groupBy(largest, (d) => d.case) : largest.reduce((all, d) => all.set(d.case, [...(all.get(d.case) ?? []), d]), new Map());
+  const made = grouped([...groups].map(([name, ds]) => [name, ds.map((d) => ({
+    provider: d.provider, x: 100 * (d.ratio - 1), bar: 100 * d.bar * d.ratio, text: plain(`${d.provider}: ${percent(d.ratio)} ± ${(100 * d.bar).toFixed(1)} %, ${seconds(d.a)} → ${seconds(d.b)}`),
+  }))]), (ms) => ({ x: ms.map((m) => m.x), error_x: bar(ms.map((m) => m.bar)) }));
+  made.layout.xaxis = axis({ title: "B takes longer by", ticksuffix: " %", zeroline: true, zerolinecolor: css("--ink"), zerolinewidth: 1 });
+  return made;
+}
+
+function differenceTable() {
+  const lines = differences.map((d) => ({
+    className: tone(d), cells: [d.case, d.provider, [seconds(d.a), d.a], [seconds(d.b), d.b], [percent(d.ratio), d.ratio], [`${(100 * d.bar).toFixed(1)} %`, d.bar], tone(d) || "within the spread"],
+  }));
+  table(byId("differences"), ["case", "provider", "A", "B", "B takes", "±", "beyond the spread"], lines);
+}
+
+function environmentTable() {
+  const { runs, environments } = device();
+  const [a, b] = chosenRuns().map((name) => runs[members(name).at(-1)]);
+  const described = (run) => (run ? { ...environments[run.env], timer: run.timer, commit: run.commit } : {});
+  const [before, now] = [described(a), described(b)];
+  const names = unique([...Object.keys(now), ...Object.keys(before)]);
+  const differs = (name) => (before[name] ?? "") !== (now[name] ?? "");
+  table(byId("environment"), ["what", "A", "B"], names.sort((x, y) => differs(y) - differs(x)).map((name) => ({
+    className: differs(name) ? "differs" : "", cells: [name, before[name] ?? "", `${now[name] ?? ""}${differs(name) ? " (changed)" : ""}`],
+  })));
+  const broken = [...data.key, "timer", "busy"].filter(differs);
+  byId("incomparable").textContent = broken.length ? `These differ as well: ${broken.join(", ")}. The times may differ for that reason alone.` : "";
+}
+
+function downloadDifference() {
+  const [a, b] = chosenRuns();
+  const lines = differences.map((d) => [d.case, d.provider, a, b, d.a, d.b, d.ratio, d.bar]);
+  download("difference.csv", "text/csv", csv(["case", "provider", "A", "B", "A seconds", "B seconds", "ratio", "spread"], lines));
+}
+
+renderers.push(() => {
+  const [a, b] = chosenRuns();
+  fill(document.querySelector("select[name=a]"), choices(), a);
+  fill(document.querySelector("select[name=b]"), choices(), b);
+  compareRuns();
+  more("difference", differences.length, MOST_DIFFERENCES);
+  plot(byId("difference"), "Difference between A and B", differenceFigure);
+  differenceTable();
+  environmentTable();
+});
