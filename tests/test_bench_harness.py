@@ -276,7 +276,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("scipy", "ruptures", "jinja2", "matplotlib", "platformdirs", "pynvml"):
+        if name.split(".")[0] in ("scipy", "ruptures", "jinja2", "matplotlib", "platformdirs", "plotly", "pynvml"):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())

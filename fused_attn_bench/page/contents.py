@@ -30,7 +30,6 @@ def contents(devices: Sequence[Device], compared: Sequence[Compared] = (), *, ti
         "filters": rows.FILTERS,
         "key": KEY,
         "looks": {name: (colour, plots.PLOTLY_MARKS[mark]) for name, (colour, mark) in plots.look(providers).items()},
-        "palette": plots.COLOURS,
         "devices": [_device(device, compared, program, len(devices)) for device in devices],
     }
 
@@ -136,7 +135,7 @@ def _samples(shown: Sequence[Result], room: int, left_out: list[str]) -> list[di
     taken = sum(len(r.samples) * (2 + sum(name in r.telemetry[0] for name in names) if r.telemetry else 1) for r in shown)
     step = max(1, -(-taken // room))
     if step > 1:
-        left_out.append(f"raw samples but for each {step}th")
+        left_out.append(f"all but one in {step} of the raw samples")
     found: list[dict[str, Any] | None] = []
     for r in shown:
         one: dict[str, Any] = {"us": [_micros(s) for s in r.samples[::step]], "step": step}
@@ -184,4 +183,3 @@ def _changes(device: Device, kept: Sequence[str], names: Mapping[str, int]) -> t
 def _comparison(c: Compared) -> dict[str, Any]:
     named = ("case", "a", "b", "verdict", "reason", "medians", "effect", "low", "high", "smallest", "launches", "time")
     return {name: getattr(c, name) for name in named} | {"commit": c.environment.get("commit", "")}
-

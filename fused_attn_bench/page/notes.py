@@ -38,7 +38,9 @@ def warnings(results: Sequence[Result]) -> list[str]:
         found.append(f"{_count(wide, 'time')} varied by more than ± {WIDE:.0%}.")
     above = sum((r.limit or 0.0) > (r.median or 0.0) for r in timed)
     if above:
-        found.append(f"{_count(above, 'time')} lie below what the measured roofs allow, so that the roofs were measured too low.")
+        found.append(
+            f"{_count(above, 'time')} {'are' if above > 1 else 'is'} below what the measured roofs allow: the roofs were measured too low."
+        )
     reasons = Counter(r.reason for r in timed if r.reason)
     found += [f"{_count(number, 'result')}: {reason}." for reason, number in reasons.items()]
     return found

@@ -17,71 +17,70 @@ function historySeries() {
 }
 
 // One provider below the other, each zoomed to its own times: on one axis the slowest would flatten the others.
-const ROOM = 150;
+const ROOM = 140;
 function historyFigure() {
-  const { runs, machines, changes } = device(), series = historySeries(), x = places(runs);
-  byId("no-history").textContent = series.length ? "" : "This case has no earlier run on this device.";
+  const { runs, machines, changes } = device(), series = historySeries(), x = places(runs), traces = [], shapes = [];
+  const kinds = unique(series.map((one) => machines[one[2]])).filter(Boolean);
+  byId("no-history").textContent = series.length ? (kinds.length > 1 ? `Lines of their own, which are not compared: ${kinds.join("; ")}.` : "") : "This case has no earlier run on this device.";
   if (!series.length) return null;
-  const names = unique(series.map((one) => one[1])), traces = [], shapes = [], annotations = [], axes = {};
-  const height = 60 + ROOM * names.length, part = 1 / names.length;
-  names.forEach((name, row) => {
-    const domain = [1 - (row + 1) * part + 0.14 * part, 1 - row * part - 0.12 * part], y = row ? `y${row + 1}` : "y";
-    axes[`yaxis${row ? row + 1 : ""}`] = axis({ domain, nticks: 4, ...SECONDS });
-    annotations.push({ x: 0, xref: "paper", y: domain[1], yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, text: `<b>${plain(name)}</b>`, font: { color: css("--ink"), size: 12 } });
-    series.filter((one) => one[1] === name).forEach(([, , machine, at, medians, spreads], k) => {
-      const tone = data.palette[(data.palette.indexOf(colour(name)) + k) % data.palette.length];
-      const common = { x: at.map((i) => x[i]), yaxis: y, legendgroup: `${name} ${machine}` };
+  const made = stacked(unique(series.map((one) => one[1])).map((name) => [name, ROOM]), (name, yaxis, annotations) => {
+    const tone = colour(name);
+    for (const [, who, machine, at, medians, spreads] of series) {
+      if (who !== name) continue;
+      const common = { x: at.map((i) => x[i]), yaxis, mode: "lines" };
       const edge = (sign) => medians.map((us, i) => us * 1e-6 * (1 + (sign * (spreads[i] ?? 0)) / 1000));
-      const band = { ...common, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
-      traces.push({ ...band, y: edge(-1) }, { ...band, y: edge(1), fill: "tonexty", fillcolor: faded(tone, 0.2) });
+      const band = { ...common, line: { width: 0 }, hoverinfo: "skip" };
+      traces.push({ ...band, y: edge(-1) }, { ...band, y: edge(1), fill: "tonexty", fillcolor: faded(tone, 0.25) });
       traces.push({
-        ...common, name: plain(`${name}, ${machines[machine]}`), showlegend: machines[machine] !== "", y: medians.map((us) => us * 1e-6), mode: "lines+markers", line: { color: tone, width: 1.5 }, marker: { symbol: mark(name), size: 6 },
-        customdata: at.map((i, j) => [i, plain(`${seconds(medians[j] * 1e-6)} ± ${(spreads[j] ?? 0) / 10} %`) + `<br>${plain(date(runs[i].time))}, run ${plain(runs[i].id)}<br>commit ${plain(short(runs[i].commit))}`]),
+        ...common, y: medians.map((us) => us * 1e-6), mode: "lines+markers", line: { color: tone, width: 1.5 }, marker: { symbol: mark(name), size: 6 },
+        customdata: at.map((i, j) => [i, [`${seconds(medians[j] * 1e-6)} ± ${(spreads[j] ?? 0) / 10} %`, `${date(runs[i].time)}, run ${runs[i].id}`, `commit ${short(runs[i].commit)}`, machines[machine]].filter(Boolean).map(plain).join("<br>")]),
         hovertemplate: "%{customdata[1]}<extra></extra>",
       });
-    });
+    }
     changes.filter((c) => c.case === chosenCase() && c.provider === name).forEach((change, k) => {
-      const step = change.kind === "step", tone = css(change.percent > 0 ? "--bad" : "--good"), text = `${change.percent > 0 ? "+" : "−"}${Math.abs(change.percent)} %`;
-      if (step) shapes.push({ type: "line", x0: x[change.run], x1: x[change.run], yref: `${y} domain`, y0: 0, y1: 1, line: { color: tone, width: 2, dash: "dot" } });
+      const step = change.kind === "step", tone = css(change.percent > 0 ? "--bad" : "--good"), text = signedPercent(change.percent);
+      if (step) shapes.push({ type: "line", x0: x[change.run], x1: x[change.run], yref: `${yaxis} domain`, y0: 0, y1: 1, line: { color: tone, width: 2, dash: "dot" } });
       annotations.push({
-        ...(step ? { x: x[change.run], xref: "x" } : { x: 1, xref: "paper" }), y: 1 - 0.18 * k, yref: `${y} domain`, xanchor: step ? "left" : "right", yanchor: "top", showarrow: false,
-        text: step ? text : `drift of ${text}`, font: { color: tone, size: 12 },
+        ...(step ? { x: x[change.run], xref: "x" } : { x: 1, xref: "paper" }), y: 1 - 0.18 * k, yref: `${yaxis} domain`, xanchor: step ? "left" : "right", yanchor: "top", showarrow: false,
+        text: step ? text : `drift of ${text}`, font: { color: tone, size: 12 }, bgcolor: css("--ground"),
       });
     });
+    return SECONDS;
   });
   const commits = unique(runs.map((run) => run.commit)), each = Math.ceil(commits.length / (narrow() ? 5 : 12)), ticks = commits.filter((_, i) => i % each === 0);
-  const over = state.over === "date" ? { type: "date" } : { title: "commits", tickvals: ticks.map((c) => commits.indexOf(c)), ticktext: ticks.map((c) => plain(short(c))), tickangle: 45 };
+  const over = state.over === "date" ? { type: "date", nticks: narrow() ? 4 : 10 } : { title: "commits", tickvals: ticks.map((c) => commits.indexOf(c)), ticktext: ticks.map((c) => plain(short(c))), tickangle: 30 };
   return {
     traces, click: (point) => { const i = point.customdata?.[0]; if (i > 0) set({ by: "run", a: runs[i - 1].id, b: runs[i].id }); },
-    layout: { height, shapes, annotations, ...axes, xaxis: axis({ ...over, anchor: names.length > 1 ? `y${names.length}` : "y" }), margin: { l: 8, r: 16, t: 30, b: 40 } },
+    layout: { ...made, shapes, xaxis: axis({ ...over, ...made.xaxis }) },
   };
 }
 
-const SENSORS = [["sm_mhz", "clock, MHz"], ["watts", "power, W"], ["load", "load"]];
+const SENSORS = { "clock, MHz": "sm_mhz", "power, W": "watts", load: "load" };
 
 function samplesFigure() {
   const name = chosenCase(), { rows, samples } = device(), traces = [];
   const mine = rows.map((row, i) => [row, samples[i]]).filter(([row, taken]) => row.case === name && taken && matches(row.tags, row.case));
   byId("no-samples").textContent = mine.length ? "" : "The shown run has no samples of this case, or the filters hide them.";
   if (!mine.length) return null;
-  const sensors = SENSORS.filter(([key]) => mine.some(([, taken]) => taken[key])), height = 0.34 / Math.max(sensors.length, 1);
-  const floor = sensors.length ? 0.42 : 0, axes = { yaxis: axis({ domain: [floor, 1], ...SECONDS }) };
-  sensors.forEach(([, title], i) => {
-    const top = floor - 0.05 - i * (height + 0.02);
-    axes[`yaxis${i + 2}`] = axis({ domain: [Math.max(top - height, 0), top], title, nticks: 3, rangemode: "tozero" });
+  const sensors = Object.keys(SENSORS).filter((title) => mine.some(([, taken]) => taken[SENSORS[title]]));
+  const at = (taken) => taken.us.map((_, i) => i * taken.step + 1);
+  const made = stacked([...mine.map(([row]) => [provider(row), 110]), ...sensors.map((title) => [title, 85])], (title, yaxis) => {
+    const own = mine.filter(([row]) => provider(row) === title);
+    for (const [row, taken] of own) {
+      const held = taken.throttled ?? [];
+      traces.push({
+        x: at(taken), y: taken.us.map((us) => us * 1e-6), yaxis, mode: "markers", marker: { color: colour(title), size: 7, opacity: 0.85, symbol: taken.us.map((_, i) => (held[i] ? "x" : "circle")) },
+        customdata: taken.us.map((us, i) => plain(`${title}: ${seconds(us * 1e-6)}${held[i] ? `, held back: ${held[i]}` : ""}`)), hovertemplate: "%{customdata}<extra></extra>",
+      });
+    }
+    if (own.length) return SECONDS;
+    for (const [row, taken] of mine) {
+      const values = taken[SENSORS[title]];
+      if (values) traces.push({ x: at(taken), y: values, yaxis, mode: "lines", line: { color: colour(provider(row)), width: 1.5 }, customdata: values.map((one) => plain(`${one} beside ${provider(row)}`)), hovertemplate: "%{customdata}<extra></extra>" });
+    }
+    return {};
   });
-  for (const [row, taken] of mine) {
-    const place = taken.us.map((_, i) => i * taken.step + 1), held = taken.throttled ?? [];
-    const common = { x: place, marker: { color: colour(provider(row)) }, legendgroup: provider(row), name: plain(provider(row)) };
-    traces.push({
-      ...common, mode: "markers", y: taken.us.map((us) => us * 1e-6), marker: { color: colour(provider(row)), size: 7, symbol: place.map((_, i) => (held[i] ? "x" : "circle")), opacity: 0.8 },
-      customdata: place.map((_, i) => plain(`${provider(row)}: ${seconds(taken.us[i] * 1e-6)}${held[i] ? `, held back: ${held[i]}` : ""}`)), hovertemplate: "%{customdata}<extra></extra>",
-    });
-    sensors.forEach(([key, title], i) => {
-      if (taken[key]) traces.push({ ...common, y: taken[key], yaxis: `y${i + 2}`, mode: "lines", line: { color: colour(provider(row)), width: 1.5 }, showlegend: false, hovertemplate: `%{y:~g} ${title.split(", ")[1] ?? title}<extra></extra>` });
-    });
-  }
-  return { traces, layout: { height: 280 + 90 * sensors.length, ...axes, xaxis: axis({ title: "sample", anchor: sensors.length ? `y${sensors.length + 1}` : "y" }), margin: { l: 8, r: 12, t: 40, b: 40 } } };
+  return { traces, layout: { ...made, xaxis: axis({ title: "sample", ...made.xaxis }) } };
 }
 
 renderers.push(() => {

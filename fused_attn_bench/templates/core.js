@@ -86,6 +86,7 @@ function seconds(value) {
   return `${Number((value / factor).toPrecision(4))} ${unit}`;
 }
 const percent = (ratio, digits = 1) => `${ratio >= 1 ? "+" : "−"}${Math.abs(100 * (ratio - 1)).toFixed(digits)} %`;
+const signedPercent = (number) => `${number > 0 ? "+" : "−"}${Math.abs(number)} %`;
 const date = (text) => text.slice(0, 16).replace("T", " ");
 const short = (commit) => (/^[0-9a-f]{40}/.test(commit) ? commit.slice(0, 10) + commit.slice(40) : commit || "unknown");
 

@@ -29,15 +29,16 @@ function verdicts() {
   const { runs, changes, comparisons } = device();
   const steps = changes.filter((c) => seriesMatches(c.case, c.provider)), decided = comparisons.filter((c) => seriesMatches(c.case, c.a) || seriesMatches(c.case, c.b));
   const count = (all, what) => all.filter(what).length;
-  const lines = [["in the history", `${count(steps, (c) => c.percent > 0)} slower, ${count(steps, (c) => c.percent < 0)} faster`]];
-  if (comparisons.length) lines.push(["compared", unique(decided.map((c) => c.verdict)).map((name) => `${count(decided, (c) => c.verdict === name)} ${name}`).join(", ") || "none"]);
+  const jump = (text, target) => element("a", { href: address(), onclick: (event) => visit(event, {}, target) }, text);
+  const lines = [[jump("in the history", "changes"), `${count(steps, (c) => c.percent > 0)} slower, ${count(steps, (c) => c.percent < 0)} faster`]];
+  if (comparisons.length) lines.push([jump("compared", "comparisons"), unique(decided.map((c) => c.verdict)).map((name) => `${count(decided, (c) => c.verdict === name)} ${name}`).join(", ") || "none"]);
   byId("verdicts").replaceChildren(list(lines));
   byId("changes").hidden = false;
   const link = (text, changed, target) => element("a", { href: address(changed), onclick: (event) => visit(event, changed, target) }, text);
   table(byId("changed"), ["case", "provider", "change", "first run with it", "commits"], steps.map((c) => ({
     className: c.percent > 0 ? "slower" : "faster",
     cells: [
-      link(c.case, { case: c.case }, "one"), c.provider, [`${c.percent > 0 ? "+" : "−"}${Math.abs(c.percent)} %${c.kind === "step" ? "" : " drift"}`, c.percent],
+      link(c.case, { case: c.case }, "one"), c.provider, [`${signedPercent(c.percent)}${c.kind === "step" ? "" : " drift"}`, c.percent],
       c.kind === "step" ? `${date(runs[c.run].time)}, ${runs[c.run].id}` : "-",
       c.kind === "step" ? link(`${short(runs[c.before].commit)} → ${short(runs[c.run].commit)}`, { by: "run", a: runs[c.before].id, b: runs[c.run].id }, "two") : "-",
     ],
@@ -88,13 +89,14 @@ renderers.push((changed) => {
 // A filter of one device may mean nothing on another, but runs and cases surely do not carry over.
 const TIED = { device: { a: "", b: "", case: "" }, by: { a: "", b: "" } };
 let waiting = 0;
-document.addEventListener("input", (event) => {
-  const { name, value: given } = event.target;
+function control({ target: { name, value: given } }) {
   if (!(name in DEFAULTS)) return;
-  const device = name === "device" && given === data.devices[0].name ? "" : given;
+  const chosen = name === "device" && given === data.devices[0].name ? "" : given;
   clearTimeout(waiting);
-  waiting = setTimeout(() => set({ [name]: device, ...TIED[name] }), name === "search" ? 120 : 0);
-});
+  waiting = setTimeout(() => set({ [name]: chosen, ...(chosen === state[name] ? {} : TIED[name]) }), name === "search" ? 120 : 0);
+}
+document.addEventListener("input", control);
+document.addEventListener("change", control);
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
 byId("filters").addEventListener("reset", (event) => {
   event.preventDefault();

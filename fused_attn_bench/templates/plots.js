@@ -26,9 +26,18 @@ function layout(more) {
   };
 }
 
-const CONFIG = { displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const CONFIG = { displaylogo: false, responsive: true, displayModeBar: narrow() ? false : "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 const SECONDS = { tickformat: "~s", ticksuffix: "s" };
 const watcher = new IntersectionObserver((seen) => seen.filter((one) => one.isIntersecting).forEach((one) => draw(one.target)), { rootMargin: "300px" });
+
+
+// A logarithmic axis whose every tick has its unit.
+function logSeconds(values, below = 0.1) {
+  const [low, high] = [Math.min(...values) / 10 ** below, Math.max(...values) * 10 ** 0.1], decades = Math.log10(high / low);
+  const steps = decades > 4 || (narrow() && decades > 1.5) ? [1] : narrow() ? [1, 3] : [1, 2, 5];
+  const ticks = [...Array(14).keys()].flatMap((e) => steps.map((d) => d * 10 ** (e - 10))).filter((t) => t >= low && t <= high);
+  return axis({ type: "log", range: [Math.log10(low), Math.log10(high)], tickvals: ticks, ticktext: ticks.map(seconds) });
+}
 
 // `make` gives traces and layout, or null where there is nothing to show.
 function plot(target, label, make) {
@@ -71,7 +80,7 @@ function grouped(groups, trace) {
   const annotations = [], byName = new Map();
   let y = 0;
   for (const [name, members] of groups) {
-    annotations.push({ x: 0, xref: "paper", xanchor: "left", y: y + HEAD / 2, yanchor: "middle", text: plain(name), showarrow: false, font: { size: 12 } });
+    annotations.push({ x: 0, xref: "paper", xanchor: "left", y: y + HEAD / 2, yanchor: "middle", text: plain(name), showarrow: false, font: { size: 12 }, bgcolor: css("--ground"), borderpad: 1 });
     y += HEAD;
     for (const member of members) {
       if (!byName.has(member.provider)) byName.set(member.provider, []);
@@ -115,7 +124,7 @@ function timeFigure() {
   }))]), (members) => ({ x: members.map((m) => m.x), error_x: bar(members.map((m) => m.x * m.bar)) }));
   // Bars on a logarithmic axis have no zero to begin at: they begin a bit below the shortest.
   const all = groups.flatMap(([, rows]) => rows.map((row) => value(row, "time")));
-  made.layout.xaxis = axis({ type: "log", range: [Math.log10(Math.min(...all)) - 0.4, Math.log10(Math.max(...all)) + 0.1], ...SECONDS });
+  made.layout.xaxis = logSeconds(all, 0.4);
   return made;
 }
 
@@ -138,7 +147,7 @@ function chosenFigure() {
     x: members.map((m) => (ratio ? m.x - 1 : m.x)), base: ratio ? 1 : null, error_x: bar(members.map((m) => m.x * m.bar)),
   }));
   made.layout.xaxis = ratio
-    ? axis({ type: "log", title: `times faster than ${data.reference}`, tickformat: "~g", nticks: 8, ticksuffix: "×" })
+    ? axis({ type: "log", title: `times faster than ${data.reference}`, tickformat: "~g", nticks: narrow() ? 5 : 8, tickangle: 0, ticksuffix: "×" })
     : axis({ title: plain(name), tickformat: name === "of roof" ? ".0%" : "~s", ...(name === "host" ? SECONDS : {}), rangemode: "tozero" });
   if (name.includes("error") || name.startsWith("2 ×")) Object.assign(made.layout.xaxis, { type: "log", tickformat: ".0e", rangemode: "normal" });
   if (ratio) made.layout.shapes = [{ type: "line", x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1, line: { color: css("--ink"), width: 1 } }];
@@ -148,10 +157,11 @@ function chosenFigure() {
 function rooflineFigure() {
   const rows = shownRows().filter((row) => row.work && value(row, "time"));
   if (!rows.length) return null;
-  const traces = [], roofs = new Map(rows.map((row) => [row.work.slice(2).join(), row]));
-  for (const row of roofs.values()) {
-    const [copy, product] = row.work.slice(2), ridge = product / copy;
-    const name = `${row.tags[FILTERS.indexOf("dtype")]}: ${Number((product / 1e12).toPrecision(3))} TFLOP/s, copy ${Number((copy / 1e9).toPrecision(3))} GB/s`;
+  const traces = [], roofs = unique(rows.map((row) => row.work.slice(2).join()));
+  for (const roof of roofs) {
+    const [copy, product] = roof.split(",").map(Number), ridge = product / copy;
+    const dtypes = unique(rows.filter((row) => row.work.slice(2).join() === roof).map((row) => row.tags[FILTERS.indexOf("dtype")]));
+    const name = `${dtypes.join(", ")}: ${Number((product / 1e12).toPrecision(3))} TFLOP/s, copy ${Number((copy / 1e9).toPrecision(3))} GB/s`;
     traces.push({
       mode: "lines+text", x: [ridge / 30, ridge, ridge * 100], y: [product / 30, product, product], line: { color: css("--quiet"), width: 1.5 },
       text: ["", "", plain(name)], textposition: "top left", textfont: { color: css("--ink") }, showlegend: false, hoverinfo: "skip",
@@ -170,7 +180,7 @@ function rooflineFigure() {
   return {
     traces, layout: {
       height: 440, xaxis: axis({ type: "log", title: "operations per byte that has to move", tickformat: "~g" }),
-      yaxis: axis({ type: "log", title: "operations per second", tickformat: "~s" }), margin: { l: 8, r: 12, t: 40, b: 44 },
+      yaxis: axis({ type: "log", title: "operations per second", tickformat: "~s", nticks: 6 }), margin: { l: 8, r: 12, t: 40, b: 44 },
     },
   };
 }
@@ -199,9 +209,23 @@ function sweepFigures() {
         };
       }),
       layout: {
-        height: 300, xaxis: axis({ type: "log", title: "N", tickvals: unique(sweep.sizes) }), yaxis: axis({ type: "log", nticks: 6, ...SECONDS }), margin: { l: 8, r: 12, t: 40, b: 40 },
+        height: 300, xaxis: axis({ type: "log", title: "N", tickvals: unique(sweep.sizes) }), yaxis: logSeconds(sweep.members.map(([row]) => value(row, "time"))), margin: { l: 8, r: 12, t: 40, b: 40 },
       },
     }));
     return element("figure", {}, element("figcaption", {}, sweep.name), target);
   }));
+}
+
+// Figures one below the other with one horizontal axis: `rows` of [name, pixels], drawn by `each` with the axis' name and its domain.
+function stacked(rows, each) {
+  const total = rows.reduce((sum, [, pixels]) => sum + pixels, 0), axes = {}, annotations = [];
+  let top = 0;
+  rows.forEach(([name, pixels], i) => {
+    const domain = [1 - (top + pixels - 8) / total, 1 - (top + 22) / total];
+    annotations.push({ x: 0, xref: "paper", y: domain[1], yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, text: `<b>${plain(name)}</b>`, font: { color: css("--ink"), size: 12 } });
+    axes[`yaxis${i ? i + 1 : ""}`] = axis({ domain, nticks: 4, ...each(name, i ? `y${i + 1}` : "y", annotations) });
+    top += pixels;
+  });
+  const margin = { l: 8, r: 16, t: 8, b: 48 };
+  return { height: total + margin.t + margin.b, ...axes, annotations, margin, showlegend: false, xaxis: { anchor: rows.length > 1 ? `y${rows.length}` : "y" } };
 }

@@ -1,5 +1,5 @@
 // Two runs, or two commits, against each other; of a commit the median over its runs.
-const MOST_DIFFERENCES = 40;
+const MOST_DIFFERENCES = 25;
 let differences = [];
 
 function choices() {
@@ -63,7 +63,7 @@ function environmentTable() {
   const [a, b] = chosenRuns().map((name) => runs[members(name).at(-1)]);
   const described = (run) => (run ? { ...environments[run.env], timer: run.timer, commit: run.commit } : {});
   const [before, now] = [described(a), described(b)];
-  const names = unique([...Object.keys(now), ...Object.keys(before)]);
+  const names = unique([...Object.keys(now), ...Object.keys(before)]).filter((name) => before[name] || now[name]);
   const differs = (name) => (before[name] ?? "") !== (now[name] ?? "");
   table(byId("environment"), ["what", "A", "B"], names.sort((x, y) => differs(y) - differs(x)).map((name) => ({
     className: differs(name) ? "differs" : "", cells: [name, before[name] ?? "", `${now[name] ?? ""}${differs(name) ? " (changed)" : ""}`],
