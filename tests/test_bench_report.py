@@ -140,6 +140,15 @@ def test_a_long_history_is_cut_and_the_page_says_where(monkeypatch: pytest.Monke
     assert thinned["samples"][0]["step"] == 3 and len(thinned["samples"][0]["us"]) == 2 and "all but one in 3" in thinned["left_out"][-1]
 
 
+def test_a_page_is_never_much_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages of any length: fewer results are shown, and the page says so."""
+    monkeypatch.setattr(report, "MOST", 60_000)
+    monkeypatch.setattr(contents, "ROWS", 40)
+    long = [Result(f"a/b/fwd/float32/{i + 1}", "mine", "failed", 9000 * "x", run="r", time="1", environment={}) for i in range(40)]
+    (device,) = data_of(report.build(long))["devices"]
+    assert len(device["rows"]) == 5 and device["left_out"] == ["35 of the run's 40 results"]
+
+
 def test_what_to_know_before_numbers_are_believed() -> None:
     def said(sensors: dict[str, Any], **more: Any) -> str:
         telemetry = ({"sm_mhz": 1980, "load": 1.0},) * 3 + ({"sm_mhz": 1980, "load": 1.0, **sensors},)

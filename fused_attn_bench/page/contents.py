@@ -15,14 +15,14 @@ from fused_attn_bench.page.source import Device
 from fused_attn_bench.results import Compared, Result
 from fused_attn_bench.tables import REFERENCE
 
-# Of all devices together. A row is about 0.5 kB and a number 10 bytes of the page's 6 MB, of which the plotting library takes 2.
-ROWS, RUNS, POINTS, SAMPLES, COMPARISONS = 3000, 1000, 100_000, 80_000, 300
+# Of all devices together. A row is about 0.7 kB, a point 20 bytes and a sample 10 of the page's 6 MB, of which the plotting library takes 2.
+ROWS, RUNS, POINTS, SAMPLES, COMPARISONS = 2000, 1000, 80_000, 60_000, 300
 # A search for changes takes 10 ms in a series of so many runs, and 10 s in so many series.
 SEARCHED_RUNS, SEARCHED_SERIES = 60, 1000
 
 
-def contents(devices: Sequence[Device], compared: Sequence[Compared] = (), *, title: str, program: str) -> dict[str, Any]:
-    """What a page holds, ready for JSON."""
+def contents(devices: Sequence[Device], compared: Sequence[Compared] = (), *, title: str, program: str, part: int = 1) -> dict[str, Any]:
+    """What a page holds, ready for JSON; within one ``part``-th of the limits."""
     providers = [key[2] for device in devices for key in device.points] + [r.provider for device in devices for r in device.shown]
     return {
         "title": title,
@@ -30,7 +30,7 @@ def contents(devices: Sequence[Device], compared: Sequence[Compared] = (), *, ti
         "filters": rows.FILTERS,
         "key": KEY,
         "looks": {name: (colour, plots.PLOTLY_MARKS[mark]) for name, (colour, mark) in plots.look(providers).items()},
-        "devices": [_device(device, compared, program, len(devices)) for device in devices],
+        "devices": [_device(device, compared, program, part * len(devices)) for device in devices],
     }
 
 
@@ -120,7 +120,6 @@ def _rows(shown: Sequence[Result], program: str) -> tuple[list[str], list[dict[s
         made.append(
             {
                 "tags": list(rows.tags(r).values()),
-                "case": r.case,
                 "cells": [cell.text if cell.value is None else [cell.text, cell.value] for cell in cells],
                 "work": [r.flops, r.bytes, *r.roofs] if r.flops and r.bytes and r.roofs else None,
                 "command": rows.command(r, program, any(b.provider == REFERENCE for b in beside)),
@@ -161,9 +160,9 @@ def _sweeps(shown: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _changes(device: Device, kept: Sequence[str], names: Mapping[str, int]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Changes in the newest runs of the series that the shown run goes on, newest first, and what was not searched."""
-    wanted = {(r.machine, r.case, r.provider) for r in device.shown}
-    histories = {key: points for key, points in device.history(kept).items() if key in wanted}
+    """Changes in the newest runs of every series, newest first, and what was not searched; the series of the shown run go before others."""
+    shown = {(r.machine, r.case, r.provider) for r in device.shown}
+    histories = dict(sorted(device.history(kept).items(), key=lambda item: item[0] not in shown))
     searched = {key: points[-SEARCHED_RUNS:] for key, points in list(histories.items())[:SEARCHED_SERIES]}
     missing = []
     if any(len(points) > SEARCHED_RUNS for points in histories.values()):

@@ -1,6 +1,7 @@
 "use strict";
 // Data, the state that the address keeps, and what every part of the page uses.
 const data = JSON.parse(document.getElementById("data").textContent);
+for (const { rows } of data.devices) for (const row of rows) row.case = row.cells[0];
 const byId = (id) => document.getElementById(id);
 
 // What the state is where the address says nothing; the empty text is "all", "none" or "the first".

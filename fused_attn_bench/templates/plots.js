@@ -167,20 +167,22 @@ function rooflineFigure() {
       text: ["", "", plain(name)], textposition: "top left", textfont: { color: css("--ink") }, showlegend: false, hoverinfo: "skip",
     });
   }
-  const named = rows.length <= 12 && !narrow();
+  // Names beside points where there is room for them: one a case, at its fastest.
+  const cases = unique(rows.map((row) => row.case)), named = cases.length <= 12 && !narrow();
+  const fastest = new Set(cases.map((name) => rows.filter((row) => row.case === name).reduce((x, y) => (value(x, "time") <= value(y, "time") ? x : y))));
   for (const name of unique(rows.map(provider))) {
     const mine = rows.filter((row) => provider(row) === name);
     traces.push({
       name: plain(name), mode: named ? "markers+text" : "markers", x: mine.map((row) => row.work[0] / row.work[1]), y: mine.map((row) => row.work[0] / value(row, "time")),
-      marker: { color: colour(name), symbol: mark(name), size: 9 }, text: mine.map((row) => plain(row.case.split("/").pop())), textposition: "bottom center", textfont: { size: 12 },
+      marker: { color: colour(name), symbol: mark(name), size: 9 }, text: mine.map((row) => (fastest.has(row) ? plain(row.case.split("/").pop()) : "")), textposition: "top center", textfont: { size: 12 },
       customdata: mine.map((row) => plain(`${row.case}\n${name}: ${seconds(value(row, "time"))}, ${row.cells[device().columns.indexOf("of roof")][0]} of its roof`).replace("\n", "<br>")),
       hovertemplate: "%{customdata}<extra></extra>",
     });
   }
   return {
     traces, layout: {
-      height: 440, xaxis: axis({ type: "log", title: "operations per byte that has to move", tickformat: "~g" }),
-      yaxis: axis({ type: "log", title: "operations per second", tickformat: "~s", nticks: 6 }), margin: { l: 8, r: 12, t: 40, b: 44 },
+      height: 440, xaxis: axis({ type: "log", title: "operations per byte that has to move", tickformat: "~g", dtick: narrow() ? 1 : "D2" }),
+      yaxis: axis({ type: "log", title: "operations per second", tickformat: "~s", dtick: narrow() ? 1 : "D2" }), margin: { l: 8, r: 12, t: 40, b: 44 },
     },
   };
 }

@@ -19,25 +19,34 @@ function chosenRuns() {
   return [state.a || (same ? key(same) : b), b];
 }
 
+// Of one run against the next, as a log ratio, from what neighbouring runs of the series differ by: a step hardly touches their median,
+// which 0.6745 turns into a standard deviation. Null where there are too few runs to tell.
+const FEWEST = 5;
+function noise(medians) {
+  const steps = medians.slice(1).map((us, i) => Math.abs(Math.log(us / medians[i])));
+  return steps.length < FEWEST ? null : median(steps) / 0.6745;
+}
+
 function compareRuns() {
   const [a, b] = chosenRuns().map((name) => new Set(members(name))), found = new Map();
   for (const [name, who, , places, medians, spreads] of device().series) {
     if (!seriesMatches(name, who)) continue;
-    const key = JSON.stringify([name, who]), pair = found.get(key) ?? { case: name, provider: who, a: [], b: [] };
+    const key = JSON.stringify([name, who]), pair = found.get(key) ?? { case: name, provider: who, a: [], b: [], noise: null };
+    if (places.some((run) => b.has(run))) pair.noise = noise(medians);
     places.forEach((run, i) => {
-      for (const side of ["a", "b"]) if ((side === "a" ? a : b).has(run)) pair[side].push([medians[i] * 1e-6, (spreads[i] ?? 0) / 1000]);
+      for (const [side, runs] of [["a", a], ["b", b]]) if (runs.has(run)) pair[side].push([medians[i] * 1e-6, (spreads[i] ?? 0) / 1000]);
     });
     found.set(key, pair);
   }
   const middle = (side, i) => median(side.map((one) => one[i]));
   differences = [...found.values()].filter((pair) => pair.a.length && pair.b.length).map((pair) => {
-    const [before, after] = [middle(pair.a, 0), middle(pair.b, 0)];
-    return { case: pair.case, provider: pair.provider, a: before, b: after, ratio: after / before, bar: Math.hypot(middle(pair.a, 1), middle(pair.b, 1)) };
+    const [before, after] = [middle(pair.a, 0), middle(pair.b, 0)], spread = Math.hypot(middle(pair.a, 1), middle(pair.b, 1));
+    return { case: pair.case, provider: pair.provider, a: before, b: after, ratio: after / before, spread, noise: pair.noise };
   });
 }
 
-// Beyond the spread and one per cent, the smallest change that the tool speaks of.
-const beyond = (d) => Math.abs(Math.log(d.ratio)) > Math.max(d.bar, 0.01);
+// Three times what neighbouring runs differ by, the spread, and one per cent, the smallest change that the tool speaks of.
+const beyond = (d) => d.noise !== null && Math.abs(Math.log(d.ratio)) > Math.max(3 * d.noise, d.spread, 0.01);
 const tone = (d) => (beyond(d) ? (d.ratio > 1 ? "slower" : "faster") : "");
 
 function differenceFigure() {
@@ -45,7 +54,7 @@ function differenceFigure() {
   const largest = [...differences].sort((x, y) => Math.abs(Math.log(y.ratio)) - Math.abs(Math.log(x.ratio))).slice(0, most(MOST_DIFFERENCES));
   const groups = Map.groupBy ? Map.groupBy(largest, (d) => d.case) : largest.reduce((all, d) => all.set(d.case, [...(all.get(d.case) ?? []), d]), new Map());
   const made = grouped([...groups].map(([name, ds]) => [name, ds.map((d) => ({
-    provider: d.provider, x: 100 * (d.ratio - 1), bar: 100 * d.bar * d.ratio, text: plain(`${d.provider}: ${percent(d.ratio)} ± ${(100 * d.bar).toFixed(1)} %, ${seconds(d.a)} → ${seconds(d.b)}`),
+    provider: d.provider, x: 100 * (d.ratio - 1), bar: 100 * d.spread * d.ratio, text: plain(`${d.provider}: ${percent(d.ratio)} ± ${(100 * d.spread).toFixed(1)} %, ${seconds(d.a)} → ${seconds(d.b)}`),
   }))]), (ms) => ({ x: ms.map((m) => m.x), error_x: bar(ms.map((m) => m.bar)) }));
   made.layout.xaxis = axis({ title: "B takes longer by", ticksuffix: " %", zeroline: true, zerolinecolor: css("--ink"), zerolinewidth: 1 });
   return made;
@@ -53,9 +62,12 @@ function differenceFigure() {
 
 function differenceTable() {
   const lines = differences.map((d) => ({
-    className: tone(d), cells: [d.case, d.provider, [seconds(d.a), d.a], [seconds(d.b), d.b], [percent(d.ratio), d.ratio], [`${(100 * d.bar).toFixed(1)} %`, d.bar], tone(d) || "within the spread"],
+    className: tone(d), cells: [
+      d.case, d.provider, [seconds(d.a), d.a], [seconds(d.b), d.b], [percent(d.ratio), d.ratio], [`${(100 * d.spread).toFixed(1)} %`, d.spread],
+      d.noise === null ? "-" : [`${(100 * d.noise).toFixed(1)} %`, d.noise], tone(d) || (d.noise === null ? "too few runs" : "within the noise"),
+    ],
   }));
-  table(byId("differences"), ["case", "provider", "A", "B", "B takes", "±", "beyond the spread"], lines);
+  table(byId("differences"), ["case", "provider", "A", "B", "B takes", "±", "run to run", "beyond the noise"], lines);
 }
 
 function environmentTable() {
@@ -74,8 +86,8 @@ function environmentTable() {
 
 function downloadDifference() {
   const [a, b] = chosenRuns();
-  const lines = differences.map((d) => [d.case, d.provider, a, b, d.a, d.b, d.ratio, d.bar]);
-  download("difference.csv", "text/csv", csv(["case", "provider", "A", "B", "A seconds", "B seconds", "ratio", "spread"], lines));
+  const lines = differences.map((d) => [d.case, d.provider, a, b, d.a, d.b, d.ratio, d.spread, d.noise]);
+  download("difference.csv", "text/csv", csv(["case", "provider", "A", "B", "A seconds", "B seconds", "ratio", "spread", "run to run"], lines));
 }
 
 renderers.push(() => {
