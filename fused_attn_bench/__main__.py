@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
 from fused_attn_bench.codes import CRASHED, INTERRUPTED, USAGE
+from fused_attn_bench.commands import outputs
 from fused_attn_bench.operation import load
 from fused_attn_bench.project import Project
 
@@ -20,6 +22,10 @@ COMMANDS = {
     "track": "find changes and slow drift in the history",
     "report": "write an HTML page and plots",
     "check": "correctness and performance gate against a stored baseline",
+    "runs": "list the runs of the history",
+    "show": "show a run or a comparison again",
+    "delete": "remove runs from the history",
+    "prune": "remove what is old, or cannot be read, from the history",
     "export": "write the history as JSON lines",
     "import": "add JSON lines to the history",
     "cases": "list the cases of a plain run",
@@ -52,18 +58,24 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
     try:
         for path in (*project.files, *args.load) if hasattr(args, "load") else ():
             load(path)
-        return int(found[args.command].run(args))
+        code = int(found[args.command].run(args))
+        outputs.flush()
+        return code
     except ValueError as error:
         print(f"{project.program} {args.command}: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
         # Also a full disk or a damaged file: whatever it was, it is no verdict on what was measured.
-        import traceback
-
-        traceback.print_exc()
+        if outputs.unwritten(error):
+            print(
+                f"{project.program} {args.command}: all of the output must be written; got: {error}. Make room for it and repeat the command.",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
         return CRASHED
 
 

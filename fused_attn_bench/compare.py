@@ -13,10 +13,11 @@ from typing import Protocol
 
 from fused_attn_bench.case import Case
 from fused_attn_bench.harness import Contestant, Local, Setup, contest
+from fused_attn_bench.history import History
 from fused_attn_bench.judge import Judge
 from fused_attn_bench.operation import Problem, problem_of
 from fused_attn_bench.project import Project
-from fused_attn_bench.results import History, Result
+from fused_attn_bench.results import Result
 from fused_attn_bench.significance import SLOWER, UNCALIBRATED, Difference, against, blocks, corrected, difference, noise_floor
 from fused_attn_bench.worker import Process, Remote
 

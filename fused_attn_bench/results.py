@@ -1,24 +1,69 @@
-"""Where measurements are kept: one SQLite file outside of the source tree, and JSON lines to carry them elsewhere."""
+"""What is kept of measurements, and the JSON lines that carry it from one history to another."""
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
 import mmap
-import os
-import sqlite3
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
+from fused_attn_bench.case import Case
 from fused_attn_bench.environment import KEY
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 STATUSES = ("ok", "wrong", "refused", "failed")
-FORMAT = 2
-# "FuAt": tells a history from any other SQLite file.
-APPLICATION = 0x46754174
+
+
+class Held:
+    """Beside a field's type, what else its values are held to when a line or a row is read.
+
+    pydantic finds the method by its name, so that a machine that only measures needs no pydantic.
+
+    Args:
+        is_right: whether a value is; it may also raise a ValueError of its own.
+        must: what is said of one that is not.
+    """
+
+    def __init__(self, is_right: Callable[[Any], object], must: str) -> None:
+        self.is_right, self.must = is_right, must
+
+    def __call__(self, value: Any) -> Any:
+        if not self.is_right(value):
+            raise ValueError(self.must)
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+
+def _is_utc(text: str) -> bool:
+    return not text or datetime.datetime.fromisoformat(text).utcoffset() in (None, datetime.timedelta(0))
+
+
+# What the fields of kept records may hold.
+CaseName = Annotated[str, Held(Case.parse, "it must be a case")]
+Time = Annotated[str, Held(_is_utc, "a time must be in UTC")]
+Name = Annotated[str, Held(bool, "a name must not be empty")]
+Status = Annotated[str, Held(STATUSES.__contains__, f"a status must be one of {', '.join(STATUSES)}")]
+# Beyond these no clock is right, and ratios of times or powers of effects would overflow.
+Seconds = Annotated[float, Held(lambda value: 1e-12 <= value <= 1e9, "a time must lie between 1e-12 and 1e9 seconds")]
+Effect = Annotated[float, Held(lambda value: abs(value) <= 100, "a log ratio must lie between -100 and 100")]
+Positive = Annotated[float, Held(lambda value: value > 0, "it must be greater than 0")]
+Amount = Annotated[float, Held(lambda value: value >= 0, "it must not be negative")]
+Count = Annotated[int, Held(lambda value: value >= 0, "it must not be negative")]
+Roofs = Annotated[tuple[Positive, ...], Held(lambda values: len(values) in (0, 2), "there must be two roofs, or none")]
+# For pydantic: no text for a number, no field of a newer version, no NaN.
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+UNKNOWN = "unexpected_keyword_argument"
 
 
 @dataclass(frozen=True)
@@ -50,26 +95,28 @@ class Result:
         environment: see ``environment.describe``.
     """
 
-    case: str
-    provider: str
-    status: str = "ok"
+    __pydantic_config__: ClassVar = STRICT
+
+    case: CaseName
+    provider: Name
+    status: Status = "ok"
     reason: str = ""
     backend: str = ""
     config: str = ""
-    error: float | None = None
-    plain_error: float | None = None
-    peak: int | None = None
-    outputs: int = 0
-    samples: tuple[float, ...] = ()
-    host: tuple[float, ...] = ()
+    error: Amount | None = None
+    plain_error: Amount | None = None
+    peak: Count | None = None
+    outputs: Count = 0
+    samples: tuple[Seconds, ...] = ()
+    host: tuple[Amount, ...] = ()
     telemetry: tuple[dict[str, Any], ...] = ()
-    faults: float | None = None
+    faults: Amount | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    flops: float = 0
-    bytes: float = 0
-    roofs: tuple[float, ...] = ()
+    flops: Amount = 0
+    bytes: Amount = 0
+    roofs: Roofs = ()
     run: str = ""
-    time: str = ""
+    time: Time = ""
     timer: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -113,19 +160,11 @@ class Result:
         Raises:
             ResultsError: it is none.
         """
-        try:
-            read = json.loads(text)
-            known = {f.name: read[f.name] for f in fields(cls) if f.name in read}
-            result = cls(**known | {name: tuple(known.get(name, ())) for name in ("samples", "host", "telemetry", "roofs")})
-            if result.status not in STATUSES or not all(isinstance(s, float) and s > 0 for s in result.samples):
-                raise ValueError(f"a status of {', '.join(STATUSES)} and positive times are needed")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ResultsError(f"a line must hold one result as JSON; got {text[:60]!r} ({error}).") from None
-        return result
+        return parse(cls, text)
 
     def to_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(vars(self), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -149,22 +188,50 @@ class Compared:
         environment: see ``environment.describe``.
     """
 
-    case: str
-    a: str
-    b: str
-    verdict: str
+    __pydantic_config__: ClassVar = STRICT
+
+    case: CaseName
+    a: Name
+    b: Name
+    verdict: Name
     reason: str = ""
-    medians: tuple[float | None, float | None] = (None, None)
-    effect: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    smallest: float | None = None
-    launches: int = 0
+    medians: tuple[Seconds | None, Seconds | None] = (None, None)
+    effect: Effect | None = None
+    low: Effect | None = None
+    high: Effect | None = None
+    p: Amount | None = None
+    smallest: Amount | None = None
+    launches: Count = 0
     run: str = ""
-    time: str = ""
+    time: Time = ""
     timer: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The noise floor of a case, as ``calibrate`` found it.
+
+    Args:
+        machine: see ``machine``.
+        case: ``Case.name``.
+        provider: what was compared with itself.
+        floor: log of a ratio of times that one more comparison of identical code would exceed once in a hundred times.
+        comparisons: how many it rests on.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    machine: tuple[str, ...]
+    case: CaseName
+    provider: Name
+    floor: Amount
+    comparisons: Count
+
+
+Record: TypeAlias = Result | Compared | Floor
+R = TypeVar("R", Result, Compared, Floor)
+S = TypeVar("S", Result, Compared)
 
 
 def machine(environment: Mapping[str, str], timer: str) -> tuple[str, ...]:
@@ -177,201 +244,97 @@ class ResultsError(ValueError):
     """A file that cannot be read, or must not be written to."""
 
 
-def default_path() -> Path:
-    """The user's data folder, or FUSED_ATTN_BENCHMARKS."""
-    named = os.environ.get("FUSED_ATTN_BENCHMARKS")
-    if named:
-        return Path(named)
-    import platformdirs
+@functools.cache
+def _checks() -> dict[type[Any], TypeAdapter[Any]]:
+    from pydantic import TypeAdapter
 
-    return Path(platformdirs.user_data_dir("fused_attn", appauthor=False)) / "benchmarks.sqlite"
+    return {kind: TypeAdapter(kind) for kind in (Result, Compared, Floor)}
 
 
-SCHEMA = f"""
-CREATE TABLE results (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, time TEXT NOT NULL, "commit" TEXT NOT NULL, {", ".join(f"{name} TEXT NOT NULL" for name in KEY)},
-    timer TEXT NOT NULL, "case" TEXT NOT NULL, provider TEXT NOT NULL, backend TEXT NOT NULL, config TEXT NOT NULL, status TEXT NOT NULL,
-    median REAL, data TEXT NOT NULL
-);
-CREATE INDEX by_case ON results ("case", provider, time);
-CREATE INDEX by_run ON results (run);
-CREATE TABLE floors (
-    machine TEXT NOT NULL, "case" TEXT NOT NULL, provider TEXT NOT NULL, floor REAL NOT NULL, comparisons INTEGER NOT NULL,
-    PRIMARY KEY (machine, "case", provider)
-);
-PRAGMA application_id = {APPLICATION};
-"""
-# What each format added to the one before; a new history takes all of them.
-ADDED = {
-    2: """
-CREATE TABLE comparisons (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, time TEXT NOT NULL, "case" TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, verdict TEXT NOT NULL,
-    data TEXT NOT NULL
-);
-CREATE INDEX comparisons_by_case ON comparisons ("case", time);
-"""
-}
-
-
-class History:
-    """Results in an SQLite file. Several processes may write at once; what was added survives whatever stops the process later.
-
-    Args:
-        path: of the file; made where there is none.
+def parse(kind: type[R], text: str) -> R:
+    """A record of a kind from its JSON; every field is held to its type and range, and none may be unknown.
 
     Raises:
-        ResultsError: the file is damaged, something else, or of a newer version. It is left as it is.
+        ResultsError: it is none.
     """
+    from pydantic import ValidationError
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Transactions are begun and ended by hand: Python's own begin too late to keep a second writer out.
-            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._open()
-        except (sqlite3.Error, OSError) as error:
-            raise ResultsError(
-                f"{path} must be a benchmark history that can be read and written; got: {error}. Move it away or name another with --db."
-            ) from None
-
-    def _open(self) -> None:
-        version, application = self._number("user_version"), self._number("application_id")
-        if version == 0 and application == 0 and self._is_empty():
-            with self.writing():
-                if self._is_empty():  # another process may have been faster
-                    self._execute(SCHEMA, 1)
-            version, application = self._number("user_version"), self._number("application_id")
-        if application != APPLICATION:
-            raise ResultsError(f"{self.path} must be a benchmark history; it is another program's SQLite file. Name another with --db.")
-        for added in range(version + 1, FORMAT + 1):
-            with self.writing():
-                if self._number("user_version") < added:  # another process may have been faster
-                    self._execute(ADDED[added], added)
-        version = self._number("user_version")
-        if version != FORMAT:
-            raise ResultsError(
-                f"{self.path} must have format {FORMAT} or older; it has {version}, from a newer version. Update, or name another with --db."
-            )
-        found = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise ResultsError(f"{self.path} must be undamaged; SQLite says: {found}. Move it away or name another with --db.")
-        self.connection.execute("PRAGMA journal_mode = WAL")
-
-    def _execute(self, statements: str, version: int) -> None:
-        for statement in filter(str.strip, statements.split(";")):
-            self.connection.execute(statement)
-        self.connection.execute(f"PRAGMA user_version = {version}")
-
-    def _number(self, pragma: str) -> int:
-        return int(self.connection.execute(f"PRAGMA {pragma}").fetchone()[0])
-
-    def _is_empty(self) -> bool:
-        return int(self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]) == 0
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """A transaction that holds the only write lock from its first statement on."""
-        self.connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.connection.execute("ROLLBACK")
-            raise
-        self.connection.execute("COMMIT")
-
-    def add(self, results: Iterable[Result]) -> int:
-        """Keeps results, all or none of them, but for those that are there already; returns how many were new."""
-        with self.writing():
-            added = 0
-            for r in results:
-                values = (
-                    *(
-                        r.run,
-                        r.time,
-                        r.environment.get("commit", ""),
-                        *r.machine,
-                        r.case,
-                        r.provider,
-                        r.backend,
-                        r.config,
-                        r.status,
-                        r.median,
-                    ),
-                    r.to_json(),
-                )
-                places = ", ".join("?" * len(values))
-                there = 'SELECT 1 FROM results WHERE run = ? AND "case" = ? AND provider = ? AND data = ?'
-                if self.connection.execute(there, (r.run, r.case, r.provider, values[-1])).fetchone() is None:
-                    columns = f'run, time, "commit", {", ".join(KEY)}, timer, "case", provider, backend, config, status, median, data'
-                    self.connection.execute(f"INSERT INTO results ({columns}) VALUES ({places})", values)
-                    added += 1
-        return added
-
-    def results(self, run: str | None = None) -> list[Result]:
-        """Every result, or those of one run, oldest first."""
-        where, values = ("WHERE run = ?", (run,)) if run else ("", ())
-        rows = self.connection.execute(f"SELECT data FROM results {where} ORDER BY time, id", values)
-        return [Result.from_json(row[0]) for row in rows]
-
-    def add_comparisons(self, compared: Iterable[Compared]) -> None:
-        """Keeps what comparisons found, all or none."""
-        with self.writing():
-            for c in compared:
-                values = (c.run, c.time, c.case, c.a, c.b, c.verdict, json.dumps(asdict(c), allow_nan=False))
-                self.connection.execute(
-                    'INSERT INTO comparisons (run, time, "case", a, b, verdict, data) VALUES (?, ?, ?, ?, ?, ?, ?)', values
-                )
-
-    def comparisons(self) -> list[Compared]:
-        """All that were kept, oldest first."""
-        rows = self.connection.execute("SELECT data FROM comparisons ORDER BY time, id")
-        read = (json.loads(row[0]) for row in rows)
-        return [Compared(**{**values, "medians": tuple(values["medians"])}) for values in read]
-
-    def runs(self) -> list[str]:
-        """Ids of all runs, oldest first."""
-        return [row[0] for row in self.connection.execute("SELECT run FROM results GROUP BY run ORDER BY min(time), min(id)")]
-
-    def floor(self, machine: tuple[str, ...], case: str, provider: str) -> float | None:
-        """The noise floor that ``calibrate`` found on a machine, as a log ratio of times; None where it has not run."""
-        query = 'SELECT floor FROM floors WHERE machine = ? AND "case" = ? AND provider = ?'
-        found = self.connection.execute(query, (json.dumps(machine), case, provider)).fetchone()
-        return None if found is None else float(found[0])
-
-    def set_floor(self, machine: tuple[str, ...], case: str, provider: str, floor: float, comparisons: int) -> None:
-        """Keeps a noise floor and the number of comparisons that it rests on."""
-        with self.writing():
-            values = (json.dumps(machine), case, provider, floor, comparisons)
-            self.connection.execute("INSERT OR REPLACE INTO floors VALUES (?, ?, ?, ?, ?)", values)
-
-    def close(self) -> None:
-        """Ends the connection; what was added is on disk already."""
-        self.connection.close()
+    try:
+        read: R = _checks()[kind].validate_json(text)
+    except ValidationError as error:
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != UNKNOWN)
+        newer = first["type"] == UNKNOWN
+        where = ".".join(map(str, first["loc"]))
+        problem = "this field is unknown; a newer version may have written it" if newer else first["msg"].removeprefix("Value error, ")
+        _refuse(text, f"{where}: {problem}" if where else problem)
+    return read
 
 
-def export(results: Iterable[Result], path: Path) -> int:
-    """Writes one JSON object per line; returns how many."""
-    lines = [r.to_json() for r in results]
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return len(lines)
+def kept(kind: type[S], text: str) -> S:
+    """The same of a record that a history keeps, which has a run and a time.
+
+    Raises:
+        ResultsError: it is none.
+    """
+    record = parse(kind, text)
+    if not (record.run and record.time):
+        _refuse(text, "it must name its run and its time")
+    return record
 
 
-def load(path: Path) -> list[Result]:
-    """Results from JSON lines.
+def _refuse(text: str, problem: str) -> NoReturn:
+    raise ResultsError(f"a line must hold one result as JSON; got {text.strip()[:60]!r} ({problem}).") from None
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def from_line(text: str) -> Record:
+    """The record that a line holds, a result where it does not say otherwise.
+
+    Raises:
+        ResultsError: it holds none.
+    """
+    try:
+        read = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        _refuse(text, str(error))
+    name = next(iter(read)) if isinstance(read, dict) and len(read) == 1 else ""
+    if name == "comparison":
+        return kept(Compared, json.dumps(read[name]))
+    return parse(Floor, json.dumps(read[name])) if name == "floor" else kept(Result, text)
+
+
+def to_line(record: Record) -> str:
+    """One line of JSON, which ``from_line`` takes back: a result's whole object, or an object with one value that is named for its kind.
+
+    Example:
+        >>> to_line(Floor(("a chip", "wall"), "softmax/plain/fwd/float32/8x8", "mine", 0.01, 10))
+        '{"floor": {"machine": ["a chip", "wall"], "case": "softmax/plain/fwd/float32/8x8", "provider": "mine", "floor": 0.01, "comparisons": 10}}'
+    """
+    if isinstance(record, Result):
+        return record.to_json()
+    name = "floor" if isinstance(record, Floor) else "comparison"
+    return json.dumps({name: vars(record)}, allow_nan=False)
+
+
+def load(path: Path) -> list[Record]:
+    """Records from JSON lines.
 
     Raises:
         ResultsError: a line is none; its number is named.
     """
+    records: list[Record] = []
+    number = 0
     try:
-        lines = path.read_text().splitlines()
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    records.append(from_line(line))
+    except ResultsError as error:
+        raise ResultsError(f"{path}, line {number}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path} must be a text file of JSON lines; got: {error}.") from None
-    results = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                results.append(Result.from_json(line))
-            except ResultsError as error:
-                raise ResultsError(f"{path}, line {number}: {error}") from None
-    return results
+    return records

@@ -17,8 +17,9 @@ from fused_attn_bench import report, tables
 from fused_attn_bench.busy import most, neighbours
 from fused_attn_bench.changes import series
 from fused_attn_bench.compare import with_history
+from fused_attn_bench.history import History
 from fused_attn_bench.page import rows
-from fused_attn_bench.results import History, Result
+from fused_attn_bench.results import Result
 from fused_attn_bench.significance import SLOWER
 from fused_attn_bench.timers import WallTimer
 
@@ -145,4 +146,4 @@ def test_a_result_says_whether_its_memory_was_fresh() -> None:
     known = replace(result, faults=101.0)
     assert Result.from_json(known.to_json()) == known
     assert "101 fresh" in tables.results([known]) and "101 fresh" in [cell.text for cell in rows.cells(known, [known])]
-    assert Result.from_json('{"case": "a", "provider": "b"}').memory == "", "a line from before faults were counted"
+    assert Result.from_json('{"case": "a/b/fwd/float32/8", "provider": "b"}').memory == "", "a line from before faults were counted"

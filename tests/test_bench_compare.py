@@ -20,9 +20,10 @@ from fused_attn_bench import bisection, compare, tables, worker
 from fused_attn_bench.case import Case
 from fused_attn_bench.compare import Comparison, Providers
 from fused_attn_bench.harness import About, Contestant, Setup
+from fused_attn_bench.history import History
 from fused_attn_bench.judge import Verdict
 from fused_attn_bench.operation import OPERATIONS
-from fused_attn_bench.results import History, Result
+from fused_attn_bench.results import Result
 from fused_attn_bench.significance import FASTER, SAME, SLOWER, UNKNOWN, Difference, against, blocks, corrected, difference, noise_floor
 from fused_attn_bench.timers import Sample
 

@@ -15,8 +15,8 @@ from benchmarks.variants import ATTENTION
 from fused_attn_bench.__main__ import modules
 from fused_attn_bench.case import Case
 from fused_attn_bench.commands import check
+from fused_attn_bench.history import History
 from fused_attn_bench.operation import OPERATIONS
-from fused_attn_bench.results import History
 
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]

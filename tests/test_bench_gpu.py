@@ -11,8 +11,8 @@ import torch
 from benchmarks import __main__ as cli
 from benchmarks import providers
 from fused_attn_bench import environment, planted, timers
+from fused_attn_bench.history import History
 from fused_attn_bench.operation import OPERATIONS, case_of
-from fused_attn_bench.results import History
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,10 @@ from fused_attn_bench import harness, planted, roofs, tables, timers
 from fused_attn_bench.case import Case
 from fused_attn_bench.commands import run, selection
 from fused_attn_bench.harness import About, Setup, contest, measure
+from fused_attn_bench.history import History
 from fused_attn_bench.judge import Results, Verdict
 from fused_attn_bench.operation import OPERATIONS, Problem, Provider
-from fused_attn_bench.results import History, Result, load
+from fused_attn_bench.results import Result, load
 from fused_attn_bench.timers import Sample, WallTimer
 
 pytestmark = pytest.mark.quick
@@ -276,7 +277,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("scipy", "ruptures", "jinja2", "matplotlib", "platformdirs", "plotly", "pynvml"):
+        if name.split(".")[0] in ("scipy", "ruptures", "jinja2", "matplotlib", "platformdirs", "plotly", "pydantic", "pynvml"):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())

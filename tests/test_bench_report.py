@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks import __main__ as cli
 from fused_attn_bench import plots, report
+from fused_attn_bench.history import History
 from fused_attn_bench.page import contents, notes, rows
-from fused_attn_bench.results import History, Result, ResultsError
+from fused_attn_bench.results import Result, ResultsError
 from tests.bench_page import EVIL, LENGTHS, compared, data_of, history
 
 pytestmark = pytest.mark.quick
@@ -190,3 +191,21 @@ def test_runs_are_told_apart() -> None:
     device = data_of(report.build(history(), "run03"))["devices"][0]
     assert device["runs"][device["run"]]["id"] == "run03"
     assert data_of(report.build(history(), "gpu0"))["devices"][0]["name"] == "another", "the run's device comes first"
+
+
+def test_a_part_of_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What other commands are asked for as well: the newest runs, a time, cases; and one run by name."""
+    History(tmp_path / "h.sqlite").add(history())
+    paths = ["--db", str(tmp_path / "h.sqlite"), "--out", str(tmp_path / "p.html")]
+
+    def shown(*options: str) -> tuple[list[str], set[str]]:
+        assert cli.main(["report", *paths, *options]) == 0
+        devices = data_of((tmp_path / "p.html").read_text())["devices"]
+        return [run["id"] for device in devices for run in device["runs"]], {row["cells"][0] for row in devices[0]["rows"]}
+
+    assert shown("--last", "2")[0] == ["run18", "run19"]
+    assert shown("--since", "2026-01-19")[0] == ["run18", "run19"]
+    assert shown("--case", "*x512x*")[1] == {"attention/causal/fwd/float32/1x4x512x64"}
+    assert shown("--run", "latest") == shown("--run", "run19") == shown()
+    assert cli.main(["report", *paths, "--run", "none"]) == 2
+    assert "the run must be latest or one of the history's" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from fused_attn_bench import results
-from fused_attn_bench.results import FORMAT, History, Result, ResultsError, load
+from fused_attn_bench.database import FORMAT, default_path
+from fused_attn_bench.history import History
+from fused_attn_bench.results import Compared, Floor, Result, ResultsError, load, to_line
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"device": "a chip", "driver": "1", "cuda": "13", "torch": "2", "triton": "3", "threads": "2", "commit": "abc"}
@@ -118,7 +120,7 @@ KILLED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from fused_attn_bench.results import History
+from fused_attn_bench.history import History
 from tests.test_bench_results import RESULT
 history = History(Path(sys.argv[1]))
 history.add([RESULT])
@@ -160,7 +162,7 @@ def test_export_and_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     History(tmp_path / "a.sqlite").add([RESULT, replace(RESULT, run="r2")])
     lines = tmp_path / "out.jsonl"
     assert cli.main(["export", str(lines), "--db", str(tmp_path / "a.sqlite")]) == 0
-    for expected in ("2 results added, 0 were there already", "0 results added, 2 were there already"):
+    for expected in ("2 records added, 0 were there already", "0 records added, 2 were there already"):
         assert cli.main(["import", str(lines), "--db", str(tmp_path / "b.sqlite")]) == 0
         assert expected in capsys.readouterr().out
     assert History(tmp_path / "b.sqlite").results() == History(tmp_path / "a.sqlite").results()
@@ -168,26 +170,92 @@ def test_export_and_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "must hold results of run r9" in capsys.readouterr().err
 
 
-BAD_LINES = [
-    "{",
-    "[]",
-    "null",
-    '{"case": "x"}',
-    RESULT.to_json().replace('"ok"', '"fine"'),
-    RESULT.to_json().replace("0.1,", '"fast",'),
-    RESULT.to_json().replace("0.1,", "-0.1,"),
-]
+def line(**changed: object) -> str:
+    return json.dumps(json.loads(RESULT.to_json()) | changed)
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_adds_nothing(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+FLOOR = Floor(RESULT.machine, RESULT.case, "eager", 0.01, 10)
+COMPARED = Compared(
+    RESULT.case, "eager@a", "eager@b", "slower", medians=(0.1, 0.2), effect=0.7, low=0.6, high=0.8, p=1e-5, launches=8,
+    run="c1", time="2026-01-03T00:00:00+00:00", timer="wall", environment=ENVIRONMENT,
+)  # fmt: skip
+# The line, and what the refusal names.
+BAD_LINES = {
+    "{": "Expecting property name",
+    "[]": "should be an object",
+    "null": "should be an object",
+    "[" * 100_000: "recursion",
+    '{"case": "x"}': "case",
+    line(status="fine"): "status",
+    line(samples=["fast"]): "samples.0: Input should be a valid number",
+    line(samples=[0.1, -0.1]): "samples.1: a time must lie between 1e-12 and 1e9 seconds",
+    line(samples=[1e300, 1e300]): "samples.0: a time must lie between",
+    line(samples=[float("nan")]): "NaN is no number",
+    line(samples=[True]): "samples.0",
+    line(time=5): "time: Input should be a valid string",
+    line(time=None): "time",
+    line(time="yesterday"): "time: Invalid isoformat",
+    line(time="2026-01-01T00:00:00+02:00"): "time: a time must be in UTC",
+    line(time=""): "its run and its time",
+    line(run=""): "its run and its time",
+    line(environment=None): "environment",
+    line(environment={"device": 1}): "environment.device: Input should be a valid string",
+    line(case=7): "case",
+    line(case="attention/tree/fwd/float32/1x-1"): "case: a case is named op/variant/mode/dtype",
+    line(provider=""): "provider",
+    line(host=["a"]): "host.0",
+    line(roofs=[0.0, 0.0]): "roofs.0: it must be greater than 0",
+    line(roofs=[1.0]): "roofs: there must be two roofs",
+    line(peak="1 MB"): "peak: Input should be a valid integer",
+    line(flops=-1): "flops",
+    line(metrics={"flops": "many"}): "metrics.flops",
+    line(telemetry=[float("inf")]): "Infinity is no number",
+    line(warp=1): "warp: this field is unknown; a newer version may have written it",
+    to_line(FLOOR).replace("0.01", "-0.01"): "floor: it must not be negative",
+    to_line(COMPARED).replace('"c1"', "1"): "run",
+    to_line(COMPARED).replace("0.7", "800.0"): "effect: a log ratio must lie between",
+    to_line(COMPARED).replace("[0.1, 0.2]", "[0.1]"): "medians.1",
+    to_line(COMPARED).replace('"comparison"', '"opinion"'): "opinion: this field is unknown",
+}
+
+
+@pytest.mark.parametrize("text", BAD_LINES, ids=[f"{i} {named}" for i, named in enumerate(BAD_LINES.values())])
+def test_a_bad_line_adds_nothing(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(RESULT.to_json() + "\n" + line + "\n")
-    with pytest.raises(ResultsError, match="line 2: a line must hold one result as JSON"):
+    path.write_text(RESULT.to_json() + "\n" + text + "\n")
+    with pytest.raises(ResultsError, match="line 2: a line must hold one result as JSON") as raised:
         load(path)
+    assert BAD_LINES[text] in str(raised.value) and len(str(raised.value)) < 400
     assert cli.main(["import", str(path), "--db", str(tmp_path / "h.sqlite")]) == 2
-    assert "line 2" in capsys.readouterr().err
+    assert f"{path}, line 2" in capsys.readouterr().err
     assert not (tmp_path / "h.sqlite").exists()
+
+
+def test_lines_come_back_as_what_they_were(tmp_path: Path) -> None:
+    """Also those that older versions wrote, with fewer fields and nothing but results."""
+    path = tmp_path / "all.jsonl"
+    records = [RESULT, COMPARED, FLOOR]
+    path.write_text("".join(f"{to_line(r)}\n" for r in records) + "\n")
+    assert load(path) == records
+    old = {"case": RESULT.case, "provider": "eager", "samples": [0.1], "run": "r0", "time": "2025-01-01T00:00:00+00:00"}
+    path.write_text(json.dumps(old))
+    (read,) = load(path)
+    assert isinstance(read, Result) and read.samples == (0.1,) and read.roofs == () and read.environment == {}
+
+
+def test_comparisons_and_floors_travel_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, lines = History(tmp_path / "a.sqlite"), tmp_path / "out.jsonl"
+    first.add([RESULT, COMPARED, FLOOR])
+    assert cli.main(["export", str(lines), "--db", str(tmp_path / "a.sqlite")]) == 0
+    assert "1 results, 1 comparisons, 1 noise floors written" in capsys.readouterr().out
+    second = History(tmp_path / "b.sqlite")
+    second.set_floor(FLOOR.machine, FLOOR.case, "eager", 0.05, 2)
+    for added in (3, 0):
+        assert cli.main(["import", str(lines), "--db", str(tmp_path / "b.sqlite")]) == 0
+        assert f"{added} records added, {3 - added} were there already" in capsys.readouterr().out
+    assert (second.results(), second.comparisons(), second.floors()) == ([RESULT], [COMPARED], [FLOOR])
+    assert second.add([replace(FLOOR, floor=0.5, comparisons=9)]) == 0, "the floor that rests on more comparisons stays"
+    assert second.floor(FLOOR.machine, FLOOR.case, "eager") == 0.01
 
 
 def test_unreadable_lines(tmp_path: Path) -> None:
@@ -200,9 +268,9 @@ def test_unreadable_lines(tmp_path: Path) -> None:
 
 def test_where_the_history_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FUSED_ATTN_BENCHMARKS", str(tmp_path / "mine"))
-    assert results.default_path() == tmp_path / "mine"
+    assert default_path() == tmp_path / "mine"
     monkeypatch.delenv("FUSED_ATTN_BENCHMARKS")
-    assert ROOT not in results.default_path().parents, "a history in the source tree would be lost with it, or be committed"
+    assert ROOT not in default_path().parents, "a history in the source tree would be lost with it, or be committed"
 
 
 def test_median_and_spread() -> None:

@@ -12,8 +12,9 @@ from fused_attn_bench.commands import selection
 from fused_attn_bench.compare import Commits, Comparison, Providers, Sides
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup
+from fused_attn_bench.history import History
 from fused_attn_bench.operation import provider_names
-from fused_attn_bench.results import History, ResultsError, machine
+from fused_attn_bench.results import machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def against_history(history: History, run: str) -> list[Comparison]:
     """A run among the earlier ones of the machine."""
-    runs = history.runs()
-    run = runs[-1] if run == "latest" and runs else run
-    if run not in runs:
-        raise ResultsError(f"the run must be latest or one of the history's; got {run!r}. It has {', '.join(runs[-5:]) or 'none yet'}.")
-    return compare.with_history(history, run)
+    return compare.with_history(history, history.named(run, compared=False))
 
 
 def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractContextManager[Sides]:

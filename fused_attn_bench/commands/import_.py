@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fused_attn_bench import results
+from fused_attn_bench.codes import GOOD
 from fused_attn_bench.commands import selection
 
 
@@ -17,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; files are read before anything is written, so that a bad one adds nothing."""
-    read = [result for path in args.file for result in results.load(path)]
-    added = selection.history(args).add(read)
-    print(f"{added} results added, {len(read) - added} were there already")
-    return 0
+    from tqdm import tqdm
+
+    read = [record for path in args.file for record in results.load(path)]
+    added = selection.history(args, writes=True).add(tqdm(read, unit="record", disable=None, leave=False))
+    print(f"{added} records added, {len(read) - added} were there already")
+    return GOOD

@@ -7,7 +7,6 @@ import datetime
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -15,11 +14,11 @@ from fused_attn_bench import roofs, tables, timers
 from fused_attn_bench.busy import neighbours
 from fused_attn_bench.case import Case
 from fused_attn_bench.codes import CRASHED, GOOD, INTERRUPTED, WORSE
-from fused_attn_bench.commands import selection
+from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.project import Project
-from fused_attn_bench.results import Result, export
+from fused_attn_bench.results import Result, to_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,28 +29,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     selection.add_history(parser)
     text = "keep so many processes busy meanwhile; such results are never compared with quiet ones"
     parser.add_argument("--busy", type=int, default=0, metavar="N", help=text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, as JSON lines")
+    outputs.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 when a result is wrong, 4 when what is watched failed; 130 after Ctrl-C, with what was done kept and shown."""
+    """0; 1 when a result is wrong, 4 when what is watched failed or the disk is full; 130 after Ctrl-C; what was done is kept and shown."""
     setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
-    history, done, code = selection.history(args), [], 0
+    outputs.writable(args.json)
+    history, done, code, ended = selection.history(args, writes=True), [], GOOD, ""
     try:
         with neighbours(args.busy):
             for results in measured(cases, providers, setup, args.project, args.busy):
                 history.add(results)
                 done += results
     except KeyboardInterrupt:
-        code = INTERRUPTED
-    print(tables.environment(done[0].environment if done else describe(setup.device, args.project.repository, args.busy)))
-    print(tables.results(done))
-    if args.json is not None:
-        export(done, args.json)
-    if code:
-        print(f"interrupted after {len({r.case for r in done})} of {len(cases)} cases; those are kept")
-    if done:
-        print(f"run {done[0].run}")
+        code, ended = INTERRUPTED, "interrupted"
+    except OSError as error:
+        if not outputs.unwritten(error):
+            raise
+        code, ended = CRASHED, f"ended because results could not be written ({error})"
+    with outputs.table_of(args.json):
+        print(tables.environment(done[0].environment if done else describe(setup.device, args.project.repository, args.busy)))
+        print(tables.results(done))
+        if ended:
+            print(f"{ended} after {len({r.case for r in done})} of {len(cases)} cases; those are kept")
+        if done:
+            print(f"run {done[0].run}")
+    outputs.write(args.json, map(to_line, done))
     return code or outcome(done, args.project.watched)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import fnmatch
 import itertools
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
-from fused_attn_bench import planted, results, timers
+from fused_attn_bench import planted, timers
 from fused_attn_bench.case import FORM, Case
+from fused_attn_bench.database import default_path
 from fused_attn_bench.harness import Setup
+from fused_attn_bench.history import Filter, History
 from fused_attn_bench.operation import MODES, OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
 
 
@@ -24,12 +27,58 @@ def add_history(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--db", type=Path, metavar="FILE", help=text)
 
 
-def history(args: argparse.Namespace) -> results.History:
-    """The history, opened, its path shown."""
-    path = args.db or results.default_path()
-    opened = results.History(path)
+def history(args: argparse.Namespace, writes: bool = False) -> History:
+    """The history, opened, its path shown; what cannot be read of it is warned of.
+
+    Raises:
+        ResultsError: it cannot be opened, or ``writes`` is asked of one that can only be read.
+    """
+    path = args.db or default_path()
+    opened = History(path, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
     print(f"history: {path}", file=sys.stderr)
+    if writes:
+        opened.must_be_writable()
     return opened
+
+
+def add_filter(parser: argparse.ArgumentParser, runs: bool = True) -> None:
+    """Which part of the history; ``--run`` only where no argument of the command's own says it."""
+    group = parser.add_argument_group("which part of the history")
+    if runs:
+        group.add_argument("--run", nargs="+", metavar="ID", default=(), help="these runs")
+    group.add_argument("--case", nargs="+", metavar="NAME", default=(), help="these cases, by name or pattern")
+    group.add_argument("--since", type=date, metavar="DATE", help="from then on, as 2026-01-31 or 2026-01-31T12:00, in UTC")
+    group.add_argument("--last", type=count, metavar="N", help="the newest N runs")
+
+
+def filtered(args: argparse.Namespace) -> Filter:
+    """What ``add_filter``'s arguments say."""
+    return Filter(tuple(getattr(args, "run", ())), tuple(args.case), since=args.since or "", last=args.last)
+
+
+def date(text: str) -> str:
+    """An ISO date or time, in full.
+
+    Example:
+        >>> date("2026-01-31")
+        '2026-01-31T00:00:00'
+    """
+    try:
+        return datetime.datetime.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a date like 2026-01-31 is needed; got {text!r}") from None
+
+
+def count(text: str) -> int:
+    """A number from one on.
+
+    Example:
+        >>> count("3")
+        3
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1 on is needed; got {text!r}")
+    return int(text)
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:

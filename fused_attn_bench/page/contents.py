@@ -18,7 +18,7 @@ from fused_attn_bench.tables import REFERENCE
 # Of all devices together. A row is about 0.7 kB, a point 20 bytes and a sample 10 of the page's 6 MB, of which the plotting library takes 2.
 ROWS, RUNS, POINTS, SAMPLES, COMPARISONS = 2000, 1000, 80_000, 60_000, 300
 # A search for changes takes 10 ms in a series of so many runs, and 10 s in so many series.
-SEARCHED_RUNS, SEARCHED_SERIES = 60, 1000
+SEARCHED_RUNS, SEARCHED_SERIES = 500, 1000
 
 
 def contents(devices: Sequence[Device], compared: Sequence[Compared] = (), *, title: str, program: str, part: int = 1) -> dict[str, Any]:

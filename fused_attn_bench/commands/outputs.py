@@ -1,0 +1,78 @@
+"""Where a command's results go beside the terminal: JSON lines in a file or on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+# As a path: standard output.
+STANDARD = Path("-")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``, alike for every command."""
+    text = "write what the table says there as well, as JSON lines; - writes them to standard output and the table to standard error"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+
+
+def table_of(path: Path | None) -> AbstractContextManager[Any]:
+    """A context that prints for people: to standard error where standard output is for JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if path == STANDARD else contextlib.nullcontext()
+
+
+def line(values: Mapping[str, Any]) -> str:
+    """One JSON object."""
+    return json.dumps(values, allow_nan=False)
+
+
+def write(path: Path | None, lines: Iterable[str]) -> None:
+    """Lines of JSON, if a path is given."""
+    if path is None:
+        return
+    with contextlib.nullcontext(sys.stdout) if path == STANDARD else path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text in lines)
+
+
+def unwritten(error: BaseException) -> bool:
+    """Whether it says that a disk, a quota or a file's size is used up, that a disk fails, or that whoever read the output has gone."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+
+
+def flush() -> None:
+    """Writes what standard output still holds; what it cannot take is dropped, so that Python does not try again at its end.
+
+    Raises:
+        OSError: it could not take all.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def writable(path: Path | None) -> None:
+    """Nothing, if a file can be written there; tried before anything is measured, and leaving what is there as it is.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path is None or path == STANDARD:
+        return
+    there = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be written; got: {error.strerror}. Name another, or make its folder.") from None
+    if not there:
+        os.unlink(path)
