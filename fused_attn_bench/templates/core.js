@@ -86,7 +86,7 @@ function seconds(value) {
   const [factor, unit] = [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]].find(([f]) => value >= f) ?? [1e-6, "µs"];
   return `${Number((value / factor).toPrecision(4))} ${unit}`;
 }
-const percent = (ratio, digits = 1) => `${ratio >= 1 ? "+" : "−"}${Math.abs(100 * (ratio - 1)).toFixed(digits)} %`;
+const percent = (ratio) => `${ratio >= 1 ? "+" : "−"}${Math.abs(100 * (ratio - 1)).toFixed(1)} %`;
 const signedPercent = (number) => `${number > 0 ? "+" : "−"}${Math.abs(number)} %`;
 const date = (text) => text.slice(0, 16).replace("T", " ");
 const short = (commit) => (/^[0-9a-f]{40}/.test(commit) ? commit.slice(0, 10) + commit.slice(40) : commit || "unknown");
@@ -108,12 +108,13 @@ function csv(columns, lines) {
 // A table whose headings sort: cells are text, or [text, number], or an element. What has no number stays last in both directions.
 function table(target, columns, lines, { sorted = "", onsort = null } = {}) {
   const body = element("tbody");
-  const heads = columns.map((name) => element("th", { scope: "col", "aria-sort": "none" }, element("button", { type: "button" }, name)));
   const content = (cell) => (Array.isArray(cell) ? cell[0] : cell);
+  const numbers = columns.map((_, i) => lines.some(({ cells }) => Array.isArray(cells[i])));
+  const heads = columns.map((name, i) => element("th", { scope: "col", "aria-sort": "none", class: numbers[i] ? "number" : null }, element("button", { type: "button" }, name)));
   const trs = lines.map(({ cells, className }) => {
     const tr = element("tr", { class: className || null });
     cells.forEach((cell, i) => {
-      const made = i ? element("td", { class: Array.isArray(cell) ? "number" : null }) : element("th", { scope: "row" });
+      const made = i ? element("td", { class: numbers[i] ? "number" : null }) : element("th", { scope: "row" });
       made.append(content(cell));
       tr.append(made);
     });
@@ -121,7 +122,7 @@ function table(target, columns, lines, { sorted = "", onsort = null } = {}) {
   });
   const order = (by) => {
     const down = by.startsWith("-"), name = by.replace(/^-/, ""), index = columns.indexOf(name);
-    const numeric = lines.some(({ cells }) => Array.isArray(cells[index]));
+    const numeric = numbers[index];
     const key = (i) => {
       const cell = lines[i].cells[index];
       return numeric ? (Array.isArray(cell) ? cell[1] : null) : trs[i].cells[index].textContent;
