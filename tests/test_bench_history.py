@@ -23,6 +23,7 @@ from fused_attn_bench import changes
 from fused_attn_bench.commands import outputs
 from fused_attn_bench.database import FORMAT
 from fused_attn_bench.history import Filter, History
+from fused_attn_bench.results import Result, load
 from tests.test_bench_results import COMPARED, FLOOR, RESULT, ROOT
 
 SOFTMAX = "softmax/masked/fwd/float32/1x1x4x8"
@@ -70,6 +71,20 @@ def test_filters(kind: str, path: Path) -> None:
     assert sum(r.results for r in history.overview(only)) == count
     if only.last == 3 and not only.before:
         assert {r.run for r in found} == {"r8", "r9", "r10"}
+
+
+def test_the_arguments_that_choose_a_part(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "x.jsonl"
+    part = ["--since", "2026-01-09T12:00", "--case", "soft*", "none", "--last", "1"]
+    assert cli.main(["export", str(lines), "--db", str(path), *part]) == 0
+    assert "1 results, 0 comparisons, 0 noise floors" in capsys.readouterr().out
+    assert [(r.run, r.case) for r in load(lines) if isinstance(r, Result)] == [("r10", SOFTMAX)]
+    assert cli.main(["track", "--db", str(path), *part]) == 0 and "1 series, 0 of them" in capsys.readouterr().out
+    assert cli.main(["export", str(lines), "--db", str(path), "--since", "2027-01-01"]) == 2
+    assert "must hold results that the arguments choose; it holds none" in capsys.readouterr().err
+    for wrong in (["--since", "soon"], ["--last", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["runs", "--db", str(path), *wrong])
 
 
 def test_the_large_history_is_one_that_can_be_read(tmp_path: Path) -> None:
