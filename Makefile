@@ -110,7 +110,7 @@ $(DONE)/model: $(DONE)/venv $(REQ)/model.txt
 	@touch $@
 
 $(DONE)/bench: $(DONE)/runtime $(REQ)/bench.txt
-	@echo "==> scipy, ruptures, jinja2, matplotlib"
+	@echo "==> scipy, ruptures, jinja2, matplotlib, plotly"
 	@$(PIP) -r $(REQ)/bench.txt
 	@touch $@
 

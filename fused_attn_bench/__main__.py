@@ -7,6 +7,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import ModuleType
 
 from fused_attn_bench.codes import CRASHED, INTERRUPTED, USAGE
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
     try:
         for path in (*project.files, *args.load) if hasattr(args, "load") else ():
             load(path)
-        code = int(found[args.command].run(args))
+        # What a command opens is closed however it ends: an open history has files beside it.
+        with ExitStack() as args.opened:
+            code = int(found[args.command].run(args))
         outputs.flush()
         return code
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -63,3 +64,12 @@ class Case:
         op, variant, mode, dtype, sizes, options = found.groups()
         pairs = [pair.split("=") for pair in options.split(",")[1:]]
         return Case(op, variant, mode, dtype, tuple(map(int, sizes.split("x"))), tuple((key, int(size)) for key, size in pairs))
+
+
+@functools.lru_cache(maxsize=4096)
+def parsed(name: str) -> Case | None:
+    """A case from its name; None for a name that is none, as an imported file may have."""
+    try:
+        return Case.parse(name)
+    except ValueError:
+        return None

@@ -1,16 +1,13 @@
-"""Figures of results, for the page (SVG that takes the text colour around it) and for papers (PNG, SVG)."""
+"""Figures of results for papers (PNG, SVG), and the colours and marks that the page shares with them."""
 
 from __future__ import annotations
 
 import functools
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fused_attn_bench.case import Case
-from fused_attn_bench.changes import STEP, Change, Point
+from fused_attn_bench.case import Case, parsed
 from fused_attn_bench.results import Result
 from fused_attn_bench.tables import REFERENCE, reference_median
 
@@ -21,8 +18,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which the colour-blind can tell apart; without their yellow, which is invisible on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKS = "osD^vP*X"
-# Stands for the text's colour until the SVG is in a page.
-INK = "#010203"
+# The same marks as the page's plotting library names them.
+PLOTLY_MARKS = dict(zip(MARKS, ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x"), strict=True))
 T = TypeVar("T")
 
 
@@ -84,9 +81,9 @@ def roofline(results: Sequence[Result]) -> Figure:
     for copy, matmul in dict.fromkeys((r.roofs[0], r.roofs[1]) for r in placed):
         dtype = next(Case.parse(r.case).dtype for r in placed if r.roofs == (copy, matmul))
         ridge, right = matmul / copy, matmul / copy * 300
-        axes.loglog([ridge / 30, ridge, right], [matmul / 30 / 1e9, matmul / 1e9, matmul / 1e9], color=INK, linewidth=1)
+        axes.loglog([ridge / 30, ridge, right], [matmul / 30 / 1e9, matmul / 1e9, matmul / 1e9], color="black", linewidth=1)
         label = f"{dtype}: {matmul / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"
-        axes.annotate(label, (right, matmul / 1e9), (0, 4), textcoords="offset points", ha="right", fontsize=8, color=INK)
+        axes.annotate(label, (right, matmul / 1e9), (0, 4), textcoords="offset points", ha="right", fontsize=8)
     for provider, (colour, mark) in looks.items():
         mine = [(r.flops / r.bytes, r.flops / r.median / 1e9) for r in placed if r.provider == provider and r.median]
         if mine:
@@ -103,7 +100,9 @@ def families(results: Sequence[Result]) -> dict[str, tuple[int, list[Result]]]:
     """Timed results that differ in one size alone, and which of the shape's it is, where it has three values or more."""
     found: dict[str, tuple[int, list[Result]]] = {}
     for r in filter(lambda r: r.median, results):
-        case = Case.parse(r.case)
+        case = parsed(r.case)
+        if case is None:
+            continue
         for axis in range(len(case.shape)):
             sizes = ["N" if i == axis else str(size) for i, size in enumerate(case.shape)]
             options = [f"{key}={size}" for key, size in case.options]
@@ -129,49 +128,6 @@ def sweep(name: str, axis: int, results: Sequence[Result], looks: Mapping[str, t
     axes.set_title(name, fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def history(name: str, points: Sequence[Point], changes: Sequence[Change]) -> Figure:
-    """Medians run by run; a step is a vertical line, drift a note."""
-    figure, axes = _figure(5.2, 2.6)
-    axes.plot(range(len(points)), [p.median * 1e3 for p in points], "o-", color=COLOURS[0], markersize=4, linewidth=1)
-    for change in changes:
-        if change.kind == STEP:
-            axes.axvline(change.index - 0.5, color=COLOURS[1], linewidth=1.2, linestyle="--")
-            axes.annotate(
-                f"{change.percent:+.1f}% at {points[change.index].commit[:8]}",
-                (change.index - 0.5, 1),
-                (3, -9),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                fontsize=8,
-                color=COLOURS[1],
-            )
-        else:
-            axes.annotate(f"drift {change.percent:+.1f}%", (0.02, 0.92), xycoords="axes fraction", fontsize=8, color=COLOURS[1])
-    axes.set_xlabel("run")
-    axes.set_ylabel("ms")
-    axes.set_ylim(0, 1.3e3 * max(p.median for p in points))  # room for the notes
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(name, fontsize=9)
-    return figure
-
-
-def svg(figure: Figure, label: str, number: int) -> str:
-    """Markup to put into a page: what is black takes the colour of the text, and no id is used twice."""
-    from html import escape
-
-    written = io.StringIO()
-    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = written.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>f{number}-", text)
-    # Text and axes have no colour of their own in matplotlib's SVG, or black.
-    text = text.replace("#000000", "currentColor").replace(INK, "currentColor").replace("#262626", "currentColor")
-    box = re.search(r'viewBox="([^"]+)"', text)
-    assert box is not None
-    return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}" fill="currentColor">{text[text.index(">") + 1 :]}'
 
 
 def save(results: Sequence[Result], folder: Path) -> list[Path]:

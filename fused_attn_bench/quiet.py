@@ -85,23 +85,28 @@ def _cores() -> int:
 
 
 def marked(results: Sequence[Result], activity: Activity) -> list[Result]:
-    """Results that were measured together, with their marks; those without times have none."""
-    return [replace(r, marks=(*_own_marks(r), *activity.marks)) if r.samples else r for r in results]
+    """Results that were measured together, with what the others did meanwhile; those without times have no marks."""
+    return [replace(r, marks=activity.marks) if r.samples else r for r in results]
 
 
 def disturbed(results: Sequence[Result]) -> int:
     """How much there is to say against results: repeating stops at none and keeps the fewest."""
-    return sum(len(r.marks) for r in results)
+    return sum(len(doubts(r)) for r in results)
 
 
-def _own_marks(result: Result) -> list[str]:
+def doubts(result: Result) -> list[str]:
+    """Why a result's times are no plain facts: what the samples show, what the others did, and a roof that is passed."""
+    if not result.samples:
+        return []
     found = []
     if result.spread is not None and result.spread > MOST_SPREAD:
-        found.append(f"times spread by ± {100 * result.spread:.0f}%")
-    clocks = [t["sm_mhz"] for t in result.telemetry if "sm_mhz" in t]
+        found.append(f"times spread by more than ± {100 * MOST_SPREAD:.0f}%")
+    clocks = [float(t["sm_mhz"]) for t in result.telemetry if isinstance(t.get("sm_mhz"), int | float)]
     if clocks and max(clocks) - min(clocks) > MOST_CLOCK_RANGE * sorted(clocks)[len(clocks) // 2]:
-        found.append(f"clocks moved from {min(clocks):.0f} to {max(clocks):.0f} MHz")
-    throttled = sorted({str(reason) for t in result.telemetry for reason in t.get("throttled", ())})
+        found.append(f"the clock was not locked: it moved by more than {100 * MOST_CLOCK_RANGE:.0f}%")
+    throttled = sorted({str(reason) for t in result.telemetry for reason in t.get("throttled") or ()})
     if throttled:
         found.append(f"the GPU throttled ({', '.join(throttled)})")
-    return found
+    if result.limit and result.median and result.limit > result.median:
+        found.append("faster than the measured roofs allow")
+    return [*found, *result.marks]

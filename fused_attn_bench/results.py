@@ -89,7 +89,7 @@ class Result:
         flops: of the case's operations.
         bytes: the least that the case has to move.
         roofs: bytes per second of a copy and operations per second of a matrix product, measured in the same run; empty where they were not.
-        marks: why the times are no plain facts, since the machine was not quiet; see ``quiet``.
+        marks: what others did on the machine meanwhile, beyond what is usual; see ``quiet``.
         run: id of the run.
         time: of its start, ISO 8601 in UTC.
         timer: what took the samples.
@@ -139,12 +139,6 @@ class Result:
     def limit(self) -> float | None:
         """The shortest time in seconds that the roofs allow: what the products or what the memory need, whichever is longer."""
         return max(self.bytes / self.roofs[0], self.flops / self.roofs[1]) if self.roofs else None
-
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """Why the times are no plain facts: the marks, and a roof that they are beyond."""
-        beyond = bool(self.limit and self.median and self.limit > self.median)
-        return (*self.marks, *["faster than the measured roofs allow"] * beyond)
 
     @property
     def memory(self) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fused_attn_bench.compare import Comparison
+from fused_attn_bench.quiet import doubts
 from fused_attn_bench.results import Result
 from fused_attn_bench.text import ratio, seconds, size, table
 
@@ -33,7 +34,7 @@ def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
     plain = reference_median(result, results)
     host = sorted(result.host)[len(result.host) // 2] if result.host else None
     return (
-        f"{DOUBT * bool(result.doubts)} {seconds(median)}".lstrip(),
+        f"{DOUBT * bool(doubts(result))} {seconds(median)}".lstrip(),
         "-" if result.spread is None else f"{100 * result.spread:.0f}%",
         "-" if host is None else seconds(host),
         "-" if plain is None else ratio(plain / median),
@@ -73,13 +74,13 @@ def results(measured: Sequence[Result]) -> str:
             rows.append((name, r.provider, r.backend or "-", *figures(r, measured), peak, error, *(metric(r, name) for name in own)))
         if r.reason:
             grouped.setdefault((r.provider, r.status, r.reason), []).append(r.case)
-        for doubt in r.doubts:
+        for doubt in doubts(r):
             grouped.setdefault((DOUBT, doubt), []).append(r.case)
     lines = [table(headers, rows, left=3)] if rows else []
     for (who, what, *why), cases in grouped.items():
         names = list(dict.fromkeys(cases))
         lines.append(": ".join((f"  {who} {what} ({names[0] if len(names) == 1 else f'{len(names)} cases'})", *why)))
-    if any(r.doubts for r in measured):
+    if any(map(doubts, measured)):
         lines.append(
             f"  {DOUBT} marks times that are no plain facts; measure again when the machine is quiet, or beside processes on purpose with --busy."
         )

@@ -131,6 +131,7 @@ ENGINE_RANKS = (
     ("worker",),
     ("compare",),
     ("baseline", "bisection", "tables", "plots"),
+    ("page",),
     ("report",),
     ("commands", "__init__", "__main__"),
 )

@@ -18,6 +18,7 @@ from fused_attn_bench.busy import most, neighbours
 from fused_attn_bench.changes import series
 from fused_attn_bench.compare import with_history
 from fused_attn_bench.history import History
+from fused_attn_bench.page import rows
 from fused_attn_bench.results import Result
 from fused_attn_bench.significance import SLOWER
 from fused_attn_bench.timers import WallTimer
@@ -98,8 +99,8 @@ def test_a_busy_run_says_so_and_is_compared_with_no_quiet_one(
     quiet, busy = History(path).results()
     assert (quiet.environment["busy"], busy.environment["busy"]) == ("", "1 busy process")
     assert quiet.machine[:-1] == busy.machine[:-1] and quiet.machine != busy.machine
-    page = report.build([quiet, busy], busy.run)
-    assert "measured beside 1 busy process" in page and "measured beside" not in report.build([quiet], quiet.run)
+    said = "Measured beside 1 busy process;"
+    assert said in report.build([quiet, busy], busy.run) and said not in report.build([quiet], quiet.run)
 
 
 @pytest.mark.parametrize("beside", ["", "2 busy processes"])
@@ -144,5 +145,5 @@ def test_a_result_says_whether_its_memory_was_fresh() -> None:
     assert replace(result, outputs=0, faults=3.0).memory == ""
     known = replace(result, faults=101.0)
     assert Result.from_json(known.to_json()) == known
-    assert "101 fresh" in tables.results([known]) and "101 fresh" in [cell.text for cell in report.cells(known, [known])]
+    assert "101 fresh" in tables.results([known]) and "101 fresh" in [cell.text for cell in rows.cells(known, [known])]
     assert Result.from_json('{"case": "a/b/fwd/float32/8", "provider": "b"}').memory == "", "a line from before faults were counted"

@@ -12,6 +12,7 @@ import torch
 
 import benchmarks
 import fused_attn as fa
+import fused_attn_bench
 from benchmarks import providers
 from benchmarks.cases import AttentionProblem
 from benchmarks.variants import ATTENTION, SOFTMAX
@@ -30,7 +31,13 @@ FAST = ("fused_attn", "eager", "sdpa", "sdpa:flash", "sdpa:math")
 
 
 @pytest.mark.parametrize(
-    "module", sorted(m.name for m in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.") if m.name != "benchmarks.__main__")
+    "module",
+    sorted(
+        found.name
+        for package in (benchmarks, fused_attn_bench)
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not found.name.endswith("__main__")
+    ),
 )
 def test_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))

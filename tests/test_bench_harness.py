@@ -278,7 +278,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("scipy", "ruptures", "jinja2", "matplotlib", "platformdirs", "pydantic", "pynvml"):
+        if name.split(".")[0] in ("scipy", "ruptures", "jinja2", "matplotlib", "platformdirs", "plotly", "pydantic", "pynvml"):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())

@@ -1,57 +1,29 @@
-"""The page: complete, escaped, without network, and usable in a real browser by mouse, keyboard and phone."""
+"""The page's data and markup: complete, escaped, without network, and small however long the history is."""
 
 from __future__ import annotations
 
 import html.parser
-import math
-import random
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from benchmarks import __main__ as cli
 from fused_attn_bench import plots, report
 from fused_attn_bench.history import History
+from fused_attn_bench.page import contents, notes, rows
 from fused_attn_bench.results import Result, ResultsError
+from tests.bench_page import EVIL, LENGTHS, compared, data_of, history
 
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
-
-EVIL = "<script>document.title='owned'</script>&\"'$x^2$"
-ENVIRONMENT = {"device": "a chip", "torch": "2.13", "triton": "3.7", "python": "3.13", "commit": "abcdef0123456789"}
-LENGTHS = (256, 512, 1024)
-
-
-def history(last: float = 1.3) -> list[Result]:
-    """Twenty runs of three lengths by three providers; fused_attn becomes slower in the middle, and eager's environment changes at the end."""
-    chance, results = random.Random(0), []
-    for run in range(20):
-        environment = ENVIRONMENT | {"commit": f"{run:040x}"} | ({"python": "3.14"} if run == 19 else {})
-        for length in LENGTHS:
-            for name, factor in (("fused_attn", 1.0 if run < 10 else last), ("eager", 4.0), ("sdpa", 1.1)):
-                times = tuple(factor * length**2 * 1e-8 * math.exp(chance.gauss(0, 0.01)) for _ in range(6))
-                results.append(
-                    Result(
-                        f"attention/causal/fwd/float32/1x4x{length}x64", name, samples=times, error=1e-7 * length, plain_error=2e-7, peak=length * 1000,
-                        flops=2 * 4 * length**2 * 64, bytes=16 * length * 256, roofs=(4e10, 2e11), backend="cpu" if name == "fused_attn" else "",
-                        run=f"run{run:02}", time=f"2026-01-{run + 1:02}T00:00:00+00:00", timer="wall", environment=environment,
-                    )
-                )  # fmt: skip
-    blank = {"run": "run19", "time": results[-1].time, "environment": results[-1].environment}
-    results.append(Result("softmax/masked/fwd/bfloat16/1x1x4x8", "sdpa", "refused", "has no softmax", **blank))
-    results.append(Result("softmax/masked/fwd/bfloat16/1x1x4x8", f"mine{EVIL}", "wrong", f"before timing: {EVIL}", error=0.5, **blank))
-    return results
+pytestmark = pytest.mark.quick
 
 
 class Parser(html.parser.HTMLParser):
     """Collects tags with their attributes, and fails on a tag that is not closed in order."""
 
-    VOID = frozenset({"meta", "link", "input", "use", "path"})
+    VOID = frozenset({"meta", "link", "input"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +45,7 @@ class Parser(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return report.build(history())
+    return report.build(history(), compared=compared(), title="Kernels of ours", program="measure")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +55,11 @@ def parsed(page: str) -> Parser:
     return parser
 
 
-@pytest.mark.quick
+@pytest.fixture(scope="module")
+def data(page: str) -> dict[str, Any]:
+    return data_of(page)
+
+
 def test_the_page_is_well_formed(parsed: Parser) -> None:
     assert parsed.open == []
     ids = [attributes["id"] for _, attributes in parsed.seen if "id" in attributes]
@@ -92,7 +68,6 @@ def test_the_page_is_well_formed(parsed: Parser) -> None:
     assert labels <= set(ids)
 
 
-@pytest.mark.quick
 def test_the_page_needs_no_network(page: str, parsed: Parser) -> None:
     for tag, attributes in parsed.seen:
         assert tag not in ("iframe", "object", "embed", "img", "base")
@@ -102,48 +77,112 @@ def test_the_page_needs_no_network(page: str, parsed: Parser) -> None:
     assert "@import" not in page and not re.search(r"url\((?!#)", page)
     policy = next(a["content"] for t, a in parsed.seen if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None and policy.startswith("default-src 'none'")
+    (scripts,) = re.findall(r"script-src ([^;]+)", policy)
+    assert [source[:8] for source in scripts.split()] == ["'sha256-"] * 2, "two scripts, by their hashes, and nothing else"
+    assert len(page) < 3e6 and re.search(r"plotly.js \d+\.\d+\.\d+, © Plotly, Inc., MIT", page)
 
 
-@pytest.mark.quick
-def test_text_is_escaped(page: str, parsed: Parser) -> None:
+def test_text_is_escaped(page: str, data: dict[str, Any]) -> None:
     assert EVIL not in page and page.count("<script>") == 1
-    assert any((a.get("data-provider") or "") == f"mine{EVIL}" for _, a in parsed.seen), "what was escaped reads as it was"
+    assert f"mine{EVIL}" in [row["cells"][1] for row in data["devices"][0]["rows"]], "what was escaped reads as it was"
+    titled = report.build(history()[-1:], title=f"<i>{EVIL}")
+    assert "<i>" not in titled and data_of(titled)["title"] == f"<i>{EVIL}"
 
 
-@pytest.mark.quick
-def test_everything_is_there(page: str) -> None:
-    for text in ("Speed against plain torch", "Roofline", "Length sweeps", "History", "Environment", "has no softmax", "(changed)", "3.14"):
-        assert text in page
-    assert page.count("step of +") == len(LENGTHS), "a change per length of the provider that became slower"
-    assert "+30." in page or "+29." in page
-    assert "4.0" in page
+def test_everything_is_there(data: dict[str, Any]) -> None:
+    assert data["title"] == "Kernels of ours" and [d["name"] for d in data["devices"]] == ["a chip", "another"]
+    device, other = data["devices"]
+    assert len(device["rows"]) == 11 and len(device["runs"]) == 20 and device["runs"][device["run"]]["id"] == "run19"
+    assert {(c["kind"], c["provider"]) for c in device["changes"]} == {("step", "fused_attn")} and len(device["changes"]) == len(LENGTHS)
+    assert all(29 < c["percent"] < 31 and device["runs"][c["run"]]["id"] == "run10" for c in device["changes"])
+    assert [(s["name"], len(s["rows"])) for s in device["sweeps"]] == [("attention/causal/fwd/float32/1x4xNx64", 9)]
+    assert [c["verdict"] for c in device["comparisons"]] == ["slower"] and other["comparisons"] == []
+    pythons = [device["environments"][run["env"]]["python"] for run in device["runs"][-2:]]
+    assert pythons == ["3.13", "3.14"] and len(device["environments"]) == 2
+    assert other["warnings"] == ["Measured beside 2 busy processes; compared with such runs only."] and device["warnings"] == []
+    assert other["columns"][-2:] == ["rows/s", "status"] and other["rows"][0]["cells"][-2] == ["5.12e+06", pytest.approx(5.12e6)]
+    assert other["samples"][0]["sm_mhz"] == [1980] * 4 and other["samples"][0]["us"] == [100] * 4
+    (series,) = [s for s in device["series"] if s[:2] == ["attention/causal/fwd/float32/1x4x256x64", "sdpa"]]
+    assert series[3] == list(range(20)) and series[4][0] == pytest.approx(1.1 * 256**2 * 1e-2, rel=0.02), "medians in µs"
 
 
-@pytest.mark.quick
+def test_a_row_has_the_command_that_repeats_it(data: dict[str, Any]) -> None:
+    by_provider = {row["cells"][1]: row["command"] for row in data["devices"][1]["rows"]}
+    tail = "--device cuda --timer events --busy 2"
+    assert by_provider == {
+        "fused_attn": f"measure run --case softmax/masked/fwd/float32/8x8x64x64 --provider fused_attn eager {tail}",
+        "eager": f"measure run --case softmax/masked/fwd/float32/8x8x64x64 --provider eager {tail}",
+    }
+    assert rows.command(Result("x;rm", "y z"), "measure", False) == "measure run --case 'x;rm' --provider 'y z'"
+
+
 def test_a_page_of_almost_nothing() -> None:
     blank = Result("softmax/masked/fwd/bfloat16/1x1x4x8", "sdpa", "refused", "has no softmax", run="r", time="1", environment={})
-    page = report.build([blank])
-    assert "has no softmax" in page and "Roofline" not in page and "Length sweeps" not in page and "The first run on this device" in page
+    (device,) = data_of(report.build([blank]))["devices"]
+    assert device["rows"][0]["cells"][-1] == "refused: has no softmax" and device["series"] == [] and device["sweeps"] == []
+    odd = replace(blank, case="<b>no case", samples=(1.0,), status="ok", reason="", flops=1.0, bytes=1.0, roofs=(1.0, 1.0))
+    assert data_of(report.build([odd]))["devices"][0]["rows"][0]["tags"] == ["", "", "", "", "sdpa", "ok"], "a name that is no case's"
     for run in (None, "nothing"):
-        with pytest.raises(ResultsError, match=r"It has none yet: python -m benchmarks run"):
-            report.build([], run)
+        with pytest.raises(ResultsError, match=r"It has none yet: measure run"):
+            report.build([], run, program="measure")
 
 
-@pytest.mark.quick
+def test_a_long_history_is_cut_and_the_page_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"POINTS": 60, "SAMPLES": 60, "ROWS": 10, "SEARCHED_RUNS": 3}.items():
+        monkeypatch.setattr(contents, name, value)
+    first, second = data_of(report.build(iter(history()), "run05"))["devices"]
+    assert [run["id"] for run in first["runs"]] == ["run05", "run18", "run19"], "the shown run and the newest, 9 points each, of 30"
+    assert len(first["rows"]) == 5 and first["samples"][0]["step"] == 1 and len(second["rows"]) == 2
+    assert first["left_out"] == ["17 older runs of 20", "4 of the run's 9 results"]
+    (whole,) = data_of(report.build([r for r in history() if r.run in ("run18", "run19")]))["devices"]
+    assert whole["samples"][0]["step"] == 1 and "older runs" not in str(whole["left_out"])
+    monkeypatch.setattr(contents, "SAMPLES", 20)
+    thinned = data_of(report.build([r for r in history() if r.run == "run19"]))["devices"][0]
+    assert thinned["samples"][0]["step"] == 3 and len(thinned["samples"][0]["us"]) == 2 and "all but one in 3" in thinned["left_out"][-1]
+
+
+def test_a_page_is_never_much_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages of any length: fewer results are shown, and the page says so."""
+    monkeypatch.setattr(report, "MOST", 60_000)
+    monkeypatch.setattr(contents, "ROWS", 40)
+    long = [Result(f"a/b/fwd/float32/{i + 1}", "mine", "failed", 9000 * "x", run="r", time="1", environment={}) for i in range(40)]
+    (device,) = data_of(report.build(long))["devices"]
+    assert len(device["rows"]) == 5 and device["left_out"] == ["35 of the run's 40 results"]
+
+
+def test_what_to_know_before_numbers_are_believed() -> None:
+    def said(sensors: dict[str, Any], **more: Any) -> str:
+        telemetry = ({"sm_mhz": 1980, "load": 1.0},) * 3 + ({"sm_mhz": 1980, "load": 1.0, **sensors},)
+        fields: dict[str, Any] = {"samples": (1.0, 1.0, 1.01, 1.01), "telemetry": telemetry, "environment": {"threads": "2"}, **more}
+        return " ".join(notes.warnings([Result("a", "b", **fields)]))
+
+    assert said({}) == "" and notes.warnings([Result("a", "b", "failed")]) == []
+    assert said({"throttled": ["SwPowerCap"]}) == "1 time is no plain fact: the GPU throttled (SwPowerCap)."
+    assert (
+        said({"sm_mhz": 1900}) == "1 time is no plain fact: the clock was not locked: it moved by more than 3%."
+        and said({"sm_mhz": 1970}) == ""
+    )
+    assert said({}, marks=("other processes used 1.3 cores",)) == "1 time is no plain fact: other processes used 1.3 cores."
+    assert said({}, samples=(1.0, 1.0, 2.0, 2.0)) == "1 time is no plain fact: times spread by more than ± 20%."
+    assert "faster than the measured roofs allow" in said({}, bytes=4.0, roofs=(2.0, 1.0))
+    assert said({}, reason="noisy") == "1 result: noisy."
+
+
 def test_figures_for_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     History(tmp_path / "h.sqlite").add(history())
-    assert (
-        cli.main(["report", "--db", str(tmp_path / "h.sqlite"), "--out", str(tmp_path / "p.html"), "--plots", str(tmp_path / "plots")]) == 0
-    )
+    paths = ["--db", str(tmp_path / "h.sqlite"), "--out", str(tmp_path / "p.html"), "--plots", str(tmp_path / "plots")]
+    assert cli.main(["report", *paths]) == 0
     made = sorted(p.name for p in (tmp_path / "plots").iterdir())
     assert made == [f"{n}.{k}" for n in ("roofline", "speedups", "sweep-attention-causal-fwd-float32-1x4xNx64") for k in ("png", "svg")]
     assert (tmp_path / "plots" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "plots" / "speedups.svg").read_text()
     assert "attention/causal/fwd/float32/1x4x256x64" in drawn and "times faster than eager" in drawn
     assert str(tmp_path / "p.html") in capsys.readouterr().out
+    assert data_of((tmp_path / "p.html").read_text())["title"] == "fused_attn benchmarks"
+    assert cli.main(["report", *paths[:4], "--title", "Mine & others"]) == 0
+    assert "<h1>Mine &amp; others</h1>" in (tmp_path / "p.html").read_text()
 
 
-@pytest.mark.quick
 def test_a_provider_keeps_its_colour() -> None:
     looks = plots.look(["eager", "sdpa", "fused_attn:cpu", "fused_attn"])
     assert next(iter(looks)) == "fused_attn" and len({colour for colour, _ in looks.values()}) == 4
@@ -151,173 +190,25 @@ def test_a_provider_keeps_its_colour() -> None:
     assert len(set(many.values())) == 8
 
 
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-MISSING = "" if BROWSER and DRIVER else "chromium (or google-chrome) and chromedriver were not both found on PATH"
-_here = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
-
-
-def browser_test(test: Any) -> Any:
-    """A test that talks to a browser, where there is one."""
-    return pytest.mark.peers(_here(test))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory, page: str) -> Iterator[Chrome]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    folder = tmp_path_factory.mktemp("browser")
-    (folder / "page.html").write_text(page, encoding="utf-8")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for switch in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={folder / 'profile'}",
-    ):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    driver.get((folder / "page.html").as_uri())
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def fresh(browser: Chrome) -> Chrome:
-    browser.set_window_size(1200, 900)
-    browser.refresh()
-    return browser
-
-
-def shown(driver: Chrome, column: int) -> list[str]:
-    script = "return [...document.querySelectorAll('#results tbody tr')].filter(r => !r.hidden).map(r => r.cells[arguments[0]].textContent)"
-    texts: list[str] = driver.execute_script(script, column)
-    return texts
-
-
-def find(driver: Chrome, selector: str) -> Any:
-    return driver.find_element("css selector", selector)
-
-
-@browser_test
-def test_no_script_but_ours_runs_and_nothing_is_complained_of(fresh: Chrome) -> None:
-    assert fresh.title == "fused_attn benchmarks, a chip"
-    assert fresh.get_log("browser") == []
-    assert len(shown(fresh, 0)) == 11 and find(fresh, "#count").text == "11 of 11 results"
-
-
-@browser_test
-def test_filters(fresh: Chrome) -> None:
-    from selenium.webdriver.support.ui import Select
-
-    Select(find(fresh, "select[name=provider]")).select_by_visible_text("fused_attn")
-    assert set(shown(fresh, 1)) == {"fused_attn"} and find(fresh, "#count").text == "3 of 11 results"
-    find(fresh, "input[name=search]").send_keys("X1024X")
-    assert shown(fresh, 0) == ["attention/causal/fwd/float32/1x4x1024x64"]
-    headings = [h.text for h in fresh.find_elements("css selector", ".bars h3") if h.is_displayed()]
-    assert headings == ["attention/causal/fwd/float32/1x4x1024x64"], "bars follow the filters, and their headings with them"
-    find(fresh, "button[type=reset]").click()
-    fresh.execute_async_script("setTimeout(arguments[0], 50)")
-    assert len(shown(fresh, 0)) == 11
-
-
-@browser_test
-def test_sorting(fresh: Chrome) -> None:
-    column = report.COLUMNS.index("time")
-    button = fresh.find_elements("css selector", "#results th button")[column]
-
-    def numbers() -> list[float | None]:
-        script = "return [...document.querySelectorAll('#results tbody tr')].map(r => r.cells[arguments[0]].dataset.value ?? null)"
-        return [None if x is None else float(x) for x in fresh.execute_script(script, column)]
-
-    for direction, reverse in (("ascending", False), ("descending", True)):
-        button.click()
-        values = numbers()
-        timed = [v for v in values if v is not None]
-        assert timed == sorted(timed, reverse=reverse) and values[-2:] == [None, None], "what has no time stays last"
-        assert fresh.find_elements("css selector", "#results th")[column].get_attribute("aria-sort") == direction
-    fresh.find_elements("css selector", "#results th button")[1].click()
-    assert shown(fresh, 1) == sorted(shown(fresh, 1), key=str.lower)
-    assert [th.get_attribute("aria-sort") for th in fresh.find_elements("css selector", "#results th")].count("none") == len(
-        report.COLUMNS
-    ) - 1
-
-
-@browser_test
-def test_the_keyboard_reaches_everything(fresh: Chrome) -> None:
-    from selenium.webdriver.common.keys import Keys
-
-    script = "const e = document.activeElement; return e.id || e.name || e.textContent.trim() || e.className"
-    reached, body = [], find(fresh, "body")
-    body.send_keys(Keys.TAB)
-    for _ in range(40):
-        reached.append(fresh.execute_script(script))
-        fresh.switch_to.active_element.send_keys(Keys.TAB)
-    assert reached[:3] == ["Skip to the results", "theme", "search"]
-    assert set(report.COLUMNS) <= set(reached)
-    heading = fresh.find_elements("css selector", "#results th button")[0]
-    heading.send_keys(Keys.ENTER)
-    assert fresh.find_elements("css selector", "#results th")[0].get_attribute("aria-sort") == "ascending"
-    outline = fresh.execute_script("arguments[0].focus(); return getComputedStyle(arguments[0]).outlineStyle", heading)
-    assert outline == "solid"
-
-
-def contrast(driver: Chrome, selector: str) -> float:
-    """WCAG's contrast of an element's text with the page."""
-    found = [
-        driver.execute_script(f"return getComputedStyle(document.querySelector(arguments[0])).{name}", where)
-        for where, name in ((selector, "color"), ("body", "backgroundColor"))
-    ]
-    lights = []
-    for text in found:
-        channels = [int(x) / 255 for x in re.findall(r"\d+", text)[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(lights) + 0.05) / (min(lights) + 0.05)
-
-
-@browser_test
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark(fresh: Chrome, scheme: str) -> None:
-    fresh.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    ground = "return getComputedStyle(document.body).backgroundColor"
-    before = fresh.execute_script(ground)
-    assert (before == "rgb(255, 255, 255)") == (scheme == "light")
-    for selector in ("body", "p", ".wrong td:last-child", ".differs", "figure svg text"):
-        assert contrast(fresh, selector) >= 4.5, selector
-    find(fresh, "#theme").click()
-    assert fresh.execute_script(ground) != before
-    assert contrast(fresh, "p") >= 4.5
-    find(fresh, "#theme").click()
-    assert fresh.execute_script(ground) == before
-
-
-@browser_test
-def test_on_a_phone(fresh: Chrome) -> None:
-    """360 CSS pixels wide: the page itself does not scroll sideways, tables do."""
-    fresh.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
-    try:
-        width = fresh.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-        assert width == [360, 360]
-        assert fresh.execute_script("const s = document.querySelector('#results .scroll'); return s.scrollWidth > s.clientWidth")
-        sizes = fresh.execute_script(
-            "return [...document.querySelectorAll('p, td, .bar, h3')].map(e => parseFloat(getComputedStyle(e).fontSize))"
-        )
-        assert min(sizes) >= 13
-    finally:
-        fresh.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-@pytest.mark.quick
 def test_runs_are_told_apart() -> None:
-    results = history()
-    assert "run run03" in report.build(results, "run03")
-    other = [replace(r, run="other", time="2027", environment={**ENVIRONMENT, "device": "another"}) for r in results[:3]]
-    assert "The first run on this device" in report.build([*results, *other])
+    device = data_of(report.build(history(), "run03"))["devices"][0]
+    assert device["runs"][device["run"]]["id"] == "run03"
+    assert data_of(report.build(history(), "gpu0"))["devices"][0]["name"] == "another", "the run's device comes first"
+
+
+def test_a_part_of_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What other commands are asked for as well: the newest runs, a time, cases; and one run by name."""
+    History(tmp_path / "h.sqlite").add(history())
+    paths = ["--db", str(tmp_path / "h.sqlite"), "--out", str(tmp_path / "p.html")]
+
+    def shown(*options: str) -> tuple[list[str], set[str]]:
+        assert cli.main(["report", *paths, *options]) == 0
+        devices = data_of((tmp_path / "p.html").read_text())["devices"]
+        return [run["id"] for device in devices for run in device["runs"]], {row["cells"][0] for row in devices[0]["rows"]}
+
+    assert shown("--last", "2")[0] == ["run18", "run19"]
+    assert shown("--since", "2026-01-19")[0] == ["run18", "run19"]
+    assert shown("--case", "*x512x*")[1] == {"attention/causal/fwd/float32/1x4x512x64"}
+    assert shown("--run", "latest") == shown("--run", "run19") == shown()
+    assert cli.main(["report", *paths, "--run", "none"]) == 2
+    assert "the run must be latest or one of the history's" in capsys.readouterr().err

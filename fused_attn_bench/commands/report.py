@@ -1,4 +1,4 @@
-"""Write a run and its history as one HTML page, and on request its figures as PNG and SVG."""
+"""Write runs and their history as one HTML page, and on request a run's figures as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ from pathlib import Path
 
 from fused_attn_bench import plots, report
 from fused_attn_bench.commands import selection
+from fused_attn_bench.results import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, where to."""
-    parser.add_argument("--run", metavar="ID", help="default: the newest")
+    parser.add_argument("--run", dest="shown", metavar="ID", help="default: the newest; of every other device it is the newest")
+    parser.add_argument("--title", metavar="TEXT", help="of the page (default: the project's)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.html"), metavar="FILE.html", help="default: benchmarks.html")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the figures there as well")
+    selection.add_filter(parser, runs=False)
     selection.add_history(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0."""
-    history = selection.history(args).results()
-    args.out.write_text(report.build(history, args.run), encoding="utf-8")
+    history, project, only = selection.history(args), args.project, selection.filtered(args)
+    run_id = history.named(args.shown, compared=False) if args.shown else None
+    # One at a time: raw samples of all runs together may not fit in memory.
+    results = (record for record in history.each(only) if isinstance(record, Result))
+    page = report.build(results, run_id, history.comparisons(only), title=args.title or project.title, program=project.program)
+    args.out.write_text(page, encoding="utf-8")
     print(f"page written to {args.out}")
     if args.plots is not None:
-        run_id = args.run or history[-1].run
-        for path in plots.save([r for r in history if r.run == run_id], args.plots):
+        for path in plots.save(history.results(run_id or history.runs()[-1]), args.plots):
             print(f"figure written to {path}")
     return 0

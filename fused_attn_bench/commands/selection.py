@@ -36,6 +36,7 @@ def history(args: argparse.Namespace, writes: bool = False) -> History:
     """
     path = args.db or default_path()
     opened = History(path, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    args.opened.callback(opened.close)
     print(f"history: {path}", file=sys.stderr)
     if writes:
         opened.must_be_writable()
