@@ -266,7 +266,7 @@ class _StandIn:
 def test_timers_belong_to_devices() -> None:
     assert timers.make("auto", CPU).name == "wall"
     for name, device in (("events", "cpu"), ("graph", "cpu"), ("wall", "cuda")):
-        with pytest.raises(ValueError, match="events or graph on a GPU"):
+        with pytest.raises(ValueError, match="events, graph or proton on a GPU"):
             timers.make(name, torch.device(device))
 
 
