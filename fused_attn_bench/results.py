@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import mmap
 import os
+import secrets
 import sqlite3
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
@@ -165,6 +167,12 @@ class Compared:
     time: str = ""
     timer: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def new_run() -> tuple[str, str]:
+    """An id for a run that begins now, and the time in UTC."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", now.isoformat(timespec="seconds")
 
 
 def machine(environment: Mapping[str, str], timer: str) -> tuple[str, ...]:

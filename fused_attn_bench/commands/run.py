@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from fused_attn_bench.commands import selection
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.project import Project
-from fused_attn_bench.results import Result, export
+from fused_attn_bench.results import Result, export, new_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +64,10 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, proj
     """The results of each case as soon as it is done, stamped with the run and the environment; beside so many busy processes."""
     from tqdm import tqdm
 
-    now = datetime.datetime.now(datetime.timezone.utc)
+    run, time = new_run()
     stamp = {
-        "run": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-        "time": now.isoformat(timespec="seconds"),
+        "run": run,
+        "time": time,
         "timer": setup.timer,
         "environment": describe(setup.device, project.repository, beside),
     }
