@@ -57,10 +57,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """On the time, or the status of a side that has none."""
+        """On the time; the status of a side that has none; "right" where only that is known."""
         if self.difference is not None:
             return self.difference.verdict
-        return next(r.status for r in (self.b, self.a) if r.status != "ok")
+        return next((r.status for r in (self.b, self.a) if r.status != "ok"), "right")
 
     @property
     def worse(self) -> dict[str, str]:
@@ -78,7 +78,7 @@ class Comparison:
     def words(self) -> str:
         """The whole verdict."""
         if self.difference is None:
-            return f"{self.verdict}: {self.reason}"
+            return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
         return ", ".join((self.difference.text, *self.worse))
 
     @property
