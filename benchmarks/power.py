@@ -1,4 +1,4 @@
-"""How often compare is wrong, and how often it sees what is there: ``python -m fused_attn_bench.power --out FILE`` (the figures of docs/benchmarking.md).
+"""How often compare is wrong, and how often it sees what is there: ``python -m benchmarks.power --out FILE`` (the figures of docs/benchmarking.md).
 
 Identical code is compared with itself, and with itself made slower by a known amount, again and again, with the settings that compare
 has by default but for the time spent on each case. Each comparison is one that a user could have made; nothing is retried or left out.
@@ -20,14 +20,15 @@ import torch
 import benchmarks.providers  # noqa: F401  (declares the operations)
 from benchmarks.project import PROJECT, ROOT
 from fused_attn_bench.case import Case
-from fused_attn_bench.compare import HERE, Commits, Providers, Sides, compare
+from fused_attn_bench.compare import Plan, compare
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup
+from fused_attn_bench.sides import HERE, Commits, Providers, Sides
 from fused_attn_bench.significance import FASTER, SAME, SLOWER
 from fused_attn_bench.text import table
 
 CASES = ("attention/causal/fwd/float32/1x4x512x64", "attention/plain/fwd+bwd/float32/1x4x512x64", "softmax/masked/fwd/float32/2x4x512x1024")
-LAUNCHES = 8
+PLAN = Plan()
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def run(times: int, seconds: float, out: Path) -> list[Tally]:
     plan = sorted(((i / (times * e.share), e, t) for e, t in pairs for i in range(round(times * e.share))), key=lambda entry: entry[0])
     for done, (_, experiment, tally) in enumerate(plan, 1):
         with _sides(experiment, setup) as sides:
-            for c in compare(sides, cases, setup, LAUNCHES):
+            for c in compare(sides, cases, setup, PLAN):
                 tally.verdicts.append(c.verdict)
                 tally.percents += [c.difference.percent] if c.difference is not None else []
-        content: dict[str, Any] = {"environment": describe(setup.device, ROOT), "seconds": seconds, "launches": LAUNCHES, "cases": CASES}
+        content: dict[str, Any] = {"environment": describe(setup.device, ROOT), "seconds": seconds, "launches": PLAN.looks, "cases": CASES}
         out.write_text(json.dumps(content | {"experiments": [vars(t) for t in tallies]}, indent=1) + "\n")
         print(f"{done} of {len(plan)}", end="\r", file=sys.stderr, flush=True)
     return tallies
@@ -105,7 +106,7 @@ def _sides(experiment: Experiment, setup: Setup) -> AbstractContextManager[Sides
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0."""
-    parser = argparse.ArgumentParser(prog="python -m fused_attn_bench.power", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.power", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every verdict, as JSON")
     parser.add_argument("--times", type=int, default=20, help="comparisons per planted change; identical code more often (default 20)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing per case (default 3)")

@@ -6,14 +6,13 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from fused_attn_bench.case import Case
-from fused_attn_bench.compare import Progress, Separate, compare_launches
-from fused_attn_bench.harness import Setup
+from fused_attn_bench.compare import Comparison, Launches, Plan, later, ratio, timed, typical
 from fused_attn_bench.results import Result, ResultsError, machine
-from fused_attn_bench.significance import SLOWER, Difference
+from fused_attn_bench.significance import differences, group, of_change
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,9 @@ class Entry:
         provider: what is watched.
         reference: what it is measured in turns with.
         ratios: log of time / reference's time, one median per launch: launches differ by more than what happens within one.
+        hosts: seconds that its calls return later than the reference's, per launch; empty where that is the time itself.
+        peak: bytes of peak memory.
+        error, plain_error: distance from float64, and that of plain torch.
         timer: what took the samples.
         environment: see ``environment.describe``.
     """
@@ -33,6 +35,10 @@ class Entry:
     provider: str
     reference: str
     ratios: tuple[float, ...]
+    hosts: tuple[float, ...] = ()
+    peak: int | None = None
+    error: float | None = None
+    plain_error: float | None = None
     timer: str = "wall"
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -66,10 +72,13 @@ def read(path: Path) -> list[Entry]:
     for number, line in enumerate(lines, 1):
         try:
             known = json.loads(line)
-            entry = Entry(**{f.name: known[f.name] for f in fields(Entry)} | {"ratios": tuple(known["ratios"])})
+            needed = {f.name: known[f.name] for f in fields(Entry) if f.name in known or f.default is f.default_factory is MISSING}
+            entry = Entry(**needed | {name: tuple(known.get(name, ())) for name in ("ratios", "hosts")})
             Case.parse(entry.case)
-            if len(entry.ratios) < 2 or not all(isinstance(x, float) and math.isfinite(x) for x in entry.ratios):
+            if len(entry.ratios) < 2 or not all(isinstance(x, float) and math.isfinite(x) for x in (*entry.ratios, *entry.hosts)):
                 raise ValueError("ratios must be two numbers or more")
+            if not all(x is None or isinstance(x, (int, float)) for x in (entry.peak, entry.error, entry.plain_error)):
+                raise ValueError("peak memory and errors must be numbers")
         except (ValueError, TypeError, KeyError) as error:
             raise ResultsError(f"{path}, line {number} must hold one entry of a baseline; got {line[:60]!r} ({error}).") from None
         entries.append(entry)
@@ -78,44 +87,60 @@ def read(path: Path) -> list[Entry]:
     return entries
 
 
-def measure(pair: Separate, cases: Sequence[Case], setup: Setup, launches: int, progress: Progress) -> list[tuple[Result, Entry | None]]:
-    """The provider's last result on each case, and its entry; None where it or the reference has no time.
-
-    Args:
-        pair: reference and provider, in a new process for each launch: within one process launches are more alike than two days are.
-        cases: on what.
-        setup: how; its seconds are shared by the launches.
-        launches: fresh starts of both.
-        progress: told of every case before it is measured.
-    """
-    reference, provider = pair.labels
-    measured = compare_launches(pair, cases, setup, launches, progress)
-    found: list[tuple[Result, Entry | None]] = []
-    for case, ((a, b), blocks) in measured.items():
-        timed = a.status == b.status == "ok"
-        ratios = tuple(statistics.median(launch) for launch in blocks) if timed else ()
-        found.append(
-            (
-                b if a.status == "ok" else replace(b, status=a.status, reason=f"{reference}: {a.reason}"),
-                Entry(case.name, provider, reference, ratios, setup.timer) if timed else None,
-            )
+def watched(found: Launches) -> dict[Case, Result]:
+    """The watched provider's side of each case; where the reference has no time, that is what it is said to be."""
+    results = {}
+    for case, pairs in found.items():
+        a, b = pairs[-1]
+        results[case] = (
+            typical([pair[1] for pair in pairs]) if a.status == "ok" else replace(b, status=a.status, reason=f"{a.provider}: {a.reason}")
         )
-    return found
+    return results
 
 
-def difference(old: Entry, new: Entry) -> Difference:
-    """How much longer it takes now; the spread between launches on both sides is the error bar.
+def entries(found: Launches, timer: str, environment: Mapping[str, str]) -> dict[str, Entry]:
+    """An entry for each case that has times, by its name."""
+    made = {}
+    for case, pairs in found.items():
+        if not all(map(timed, pairs)):
+            continue
+        reference, b = pairs[-1][0].provider, typical([pair[1] for pair in pairs])
+        hosts = tuple(map(later, pairs)) if all(r.host for pair in pairs for r in pair) else ()
+        ratios = tuple(map(ratio, pairs))
+        made[case.name] = Entry(case.name, b.provider, reference, ratios, hosts, b.peak, b.error, b.plain_error, timer, environment)
+    return made
 
-    Yuen's test: a fifth of the launches is left out at each end, for one that other work on the machine spoiled.
+
+def judged(old: Mapping[str, Entry], found: Launches, plan: Plan) -> list[Comparison]:
+    """What was measured against a baseline: A is the baseline, times are multiples of the reference's.
+
+    The spread between launches on both sides is the error bar.
     """
-    from scipy import stats
-
-    test = stats.ttest_ind(new.ratios, old.ratios, equal_var=False, trim=0.2)
-    low, high = test.confidence_interval(0.95)
-    effect = float(stats.trim_mean(new.ratios, 0.2) - stats.trim_mean(old.ratios, 0.2))
-    return Difference(effect, float(low), float(high), float(test.pvalue), len(new.ratios), floor=0.0)
-
-
-def is_slower(found: Difference, limit: float) -> bool:
-    """At least the limit, a fraction, and beyond the spread between launches."""
-    return found.verdict == SLOWER and found.percent >= 100 * limit
+    new = entries(found, "", {})
+    results = {case.name: result for case, result in watched(found).items()}
+    pairs = {name: (old[name], new[name]) for name in new if name in old}
+    hosts = {name: (a.hosts, b.hosts) for name, (a, b) in pairs.items() if a.hosts and b.hosts}
+    times, starts = differences(
+        [
+            [of_change(a.ratios, b.ratios, **plan.bounds(name)) for name, (a, b) in pairs.items()],
+            [of_change(*both) for both in hosts.values()],
+        ],
+        len(plan.looks),
+    )
+    host = dict(zip(hosts, starts, strict=True))
+    compared = []
+    by_case = dict(zip(pairs, times, strict=True))
+    for name, result in results.items():
+        before = old.get(name)
+        a = (
+            Result(name, result.provider)
+            if before is None
+            else replace(result, status="ok", reason="", peak=before.peak, error=before.error)
+        )
+        difference = by_case.get(name)
+        shown: tuple[float | None, float | None] = (None, None)
+        if difference is not None:
+            now = group(new[name].ratios).mean
+            shown = (math.exp(now - difference.effect), math.exp(now))
+        compared.append(Comparison(name, a, result, difference, shown, host.get(name), plan.rules(name)))
+    return compared

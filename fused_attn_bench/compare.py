@@ -1,30 +1,39 @@
-"""A against B: two providers in one process, two commits in turns, or a run against earlier ones."""
+"""A against B: launch after launch until every case is decided, or a run against earlier ones."""
 
 from __future__ import annotations
 
 import functools
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+from fused_attn_bench import codes
 from fused_attn_bench.case import Case
-from fused_attn_bench.harness import Contestant, Local, Setup, contest
-from fused_attn_bench.history import History
-from fused_attn_bench.judge import Judge
-from fused_attn_bench.operation import problem_of
-from fused_attn_bench.problem import Problem
-from fused_attn_bench.project import Project
-from fused_attn_bench.results import Result
-from fused_attn_bench.significance import SLOWER, UNCALIBRATED, Difference, against, blocks, corrected, difference, noise_floor
-from fused_attn_bench.worker import Process, Remote
+from fused_attn_bench.changes import Series
+from fused_attn_bench.harness import Setup, contest
+from fused_attn_bench.history import Filter, History
+from fused_attn_bench.limits import Limits, Rules
+from fused_attn_bench.results import Compared, Result
+from fused_attn_bench.sides import Sides
+from fused_attn_bench.significance import (
+    SLOWER,
+    UNCALIBRATED,
+    UNDECIDED,
+    Difference,
+    blocks,
+    differences,
+    kept,
+    looks,
+    of_latest,
+    of_mean,
+    until_decided,
+)
 
-# Instead of a commit: the checkout as it is, with what is not committed yet.
-HERE = "."
 Progress = Callable[[str], None]
+Pair = tuple[Result, Result]
+Launches = dict[Case, list[Pair]]
 
 
 @dataclass(frozen=True)
@@ -33,20 +42,46 @@ class Comparison:
 
     Args:
         case: its name.
-        a, b: the last result of each side.
+        a, b: the last result of each side; peak memory and error are medians over the launches.
         difference: None where a side has no time.
+        times: what was tested, so that their ratio is the effect.
+        host: how many seconds later B's calls return; None where that is the time itself.
+        limits: what is too much.
     """
 
     case: str
     a: Result
     b: Result
     difference: Difference | None = None
+    times: tuple[float | None, float | None] = (None, None)
+    host: Difference | None = None
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def verdict(self) -> str:
+        """On the time; the status of a side that has none; "right" where only that is known."""
         if self.difference is not None:
             return self.difference.verdict
-        return next(r.status for r in (self.b, self.a) if r.status != "ok")
+        return next((r.status for r in (self.b, self.a) if r.status != "ok"), "right")
+
+    @property
+    def worse(self) -> dict[str, str]:
+        """In what B is worse than A beside its time, and by how much: "heavier", "later", "less exact"."""
+        if self.difference is None:
+            return {}
+        found = {
+            "heavier": self.limits.heavier(self.a.peak, self.b.peak),
+            "later": self.limits.later(self.host.effect) if self.host is not None and self.host.confirmed else "",
+            "less exact": self.limits.less_exact(self.a.error, self.b.error, self.b.plain_error),
+        }
+        return {word: text for word, text in found.items() if text}
+
+    @property
+    def words(self) -> str:
+        """The whole verdict."""
+        if self.difference is None:
+            return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
+        return ", ".join((self.difference.text, *self.worse))
 
     @property
     def reason(self) -> str:
@@ -54,221 +89,192 @@ class Comparison:
         return "; ".join(f"{r.provider}: {r.reason}" for r in (self.a, self.b) if r.status != "ok")
 
     @property
-    def remark(self) -> str:
-        """That one provider ran different backends, as when only one of two commits has its library built; empty when it did not."""
-        same = self.a.provider.partition("@")[0] == self.b.provider.partition("@")[0]
-        if not same or self.a.backend == self.b.backend or self.difference is None:
-            return ""
-        return f"{self.case}: {self.a.provider} ran {self.a.backend}, {self.b.provider} {self.b.backend}"
-
-
-class Sides(Protocol):
-    """Two sides that can be measured against each other; one launch is a fresh start of both."""
+    def remarks(self) -> list[str]:
+        """What else is to be known: what B is worse in, and that one provider ran different backends, as when only one of two commits has its library built."""
+        found = [f"{self.case}: {word}: {text}" for word, text in self.worse.items()]
+        if self._one_provider and self.a.backend != self.b.backend and self.difference is not None:
+            found.append(f"{self.case}: {self.a.provider} ran {self.a.backend}, {self.b.provider} {self.b.backend}")
+        return found
 
     @property
-    def labels(self) -> tuple[str, str]:
-        """What they are called."""
+    def _one_provider(self) -> bool:
+        return self.a.provider.partition("@")[0] == self.b.provider.partition("@")[0]
 
     @property
-    def calibrations(self) -> tuple[str, str]:
-        """What their noise floors are kept under."""
+    def code(self) -> int:
+        """The exit code that it asks for; see ``codes``."""
+        statuses = (self.a.status, self.b.status)
+        if "failed" in statuses:
+            return codes.CRASHED
+        if self.b.status == "wrong":
+            return codes.WORSE
+        if self.b.status == "refused":
+            return codes.WORSE if self._one_provider and self.a.status == "ok" else codes.GOOD
+        if self.difference is None:
+            return codes.GOOD if self.a.status == "refused" else codes.UNDECIDED
+        if self.worse or (self.verdict == SLOWER and self.difference.effect >= self.difference.limit):
+            return codes.WORSE
+        return codes.UNDECIDED if self.verdict == UNDECIDED else codes.GOOD
 
-    def launch(self) -> AbstractContextManager[Callable[[Case, int], Contestant]]:
-        """A context in which ``make(case, side)`` gives contestants."""
-
-
-@dataclass
-class Providers:
-    """Two providers in this process: the same tensors for both, new ones in each launch."""
-
-    labels: tuple[str, str]
-    setup: Setup
-    judges: dict[Case, Judge] = field(default_factory=dict)
-
-    @property
-    def calibrations(self) -> tuple[str, str]:
-        return self.labels
-
-    @contextmanager
-    def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
-        """New tensors for every case."""
-        problems: dict[Case, Problem] = {}
-
-        def make(case: Case, side: int) -> Contestant:
-            if case not in problems:
-                problems.clear()
-                problems[case] = problem_of(case, self.setup.device)
-            if case not in self.judges:
-                self.judges[case] = problems[case].judge()
-            return Local(self.labels[side], problems[case], self.judges[case], self.setup)
-
-        yield make
+    def kept(self, **stamp: Any) -> Compared:
+        """As the history keeps it; ``stamp`` has run, time, timer and environment."""
+        d = self.difference
+        known: dict[str, Any] = {} if d is None else {"effect": d.effect, "launches": d.launches}
+        if d is not None and math.isfinite(d.smallest):
+            known |= {"low": d.low, "high": d.high, "p": d.p, "smallest": d.smallest}
+        text = "; ".join(filter(None, (self.reason, *self.remarks)))
+        return Compared(self.case, self.a.provider, self.b.provider, self.verdict, text, self.times, **known, **stamp)
 
 
-@dataclass
-class Separate:
-    """Two providers together in a process of their own, a new one in each launch: their ratio as another day's run would find it."""
-
-    labels: tuple[str, str]
-    setup: Setup
-    project: Project
-    load: Sequence[Path] = ()
-
-    @property
-    def calibrations(self) -> tuple[str, str]:
-        return self.labels
-
-    @contextmanager
-    def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
-        """A new process."""
-        with closing(Process(self.project.repository, "the measuring", self.project, self.load)) as process:
-            yield lambda case, side: Remote(process, case, self.labels[side], self.setup, side)
+def code(comparisons: Sequence[Comparison]) -> int:
+    """The exit code of a run: the worst of its cases; undecided where nothing could be compared."""
+    found = {c.code for c in comparisons}
+    if not any(c.difference is not None for c in comparisons):
+        found.add(codes.UNDECIDED)
+    return next((code for code in (codes.WORSE, codes.CRASHED, codes.UNDECIDED) if code in found), codes.GOOD)
 
 
-@dataclass
-class Commits:
-    """One provider built from two commits, each in a worktree and, in each launch, in a new process.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what was measured until then."""
+
+    def __init__(self, comparisons: list[Comparison]) -> None:
+        super().__init__()
+        self.comparisons = comparisons
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure, and what to hold it to.
 
     Args:
-        commits: names that git knows.
-        provider: what is measured.
-        setup: how.
-        project: whose commits.
-        build: whether native code for a GPU is built in each worktree first.
-        load: Python files that declare operations; each side takes those of its commit.
+        launches: fresh starts of both sides, after which is looked for the first time.
+        most: launches of a case that stays undecided.
+        rules: the limits of each case.
+        floor: the noise floor of each case, a log ratio.
     """
 
-    commits: tuple[str, str]
-    provider: str
-    setup: Setup
-    project: Project
-    build: bool = False
-    load: Sequence[Path] = ()
+    launches: int = 8
+    most: int = 24
+    rules: Rules = field(default_factory=Rules)
+    floor: Callable[[str], float] = lambda case: UNCALIBRATED
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.launches <= self.most:
+            raise ValueError(f"there must be at least one launch, and no more than the most launches; got {self.launches} and {self.most}")
 
     @property
-    def labels(self) -> tuple[str, str]:
-        return (f"{self.provider}@{self.commits[0]}", f"{self.provider}@{self.commits[1]}")
+    def looks(self) -> list[int]:
+        return looks(self.launches, self.most)
 
-    @property
-    def calibrations(self) -> tuple[str, str]:
-        return (f"{self.provider}@", f"{self.provider}@")
-
-    def __enter__(self) -> Commits:
-        self.stack = ExitStack()
-        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fused-attn-bench-")))
-        root = self.project.repository
-        try:
-            self.trees = [self.stack.enter_context(_worktree(root, commit, folder / str(i))) for i, commit in enumerate(self.commits)]
-            for tree in self.trees:
-                self.project.build(tree, self.build)
-        except BaseException:
-            self.stack.close()
-            raise
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.stack.close()
-
-    @contextmanager
-    def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
-        """Two new processes."""
-        with ExitStack() as stack:
-            processes = [Process(tree, label, self.project, self.load) for tree, label in zip(self.trees, self.labels, strict=True)]
-            for process in processes:
-                stack.callback(process.close)
-            yield lambda case, side: Remote(processes[side], case, self.provider, self.setup)
+    def bounds(self, case: str) -> dict[str, float]:
+        """Of an effect on the case: floor and limit, log ratios."""
+        return {"floor": self.floor(case), "limit": math.log1p(self.rules(case).time)}
 
 
-@contextmanager
-def _worktree(root: Path, commit: str, path: Path) -> Iterator[Path]:
-    if commit == HERE:
-        yield root
-        return
-    git(root, "worktree", "add", "--detach", "--quiet", str(path), commit)
-    try:
-        yield path
-    finally:
-        git(root, "worktree", "remove", "--force", str(path))
-
-
-def git(root: Path, *arguments: str) -> str:
-    """What git prints in a repository.
-
-    Raises:
-        ValueError: git's own message.
-    """
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise ValueError(f"commits are compared with git, which must be installed; got: {error}") from None
-    if done.returncode:
-        raise ValueError(f"git {arguments[0]} must succeed in {root}; it says: {done.stderr.strip() or done.returncode}")
-    return done.stdout.strip()
-
-
-def is_commit(root: Path, name: str) -> bool:
-    """Whether git knows the name as a commit of the repository."""
-    try:
-        git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    except ValueError:
-        return False
-    return True
-
-
-Launches = dict[Case, tuple[tuple[Result, Result], list[list[float]]]]
-
-
-def compare(sides: Sides, cases: Sequence[Case], setup: Setup, launches: int, progress: Progress = lambda text: None) -> list[Comparison]:
-    """Every case in every launch; who begins alternates. The p-values allow for the number of cases.
+def compare(sides: Sides, cases: Sequence[Case], setup: Setup, plan: Plan, progress: Progress = lambda text: None) -> list[Comparison]:
+    """Every case in every launch; who begins alternates. Cases that are undecided after the planned launches get more.
 
     Args:
         sides: what is compared.
         cases: on what.
-        setup: how; its seconds are shared by the launches.
-        launches: fresh starts of both sides.
+        setup: how; its seconds are shared by the planned launches.
+        plan: how often, and what to hold it to.
         progress: told of every case before it is measured.
+
+    Raises:
+        Interrupted: Ctrl-C; it has what was measured until then.
     """
-    measured = compare_launches(sides, cases, setup, launches, progress).items()
-    return _corrected([Comparison(case.name, *last, difference(blocks) if _timed(last) else None) for case, (last, blocks) in measured])
+    return decide(sides, cases, setup, plan, lambda found: judged(found, plan), progress)
 
 
-def compare_launches(sides: Sides, cases: Sequence[Case], setup: Setup, launches: int, progress: Progress) -> Launches:
-    """For each case the last result of both sides, and the blocks of each launch; see ``compare``."""
-    if launches < 1:
-        raise ValueError(f"there must be at least one launch; got {launches}")
-    each = replace(setup, seconds=setup.seconds / launches)
-    found: Launches = {}
-    for launch in range(launches):
-        with sides.launch() as make:
-            for case in cases:
-                if case in found and not _timed(found[case][0]):
-                    continue
-                progress(f"{case.name}, launch {launch + 1} of {launches}")
-                order = (0, 1) if launch % 2 == 0 else (1, 0)
-                results = contest(case, {str(side): functools.partial(make, case, side) for side in order}, each)
-                a, b = (replace(results[order.index(side)], provider=sides.labels[side]) for side in (0, 1))
-                earlier = found[case][1] if case in found else []
-                found[case] = ((a, b), [*earlier, blocks(a.samples, b.samples)] if _timed((a, b)) else [])
-    return found
+def decide(
+    sides: Sides, cases: Sequence[Case], setup: Setup, plan: Plan, judge: Callable[[Launches], list[Comparison]], progress: Progress
+) -> list[Comparison]:
+    """As ``compare``, with another judge of what the launches say."""
+    each, found, by_name = replace(setup, seconds=setup.seconds / plan.launches), Launches(), {case.name: case for case in cases}
+
+    def measure(pending: list[str], until: int) -> None:
+        for launch in range(until):
+            waiting = [c for name in pending if len(found.get(c := by_name[name], ())) <= launch and all(map(timed, found.get(c, ())))]
+            if not waiting:
+                continue
+            with sides.launch() as make:
+                for case in waiting:
+                    progress(f"{case.name}, launch {launch + 1} of {until}")
+                    order = (0, 1) if launch % 2 == 0 else (1, 0)
+                    results = contest(case, {str(side): functools.partial(make, case, side) for side in order}, each)
+                    a, b = (replace(results[order.index(side)], provider=sides.labels[side]) for side in (0, 1))
+                    found.setdefault(case, []).append((a, b))
+
+    try:
+        until_decided(list(by_name), plan.looks, measure, lambda: {c.case: c.verdict for c in judge(found)})
+    except KeyboardInterrupt:
+        raise Interrupted(judge(found)) from None
+    return judge(found)
 
 
-def _timed(results: tuple[Result, Result]) -> bool:
-    return all(r.status == "ok" for r in results)
+def timed(pair: Pair) -> bool:
+    """Whether both sides have times."""
+    return all(r.status == "ok" for r in pair)
 
 
-def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    differences = iter(corrected([c.difference for c in comparisons if c.difference is not None]))
-    return [replace(c, difference=next(differences)) if c.difference is not None else c for c in comparisons]
+def judged(found: Launches, plan: Plan) -> list[Comparison]:
+    """Both sides of each launch against each other."""
+    complete = {case: pairs for case, pairs in found.items() if all(map(timed, pairs))}
+    ratios = {case: [ratio(pair) for pair in pairs] for case, pairs in complete.items()}
+    hosts = {case: [later(pair) for pair in pairs] for case, pairs in complete.items() if all(r.host for pair in pairs for r in pair)}
+    times, starts = differences(
+        [[of_mean(values, **plan.bounds(case.name)) for case, values in ratios.items()], [of_mean(values) for values in hosts.values()]],
+        len(plan.looks),
+    )
+    by_case, host = dict(zip(ratios, times, strict=True)), dict(zip(hosts, starts, strict=True))
+    comparisons = []
+    for case, pairs in found.items():
+        if case not in by_case:
+            comparisons.append(Comparison(case.name, *pairs[-1]))
+            continue
+        a, b = (typical([pair[side] for pair in pairs]) for side in (0, 1))
+        shown = levels(pairs, ratios[case])
+        comparisons.append(Comparison(case.name, a, b, by_case[case], shown, host.get(case), plan.rules(case.name)))
+    return comparisons
 
 
-def with_floors(comparisons: Sequence[Comparison], sides: Sides, history: History, machine: tuple[str, ...]) -> list[Comparison]:
-    """The same with the noise floors that ``calibrate`` found; the larger of the two sides' counts."""
-    floored = []
-    for c in comparisons:
-        known = [f for name in set(sides.calibrations) if (f := history.floor(machine, c.case, name)) is not None]
-        floor = max(known, default=UNCALIBRATED)
-        floored.append(replace(c, difference=replace(c.difference, floor=floor)) if c.difference is not None else c)
-    return floored
+def ratio(pair: Pair) -> float:
+    """Log of the ratio of times B / A in one launch."""
+    return statistics.median(blocks(pair[0].samples, pair[1].samples))
+
+
+def later(pair: Pair) -> float:
+    """Seconds that B's calls need more until they return."""
+    return statistics.median(pair[1].host) - statistics.median(pair[0].host)
+
+
+def levels(pairs: Sequence[Pair], ratios: Sequence[float]) -> tuple[float, float]:
+    """Times of A and B over the launches that the test takes; half of a launch's ratio on each side of its middle."""
+    used = kept(ratios)
+    middles = [statistics.median([math.log(x * y) / 2 for x, y in zip(a.samples, b.samples, strict=True)]) for a, b in pairs]
+    middle, half = (statistics.fmean(values[i] for i in used) for values in (middles, [r / 2 for r in ratios]))
+    return math.exp(middle - half), math.exp(middle + half)
+
+
+def typical(results: Sequence[Result]) -> Result:
+    """The last of several, with the medians of peak memory and error."""
+    peaks, errors = [r.peak for r in results if r.peak is not None], [r.error for r in results if r.error is not None]
+    return replace(
+        results[-1],
+        peak=int(statistics.median(peaks)) if peaks else None,
+        error=statistics.median(errors) if errors else None,
+    )
+
+
+def floors(sides: Sides, history: History, machine: tuple[str, ...]) -> Callable[[str], float]:
+    """The noise floors that ``calibrate`` found, case by case; the larger of the two sides' counts."""
+
+    def floor(case: str) -> float:
+        known = (history.floor(machine, case, name) for name in set(sides.calibrations))
+        return max((f for f in known if f is not None), default=UNCALIBRATED)
+
+    return floor
 
 
 def described(comparisons: Sequence[Comparison], environment: Mapping[str, str]) -> list[Comparison]:
@@ -276,37 +282,33 @@ def described(comparisons: Sequence[Comparison], environment: Mapping[str, str])
     return [replace(c, a=replace(c.a, environment=environment), b=replace(c.b, environment=environment)) for c in comparisons]
 
 
-def calibrate(sides: Sides, cases: Sequence[Case], setup: Setup, launches: int, times: int, progress: Progress) -> dict[str, float]:
-    """Noise floors of cases: identical sides compared ``times`` times."""
-    effects: dict[str, list[float]] = {case.name: [] for case in cases}
-    for _ in range(times):
-        for c in compare(sides, cases, setup, launches, progress):
-            if c.difference is not None:
-                effects[c.case].append(c.difference.effect)
-    return {case: noise_floor(seen) for case, seen in effects.items() if seen}
-
-
-def with_history(history: History, run: str) -> list[Comparison]:
+def with_history(history: History, run: str, rules: Rules | None = None) -> list[Comparison]:
     """A run against those before it on the same machine, case by case and provider by provider."""
-    results = history.results()
-    judged = [r for r in results if r.run == run]
-    first = min((r.time for r in judged), default="")
-    comparisons = []
-    for latest in judged:
-        if latest.status == "refused":
+    rules, run_results = rules or Rules(), history.results(run)
+    first = min((r.time for r in run_results), default="")
+    earlier_ones: dict[Series, list[Result]] = {}
+    for r in history.results(only=Filter(cases=tuple(dict.fromkeys(r.case for r in run_results)))):
+        if r.time < first and r.median is not None:
+            earlier_ones.setdefault((r.machine, r.case, r.provider), []).append(r)
+    found: list[tuple[Comparison, list[float]]] = []
+    for latest in run_results:
+        before = earlier_ones.get((latest.machine, latest.case, latest.provider), [])
+        if latest.status == "refused" or (latest.median is None and not before):
             continue
-        same = [r for r in results if (r.machine, r.case, r.provider) == (latest.machine, latest.case, latest.provider)]
-        before = [r for r in same if r.time < first and r.median is not None]
-        name = f"{len(before)} earlier runs"
-        found = None
-        if latest.median is not None:
-            floor = history.floor(latest.machine, latest.case, latest.provider)
-            found = against([r.median for r in before if r.median], latest.median, UNCALIBRATED if floor is None else floor)
-        comparisons.append(Comparison(latest.case, replace(before[-1] if before else latest, provider=name), latest, found))
-    return _corrected(comparisons)
+        medians = [r.median for r in before if r.median]
+        earlier = replace(typical(before) if before else latest, provider=f"{len(before)} earlier runs")
+        found.append((Comparison(latest.case, earlier, latest, limits=rules(latest.case)), medians))
+    contrasts = {}
+    for i, (c, medians) in enumerate(found):
+        if c.b.median is not None:
+            floor = history.floor(c.b.machine, c.case, c.b.provider)
+            bounds = {"floor": UNCALIBRATED if floor is None else floor, "limit": math.log1p(c.limits.time)}
+            contrasts[i] = of_latest(medians, c.b.median, **bounds)
+    (tested,) = differences([list(contrasts.values())])
+    by_place = dict(zip(contrasts, tested, strict=True))
+    return [replace(c, difference=by_place.get(i), times=_around(c, by_place.get(i))) for i, (c, _) in enumerate(found)]
 
 
-def regressions(comparisons: Sequence[Comparison], limit: float) -> list[Comparison]:
-    """Those that are slower by at least the limit, a fraction, and those that no longer compute the right result."""
-    slow = [c for c in comparisons if c.difference is not None and c.verdict == SLOWER and c.difference.percent >= 100 * limit]
-    return slow + [c for c in comparisons if c.difference is None and c.b.status in ("wrong", "failed") and c.a.status == "ok"]
+def _around(c: Comparison, difference: Difference | None) -> tuple[float | None, float | None]:
+    latest = c.b.median
+    return (None if latest is None or difference is None else latest / math.exp(difference.effect), latest)

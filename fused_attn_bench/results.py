@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import mmap
+import secrets
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -234,6 +235,12 @@ class Floor:
 Record: TypeAlias = Result | Compared | Floor
 R = TypeVar("R", Result, Compared, Floor)
 S = TypeVar("S", Result, Compared)
+
+
+def new_run() -> tuple[str, str]:
+    """An id for a run that begins now, and the time in UTC."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", now.isoformat(timespec="seconds")
 
 
 def machine(environment: Mapping[str, str], timer: str) -> tuple[str, ...]:

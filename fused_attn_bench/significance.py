@@ -1,11 +1,13 @@
-"""When a difference is one: an effect larger than the noise of identical code, that a paired test over fresh starts confirms."""
+"""When a difference is one: larger than the noise of identical code, and confirmed by a test over fresh starts; and when there is none."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 # Chance of calling any of the compared cases changed when none is.
 ALPHA = 0.01
@@ -13,12 +15,18 @@ ALPHA = 0.01
 MIN_EFFECT = 0.01
 # Comparisons of identical code differ by up to this on a machine that nobody has calibrated; docs/benchmarking.md has the measurement.
 UNCALIBRATED = 0.02
+# Changes up to this need not be told from none, unless the user says otherwise; log of the ratio of times.
+LIMIT = math.log1p(0.03)
 # Fewer launches than this have no spread to speak of.
 ENOUGH = 3
 # Part of the launches that is left out at each end.
 TRIM = 1 / 8
+# A standard deviation of 1e-6: real times are never exactly equal, and without a spread any difference would be infinitely significant.
+LEAST_VARIANCE = 1e-12
+# A change of the size that is said to be findable is found so often.
+POWER = 0.95
 
-SLOWER, FASTER, SAME, UNKNOWN = "slower", "faster", "no change", "too few runs"
+SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "no change", "undecided"
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,20 @@ class Difference:
 
     Args:
         effect: log of the ratio of times B / A, the trimmed mean over launches of the median over A B B A blocks.
-        low, high: 95 % confidence interval of it.
-        p: two-sided p-value of the paired t-test over launches; after ``corrected`` it allows for the other cases.
+        low, high: 95 % confidence interval of it, which allows for several looks at the growing data.
+        p: two-sided p-value over launches; allows for the other cases and for several looks.
         launches: how many.
         floor: effects below it are noise on this machine; a log ratio too.
+        limit: effects below it are as good as none; a log ratio too.
+        smallest: the smallest effect that would have been found 95 times in a hundred.
+
+    Example:
+        >>> (
+        ...     Difference(0.10, 0.09, 0.11, 1e-6, 8).text,
+        ...     Difference(0.0, -0.01, 0.01, 0.9, 8).text,
+        ...     Difference(0.01, -0.04, 0.06, 0.5, 8).text,
+        ... )
+        ('slower', 'no change', 'undecided (± 5.1%)')
     """
 
     effect: float
@@ -42,6 +60,8 @@ class Difference:
     p: float
     launches: int
     floor: float = UNCALIBRATED
+    limit: float = LIMIT
+    smallest: float = math.inf
 
     @property
     def percent(self) -> float:
@@ -49,12 +69,59 @@ class Difference:
         return 100 * math.expm1(self.effect)
 
     @property
+    def confirmed(self) -> bool:
+        """Whether the test says that there is an effect, of whatever size."""
+        return self.launches >= ENOUGH and self.p < ALPHA
+
+    @property
     def verdict(self) -> str:
-        """A change needs both the size and the test."""
-        if self.launches < ENOUGH:
-            return UNKNOWN
-        changed = abs(self.effect) > max(self.floor, MIN_EFFECT) and self.p < ALPHA
-        return (SLOWER if self.effect > 0 else FASTER) if changed else SAME
+        """A change needs both the size and the test; "no change" needs the whole interval within the limit, or the floor where that is larger."""
+        if self.confirmed and abs(self.effect) > max(self.floor, MIN_EFFECT):
+            return SLOWER if self.effect > 0 else FASTER
+        near = max(self.limit, self.floor)
+        return SAME if -near <= self.low and self.high <= near else UNDECIDED
+
+    @property
+    def text(self) -> str:
+        """The verdict; where nothing is decided, with half of the interval."""
+        if self.verdict != UNDECIDED:
+            return self.verdict
+        half = (self.high - self.low) / 2
+        return f"{UNDECIDED} (± {100 * math.expm1(half):.1f}%)" if math.isfinite(half) else f"{UNDECIDED} (too few runs)"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Launches of one kind.
+
+    Args:
+        mean: of them, trimmed.
+        variance: of one launch.
+        freedom: degrees of freedom of the variance.
+        weight: the variance of what the group tells is so many times that of a launch.
+        count: how many launches.
+    """
+
+    mean: float
+    variance: float
+    freedom: int
+    weight: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An effect, and the launches whose spread is its error bar: of both sides together, of each side, or of earlier runs."""
+
+    effect: float
+    groups: tuple[Group, ...]
+    floor: float = UNCALIBRATED
+    limit: float = LIMIT
+
+    @property
+    def launches(self) -> int:
+        """Of the newest group."""
+        return self.groups[0].count
 
 
 def blocks(a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -68,47 +135,167 @@ def blocks(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [(x + y) / 2 for x, y in zip(logs[::2], logs[1::2], strict=False)]
 
 
-def difference(launches: Sequence[Sequence[float]], floor: float = UNCALIBRATED) -> Difference:
-    """What the blocks of several launches say together.
+def kept(values: Sequence[float]) -> list[int]:
+    """Places of the values that a trimmed mean takes: an eighth at each end is left out, of fewer than eight none.
 
-    The mean over launches is trimmed, since other work on the machine spoils one launch now and then: an eighth at each end is left
-    out, and the test is Student's with winsorised variance (Tukey and McLaughlin, 1963). Fewer than eight launches are not trimmed.
+    Other work on the machine spoils one launch now and then.
 
     Example:
-        >>> found = difference([[0.10, 0.11, 0.09], [0.12, 0.11, 0.12], [0.09, 0.10, 0.30]])
-        >>> round(found.percent), found.verdict
-        (11, 'slower')
+        >>> kept([5.0, 1.0, 1.1, 1.2, 0.1, 1.3, 1.4, 1.5])
+        [1, 2, 3, 5, 6, 7]
     """
-    medians = sorted(statistics.median(blocks) for blocks in launches if blocks)
-    cut, count = int(len(medians) * TRIM), len(medians)
-    kept = medians[cut : count - cut]
-    if count < ENOUGH:
-        return Difference(statistics.fmean(medians or [0.0]), -math.inf, math.inf, 1.0, count, floor)
-    winsorised = [kept[0]] * cut + kept + [kept[-1]] * cut
-    error = statistics.stdev(winsorised) / (1 - 2 * cut / count) / math.sqrt(count)
-    return _student(statistics.fmean(kept), error, len(kept) - 1, (count, floor))
+    cut, order = int(len(values) * TRIM), sorted(range(len(values)), key=values.__getitem__)
+    return sorted(order[cut : len(values) - cut])
 
 
-def _student(effect: float, error: float, freedom: int, about: tuple[int, float]) -> Difference:
-    """An effect with its standard error; ``about`` is the number of launches and the floor."""
+def group(values: Sequence[float], predicts: bool = False) -> Group:
+    """What launches say together: trimmed mean and winsorised variance (Tukey and McLaughlin, 1963).
+
+    Args:
+        values: one of each launch, or of each earlier run.
+        predicts: whether one more value is held to them, rather than their mean to something else.
+
+    Example:
+        >>> found = group([0.10, 0.12, 0.11])
+        >>> round(found.mean, 2), round(found.variance, 6), found.freedom
+        (0.11, 0.0001, 2)
+    """
+    count, cut = len(values), int(len(values) * TRIM)
+    middle = sorted(values[i] for i in kept(values))
+    if count < 2:
+        return Group(statistics.fmean(middle or [0.0]), math.inf, 0, 1.0, count)
+    winsorised = [middle[0]] * cut + middle + [middle[-1]] * cut
+    variance = statistics.variance(winsorised) / (1 - 2 * cut / count) ** 2
+    # One degree of freedom fewer than Tukey and McLaughlin give: theirs raise 1.4 false alarms instead of one with eight launches.
+    return Group(statistics.fmean(middle), max(variance, LEAST_VARIANCE), len(middle) - 1 - (cut > 0), 1 / count + predicts, count)
+
+
+def of_mean(launches: Sequence[float], **bounds: float) -> Contrast:
+    """Whether the mean of log ratios over launches is zero; ``bounds`` are floor and limit."""
+    found = group(launches)
+    return Contrast(found.mean, (found,), **bounds)
+
+
+def of_change(old: Sequence[float], new: Sequence[float], **bounds: float) -> Contrast:
+    """Whether two sets of launches, measured at different times, have the same mean."""
+    before, now = group(old), group(new)
+    return Contrast(now.mean - before.mean, (now, before), **bounds)
+
+
+def of_latest(history: Sequence[float], latest: float, **bounds: float) -> Contrast:
+    """Whether one run's time in seconds is one of those of earlier runs: the error bar is the spread between runs, not within one."""
+    runs = group([math.log(x) for x in history], predicts=True)
+    return Contrast(math.log(latest) - runs.mean if history else 0.0, (runs,), **bounds)
+
+
+def differences(families: Sequence[Sequence[Contrast]], looks: int = 1) -> list[list[Difference]]:
+    """Everything that was compared in one run, tested together.
+
+    Each family is one quantity over many cases; its variances are moderated over the cases (``moderated``), the p-values of all families
+    are corrected for how many there are (Benjamini and Hochberg, 1995: where nothing has changed, any is called changed once in a hundred
+    runs) and for how often the growing data is looked at (Bonferroni).
+
+    Example:
+        >>> ((slower, same),) = differences([[of_mean([0.10, 0.11, 0.09]), of_mean([0.001, -0.001, 0.0])]])
+        >>> slower.text, round(slower.percent), same.text
+        ('slower', 11, 'no change')
+    """
+    import numpy as np
     from scipy import stats
 
-    # Real times are never exactly equal; without a spread any difference would be infinitely significant.
-    error = max(error, 1e-6)
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(effect) / error, freedom))
-    return Difference(effect, effect - half, effect + half, p, *about)
+    tested = [[c for c in family if min(g.count for g in c.groups) >= ENOUGH] for family in families]
+    hypotheses = sum(map(len, tested))
+    errors = [_errors(family) for family in tested]
+    raw = [2 * stats.t.sf([abs(c.effect) for c in family] / e, f) for family, (e, f) in zip(tested, errors, strict=True) if family]
+    adjusted = iter(np.minimum(1.0, looks * stats.false_discovery_control(np.concatenate(raw))) if hypotheses else ())
+    found = []
+    for family, (error, freedom) in zip(families, errors, strict=True):
+        half = iter(stats.t.isf(0.025 / looks, freedom) * error)
+        needed = iter(stats.t.isf(ALPHA / looks / max(hypotheses, 1) / 2, freedom) * error)
+        beyond = iter(stats.t.isf(1 - POWER, freedom) * error)
+        row = []
+        for c in family:
+            if min(g.count for g in c.groups) < ENOUGH:
+                row.append(Difference(c.effect, -math.inf, math.inf, 1.0, c.launches, c.floor, c.limit))
+                continue
+            h, smallest = float(next(half)), max(float(next(needed)), c.floor, MIN_EFFECT) + float(next(beyond))
+            row.append(Difference(c.effect, c.effect - h, c.effect + h, float(next(adjusted)), c.launches, c.floor, c.limit, smallest))
+        found.append(row)
+    return found
 
 
-def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The same with Holm's correction: with hundreds of cases, one of them has a small p-value by chance.
+def _errors(family: Sequence[Contrast]) -> tuple[Any, Any]:
+    """Standard errors and degrees of freedom, those of several groups after Welch and Satterthwaite."""
+    import numpy as np
+
+    total = spread = np.zeros(len(family))
+    for groups in zip(*(c.groups for c in family), strict=True):
+        variance, freedom = moderated([g.variance for g in groups], [g.freedom for g in groups])
+        part = variance * np.array([g.weight for g in groups])
+        total, spread = total + part, spread + part**2 / freedom
+    with np.errstate(divide="ignore"):
+        return np.sqrt(total), total**2 / spread
+
+
+def moderated(variances: Sequence[float], freedoms: Sequence[float]) -> tuple[Any, Any]:
+    """Variances of many cases that tell about each other: a few launches of one case say little about its own.
+
+    Empirical Bayes as in limma (Smyth, 2004): the variances are taken as drawn from a scaled inverse chi-squared distribution, whose
+    degrees of freedom, found from how much they differ, are added to each one's own, up to those of all together. Unlike there a variance is
+    only ever raised, and one that is larger than the others make likely stands alone: lowering one that is large because of a single spoiled
+    launch would make a change of it. Fewer than three variances stay as they are.
 
     Example:
-        >>> one = Difference(0.1, 0.05, 0.15, 0.004, 8)
-        >>> [round(d.p, 3) for d in corrected([one, one, replace(one, p=0.5)])]
-        [0.012, 0.012, 0.5]
+        >>> variance, freedom = moderated([1.0, 1.1, 0.9, 1.0], [7, 7, 7, 7])
+        >>> [round(float(x), 2) for x in variance], float(freedom[0])
+        ([1.16, 1.16, 1.16, 1.16], 28.0)
     """
-    return [replace(d, p=p) for d, p in zip(differences, holm([d.p for d in differences], len(differences)), strict=True)]
+    import numpy as np
+    from scipy import optimize, special
+
+    own, freedom = np.asarray(variances, float), np.asarray(freedoms, float)
+    if len(own) < 3:
+        return own, freedom
+    logs = np.log(own) - special.digamma(freedom / 2) + np.log(freedom / 2)
+    excess = float(logs.var(ddof=1) - special.polygamma(1, freedom / 2).mean())
+    if excess <= 1e-6:  # they differ by no more than chance
+        shared, together = np.full(len(own), np.exp(logs.mean())), np.full(len(own), freedom.sum())
+    else:
+        prior = 2 * optimize.brentq(lambda x: float(special.polygamma(1, x)) - excess, 1e-4, 1e7)
+        center = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
+        shared, together = (prior * center + freedom * own) / (prior + freedom), np.minimum(prior + freedom, freedom.sum())
+    return np.maximum(own, shared), np.where(own > shared, freedom, together)
+
+
+def looks(launches: int, most: int) -> list[int]:
+    """After how many launches the data is looked at: doubled until the budget is spent.
+
+    Example:
+        >>> looks(8, 24), looks(8, 8)
+        ([8, 16, 24], [8])
+    """
+    doubled = itertools.takewhile(lambda n: n < most, (launches * 2**i for i in itertools.count()))
+    return [*doubled, most]
+
+
+def until_decided(
+    names: Sequence[str], numbers: Sequence[int], measure: Callable[[list[str], int], None], judge: Callable[[], Mapping[str, str]]
+) -> None:
+    """Measures everything up to the first number of launches, and to each later one only what is still undecided.
+
+    Args:
+        names: of the cases.
+        numbers: see ``looks``; the p-values must allow for how many there are.
+        measure: takes cases to a number of launches.
+        judge: the verdict on each case so far.
+    """
+    pending = list(names)
+    for number in numbers:
+        measure(pending, number)
+        verdicts = judge()
+        pending = [name for name in names if verdicts.get(name) == UNDECIDED]
+        if not pending:
+            return
 
 
 def holm(values: Sequence[float], tested: int) -> list[float]:
@@ -136,20 +323,3 @@ def noise_floor(effects: Sequence[float]) -> float:
 
     root_mean_square = math.sqrt(statistics.fmean(x * x for x in effects))
     return float(stats.t.ppf(1 - ALPHA / 2, len(effects))) * root_mean_square
-
-
-def against(history: Sequence[float], latest: float, floor: float = UNCALIBRATED) -> Difference:
-    """One run's time among those of earlier runs.
-
-    The error bar is the spread between runs, not within one: a prediction interval for a single new value.
-
-    Args:
-        history: one median per earlier run, in seconds.
-        latest: the median to judge.
-        floor: effects below it are noise.
-    """
-    logs = [math.log(x) for x in history]
-    if len(logs) < ENOUGH:
-        return Difference(math.log(latest) - statistics.fmean(logs) if logs else 0.0, -math.inf, math.inf, 1.0, len(logs), floor)
-    error = statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs))
-    return _student(math.log(latest) - statistics.fmean(logs), error, len(logs) - 1, (len(logs), floor))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fused_attn_bench.compare import Comparison
 from fused_attn_bench.quiet import doubts
 from fused_attn_bench.results import Result
+from fused_attn_bench.significance import SAME
 from fused_attn_bench.text import ratio, seconds, size, table
 
 REFERENCE = "eager"
@@ -95,16 +98,30 @@ def metric(result: Result, name: str) -> str:
     return f"{value / result.median:.3g}" if name.endswith("/s") and result.median else f"{value:.3g}"
 
 
-HEADERS = ("case", "A", "B", "B takes", "95 % interval", "p", "floor", "verdict")
+MEASURES = ("95 % interval", "p", "floor", "finds", "verdict")
 
 
-def _cells(c: Comparison) -> tuple[str, ...]:
-    times = ("-" if r.median is None else seconds(r.median) for r in (c.a, c.b))
+@dataclass(frozen=True)
+class Words:
+    """How a comparison is put: what its sides are called, and how their times are written."""
+
+    a: str = "A"
+    b: str = "B"
+    change: str = "B takes"
+    time: Callable[[float], str] = seconds
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        return ("case", self.a, self.b, self.change, *MEASURES)
+
+
+def _cells(c: Comparison, words: Words) -> tuple[str, ...]:
+    times = ("-" if t is None else words.time(t) for t in c.times)
     d = c.difference
     if d is None:
-        return (c.case, *times, "-", "-", "-", "-", f"{c.verdict}: {c.reason}")
+        return (c.case, *times, "-", "-", "-", "-", "-", c.words)
     low, high = (_percent(x) for x in (d.low, d.high))
-    return (c.case, *times, _percent(d.effect), f"{low} … {high}", f"{d.p:.1g}", _percent(d.floor), c.verdict)
+    return (c.case, *times, _percent(d.effect), f"{low} … {high}", f"{d.p:.1g}", _percent(d.floor), _percent(d.smallest), c.words)
 
 
 def _percent(effect: float) -> str:
@@ -120,33 +137,54 @@ def _percent(effect: float) -> str:
 def change(c: Comparison) -> str:
     """One line on a comparison."""
     if c.difference is None:
-        return f"{c.verdict}: {c.reason}"
+        return c.words
     low, high = _percent(c.difference.low), _percent(c.difference.high)
-    return f"{_percent(c.difference.effect)} ({low} … {high}): {c.verdict}"
+    return f"{_percent(c.difference.effect)} ({low} … {high}): {c.words}"
 
 
-def comparisons(compared: Sequence[Comparison]) -> str:
-    """A line per case, and below what the sides did not have in common."""
-    remarks = [f"  {c.remark}" for c in compared if c.remark]
-    return "\n".join([table(HEADERS, [_cells(c) for c in compared]), *remarks])
+def comparisons(compared: Sequence[Comparison], words: Words | None = None) -> str:
+    """A line per case, and below what is worse beside the time and what the sides did not have in common.
+
+    "finds" is the smallest change that would have been found 95 times in a hundred.
+    """
+    words = words or Words()
+    remarks = [f"  {remark}" for c in compared for remark in c.remarks]
+    return "\n".join([table(words.headers, [_cells(c, words) for c in compared]), *remarks])
 
 
-def markdown(title: str, described: Mapping[str, str], compared: Sequence[Comparison]) -> str:
-    """For a pull request: changes first, the rest folded away."""
-    changed = [c for c in compared if c.verdict not in ("no change",)]
-    rest = [c for c in compared if c not in changed]
+def markdown(title: str, described: Mapping[str, str], compared: Sequence[Comparison], words: Words | None = None) -> str:
+    """For a pull request: changes and what is undecided first, the rest folded away."""
+    words = words or Words()
+    rest = [c for c in compared if c.words == SAME]
+    changed = [c for c in compared if c not in rest]
     parts = [f"### {_escaped(title)}", _escaped(environment(described)), ""]
-    parts += _markdown_table(changed) if changed else ["No change beyond the noise.", ""]
+    parts += _markdown_table(changed, words) if changed else ["No change beyond the limits.", ""]
     if rest:
-        parts += [f"<details><summary>{len(rest)} cases without a change</summary>", "", *_markdown_table(rest), "</details>", ""]
-    parts += [f"- {_escaped(c.remark)}" for c in compared if c.remark]
+        parts += [f"<details><summary>{len(rest)} cases without a change</summary>", "", *_markdown_table(rest, words), "</details>", ""]
+    parts += [f"- {_escaped(remark)}" for c in compared for remark in c.remarks]
     return "\n".join(parts)
 
 
-def _markdown_table(compared: Sequence[Comparison]) -> list[str]:
-    rows = [HEADERS, *map(_cells, compared)]
+def rows(compared: Sequence[Comparison], **stamp: Any) -> list[dict[str, Any]]:
+    """What the table says, for JSON: a log ratio for each effect, seconds or multiples for times."""
+    return [
+        asdict(c.kept(**stamp))
+        | {
+            "worse": list(c.worse),
+            "floor": None if c.difference is None else c.difference.floor,
+            "limits": asdict(c.limits),
+            "peaks": [c.a.peak, c.b.peak],
+            "errors": [c.a.error, c.b.error],
+            "host": None if c.host is None else c.host.effect,
+        }
+        for c in compared
+    ]
+
+
+def _markdown_table(compared: Sequence[Comparison], words: Words) -> list[str]:
+    rows = [words.headers, *(_cells(c, words) for c in compared)]
     lines = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(HEADERS), *lines[1:], ""]
+    return [lines[0], "|" + " --- |" * len(words.headers), *lines[1:], ""]
 
 
 def _escaped(text: str) -> str:

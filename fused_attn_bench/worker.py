@@ -71,6 +71,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
+            start_new_session=True,  # Ctrl-C is for who measures: a worker that it ended would look like a commit that crashed
         )
 
     def ask(self, what: str, **arguments: Any) -> Any:

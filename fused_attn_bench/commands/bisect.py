@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from typing import Any
 
-from fused_attn_bench import bisection, compare, tables
-from fused_attn_bench.commands import selection
-from fused_attn_bench.commands.compare import add_sides, progress
-from fused_attn_bench.compare import Commits, Comparison
+from fused_attn_bench import bisection, codes, compare, tables
+from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.commands.compare import add_most, add_sides, keep, progress
+from fused_attn_bench.compare import Comparison, Plan
 from fused_attn_bench.environment import describe
 from fused_attn_bench.results import machine
+from fused_attn_bench.sides import Commits, git
+from fused_attn_bench.significance import SLOWER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two commits and one case."""
     parser.add_argument("good", metavar="GOOD", help="a commit that is fast")
     parser.add_argument("bad", metavar="BAD", help="a later commit that is slow")
+    outputs.add_json(parser)
     add_sides(parser)
+    add_most(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the commit was found."""
+    """0 when the commit was found; 3 where BAD cannot be told from GOOD, 4 where one of them fails."""
+    outputs.writable(args.json)
+    args.opened.enter_context(outputs.table_of(args.json))
     root = args.project.repository
-    setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args)
+    setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args, writes=True)
     if len(cases) != 1:
         raise ValueError(f"bisect needs exactly one case; {len(cases)} are chosen. Name it with --case.")
-    here = machine(describe(setup.device, root), setup.timer)
+    described = describe(setup.device, root)
+    most = 3 * args.launches if args.most_launches is None else args.most_launches
+    steps: list[dict[str, Any]] = []
 
     def measure(commit: str) -> Comparison:
         two = Commits((args.good, commit), selection.watched(args), setup, args.project, args.build, args.load)
+        plan = Plan(args.launches, most, floor=compare.floors(two, history, machine(described, setup.timer)))
         with two, progress(args.launches) as tell:
-            measured = compare.compare(two, cases, setup, args.launches, tell)
-            found = compare.with_floors(measured, two, history, here)[0]
+            (found,) = compare.described(compare.compare(two, cases, setup, plan, tell), described)
         print(f"{commit[:12]}  {tables.change(found)}", flush=True)
+        keep(history, [found], setup)
+        steps.append({"commit": commit, **tables.rows([found])[0]})
+        outputs.write(args.json, [outputs.line({"environment": described, "steps": steps})])
         return found
 
-    found = bisection.search(args.good, bisection.commits(root, args.good, args.bad), measure)
-    print(f"last good   {compare.git(root, 'log', '-1', '--format=%h %s', found.last_good)}")
-    print(f"first slow  {compare.git(root, 'log', '-1', '--format=%h %an, %ad: %s', '--date=short', found.first_bad)}")
+    candidates = bisection.commits(root, args.good, args.bad)
+    worst = measure(candidates[-1])
+    if worst.verdict != SLOWER and worst.code in (codes.UNDECIDED, codes.CRASHED):
+        print(f"BAD must be slower than GOOD beyond the noise; the verdict is {worst.words}")
+        return worst.code
+    found = bisection.search(args.good, candidates, lambda commit: worst if commit == candidates[-1] else measure(commit))
+    print(f"last good   {git(root, 'log', '-1', '--format=%h %s', found.last_good)}")
+    print(f"first slow  {git(root, 'log', '-1', '--format=%h %an, %ad: %s', '--date=short', found.first_bad)}")
     if found.between:
         print(f"could not be measured, and may be the first instead: {' '.join(c[:12] for c in found.between)}")
-    return 0
+    outcome = {name: value for name, value in asdict(found).items() if name != "steps"}
+    outputs.write(args.json, [outputs.line({"environment": described, **outcome, "steps": steps})])
+    return codes.GOOD

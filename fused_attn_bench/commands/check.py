@@ -1,27 +1,26 @@
-"""Gate for CI: every case right, and none slower than a stored baseline, as a multiple of plain torch measured in the same minutes.
+"""Gate for CI: every case right, and none worse than a stored baseline; times are multiples of plain torch's, measured in the same minutes.
 
-Exit codes: 0 all right; 1 slower; 2 bad arguments or an unreadable baseline; 3 wrong results or failures;
-4 nothing to compare with (another device, driver, torch or Triton than the baseline's), results right.
+Exit codes: 0 same or faster; 1 worse by the limit or more, or wrong; 2 bad arguments or an unreadable baseline;
+3 undecided, also where the baseline is from another device, driver, torch or Triton, results being right; 4 a failure; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
-from fused_attn_bench import baseline, planted, tables
+from fused_attn_bench import baseline, codes, compare, planted, tables
 from fused_attn_bench.baseline import Entry
-from fused_attn_bench.commands import selection
-from fused_attn_bench.commands.compare import progress
-from fused_attn_bench.compare import Separate
+from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.commands.compare import add_launches, add_limits, add_most, finish, plan, progress, until_stopped
+from fused_attn_bench.compare import Comparison, Launches, Plan
 from fused_attn_bench.environment import KEY, describe
+from fused_attn_bench.harness import Setup
 from fused_attn_bench.operation import case_of
-from fused_attn_bench.results import Result, machine
-from fused_attn_bench.significance import Difference, corrected
+from fused_attn_bench.results import machine
+from fused_attn_bench.sides import Separate
 from fused_attn_bench.text import ratio, table
-
-SLOWER, WRONG, NOT_COMPARABLE = 1, 3, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,58 +28,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("baseline", type=Path, metavar="BASELINE", help="JSON lines, kept with the project that is checked")
     parser.add_argument("--update", action="store_true", help="write the baseline instead of comparing with it")
-    parser.add_argument("--fail-on", type=selection.percentage, default=0.05, metavar="5%", help="smallest change that fails (default 5%%)")
     parser.add_argument("--of", metavar="PROVIDER", help="what is watched, with --update (default: the project's own)")
     parser.add_argument("--reference", default="eager", metavar="NAME", help="what it is measured against, with --update (default eager)")
-    parser.add_argument("--launches", type=int, default=5, help="fresh starts; their spread is the error bar (default 5)")
+    add_limits(parser, "5%")
+    add_launches(parser)
+    add_most(parser)
     selection.add_cases(parser)
-    selection.add_setup(parser, seconds=5.0)
+    selection.add_setup(parser, seconds=8.0)
 
 
 def run(args: argparse.Namespace) -> int:
     """See the module's text."""
+    planned = plan(args)
     if args.launches < 3:
         raise ValueError(f"--launches must be at least 3, or there is no spread to speak of; got {args.launches}")
-    setup, described = selection.setup(args), describe(selection.setup(args).device, args.project.repository)
-    old = {} if args.update else {entry.case: entry for entry in baseline.read(args.baseline)}
-    first = next(iter(old.values()), None)
-    pair = (first.reference, first.provider) if first else (args.reference, selection.watched(args))
+    setup = selection.setup(args)
+    described = describe(setup.device, args.project.repository)
+    for path in (args.json, args.baseline if args.update else None):
+        outputs.writable(path)
+    args.opened.enter_context(outputs.table_of(args.json))
+    if args.update:
+        return _update(args, setup, described)
+    old = {entry.case: entry for entry in baseline.read(args.baseline)}
+    first = next(iter(old.values()))
+    here = machine(described, setup.timer)
+    differing = [entry.machine for entry in old.values() if entry.machine != here]
+    if differing:  # whether it is right can be said all the same
+        planned = Plan(1, 1)
+    compared, stopped, _ = _measured(args, (first.reference, first.provider), setup, planned, {} if differing else old)
+    compared = compare.described(compared, described)
+    print(tables.environment(described))
+    print(f"{first.provider}: time as a multiple of {first.reference}'s")
+    print(tables.comparisons(compared, tables.Words("baseline", "now", "change", ratio)))
+    code = finish(args, compared, stopped, unit=f"multiples of {first.reference}'s time")
+    if differing and code == codes.UNDECIDED:
+        both = zip((*KEY, "timer"), differing[0], here, strict=True)
+        changes = ", ".join(f"{name} was {a!r}, is {b!r}" for name, a, b in both if a != b)
+        print(f"not comparable: {changes}. Results are right. Write a baseline here with --update.")
+    return code
+
+
+def _update(args: argparse.Namespace, setup: Setup, described: Mapping[str, str]) -> int:
+    """Writes the baseline, unless something is wrong."""
+    pair = (args.reference, selection.watched(args))
+    compared, stopped, found = _measured(args, pair, setup, Plan(args.launches, args.launches), {})
+    made = baseline.entries(found, setup.timer, described)
+    print(tables.environment(described))
+    print(f"{pair[1]}: time as a multiple of {pair[0]}'s")
+    rows = [(c.case, ratio(made[c.case].median) if c.case in made else "-", c.b.status, c.b.reason) for c in compared]
+    print(table(("case", "now", "status", ""), rows))
+    content = [
+        {"case": c.case, "multiple": made[c.case].median if c.case in made else None, "status": c.b.status, "reason": c.b.reason}
+        for c in compared
+    ]
+    outputs.write(args.json, [outputs.line({"environment": dict(described), "cases": content})])
+    if stopped:
+        print(f"interrupted; {args.baseline} is left as it was")
+        return codes.INTERRUPTED
+    if len(made) < len(compared):
+        return codes.WORSE if any(c.b.status == "wrong" for c in compared) else codes.CRASHED
+    baseline.write(list(made.values()), args.baseline)
+    print(f"{len(made)} entries written to {args.baseline}")
+    return codes.GOOD
+
+
+def _measured(
+    args: argparse.Namespace, pair: tuple[str, str], setup: Setup, planned: Plan, old: Mapping[str, Entry]
+) -> tuple[list[Comparison], bool, Launches]:
+    """Reference and provider in turns, held to the baseline; whether Ctrl-C ended it, and the launches."""
     for name in pair:
         planted.known(name)
-    cases = [case_of(name) for name in old] or selection.chosen_cases(args)
-    with progress(len(cases) * args.launches) as tell:
-        measured = baseline.measure(Separate(pair, setup, args.project, args.load), cases, setup, args.launches, tell)
-    print(tables.environment(described))
-    comparable = all(entry.machine == machine(described, setup.timer) for entry in old.values())
-    new = [dataclasses.replace(entry, environment=described) for _, entry in measured if entry is not None]
-    pairs = [(old[entry.case], entry) for entry in new] if old and comparable else []
-    differences = corrected([baseline.difference(before, now) for before, now in pairs])
-    changes = {now.case: (before, change) for (before, now), change in zip(pairs, differences, strict=True)}
-    slower = {case for case, (_, change) in changes.items() if baseline.is_slower(change, args.fail_on)}
-    rows = [_row(result, entry, changes.get(result.case), result.case in slower) for result, entry in measured]
-    print(f"{pair[1]}: time as a multiple of {pair[0]}'s")
-    print(table(("case", "baseline", "now", "change", "p", "verdict"), rows))
-    if len(new) < len(measured):
-        return WRONG
-    if args.update:
-        baseline.write(new, args.baseline)
-        print(f"{len(new)} entries written to {args.baseline}")
-        return 0
-    if not comparable:
-        was = next(iter(old.values())).machine
-        both = zip((*KEY, "timer"), was, machine(described, setup.timer), strict=True)
-        print(
-            f"not comparable: {', '.join(f'{name} was {a!r}, is {b!r}' for name, a, b in both if a != b)}. Write a baseline here with --update."
-        )
-        return NOT_COMPARABLE
-    return SLOWER if slower else 0
+    cases = selection.chosen_cases(args) if args.update else [case_of(e.case) for e in baseline.read(args.baseline)]
+    last: Launches = {}
 
+    def judge(found: Launches) -> list[Comparison]:
+        last.update(found)
+        return baseline.judged(old, found, planned)
 
-def _row(result: Result, entry: Entry | None, change: tuple[Entry, Difference] | None, is_slower: bool) -> tuple[str, ...]:
-    if entry is None:
-        return (result.case, "-", "-", "-", "-", f"{result.status}: {result.reason}")
-    if change is None:
-        return (result.case, "-", ratio(entry.median), "-", "-", "right")
-    before, difference = change
-    cells = (ratio(before.median), ratio(entry.median), f"{difference.percent:+.1f}%", f"{difference.p:.1g}")
-    return (result.case, *cells, "SLOWER" if is_slower else "right")
+    with progress(len(cases) * planned.launches) as tell:
+        two = Separate(pair, setup, args.project, args.load)
+        compared, stopped = until_stopped(lambda: compare.decide(two, cases, setup, planned, judge, tell))
+    return compared, stopped, last

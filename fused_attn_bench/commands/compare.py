@@ -1,61 +1,120 @@
-"""Compare A with B: two providers, two commits, or a run with the history."""
+"""Compare A with B: two providers, two commits, or a run with the history.
+
+Exit codes: 0 same or faster; 1 worse by the limit or more, or wrong; 2 bad arguments; 3 undecided; 4 a side failed; 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from fused_attn_bench import compare, planted, tables
-from fused_attn_bench.commands import selection
-from fused_attn_bench.compare import Commits, Comparison, Providers, Sides
+from fused_attn_bench import codes, compare, limits, planted, tables
+from fused_attn_bench.case import Case
+from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.compare import Comparison, Interrupted, Plan
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import History
+from fused_attn_bench.limits import Limits, Rules
 from fused_attn_bench.operation import provider_names
-from fused_attn_bench.results import machine
+from fused_attn_bench.results import machine, new_run
+from fused_attn_bench.sides import Commits, Providers, Sides, is_commit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two operands, what to measure, and when to fail."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("a", metavar="A", help="a provider, a commit, . for the checkout as it is, or history")
     parser.add_argument("b", metavar="B", help="the same; after history: a run's id, or latest")
-    parser.add_argument(
-        "--fail-on", type=selection.percentage, metavar="3%", help="exit with 1 when a case is slower by at least that, or wrong"
-    )
+    add_limits(parser, "3%")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well, for a pull request")
     add_sides(parser)
+    add_most(parser)
+
+
+def add_limits(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--fail-on``, ``--limits`` and ``--json``."""
+    text = (
+        f"limit of the time: smallest slowdown that fails, and largest difference that is no change (default {default.replace('%', '%%')})"
+    )
+    parser.add_argument("--fail-on", type=selection.percentage, default=selection.percentage(default), metavar=default, help=text)
+    parser.add_argument("--limits", type=Path, metavar="FILE.toml", help="limits of time, memory, host and error for patterns of cases")
+    outputs.add_json(parser)
 
 
 def add_sides(parser: argparse.ArgumentParser) -> None:
     """What commands that measure two sides share."""
-    parser.add_argument("--launches", type=int, default=8, help="fresh starts of both sides; their spread is the error bar (default 8)")
     parser.add_argument("--of", metavar="PROVIDER", help="what is measured of commits (default: the project's own)")
     parser.add_argument("--build", action="store_true", help="build each commit's native code for a GPU first")
+    add_launches(parser)
     selection.add_cases(parser)
     selection.add_setup(parser, seconds=8.0)
     selection.add_history(parser)
 
 
+def add_launches(parser: argparse.ArgumentParser) -> None:
+    """``--launches``."""
+    parser.add_argument("--launches", type=int, default=8, help="fresh starts of both sides; their spread is the error bar (default 8)")
+
+
+def add_most(parser: argparse.ArgumentParser) -> None:
+    """``--most-launches``."""
+    text = "launches of a case that stays undecided (default: three times --launches)"
+    parser.add_argument("--most-launches", type=int, metavar="N", help=text)
+
+
+def plan(args: argparse.Namespace, floor: Callable[[str], float] = Plan.floor) -> Plan:
+    """As given."""
+    most = 3 * args.launches if args.most_launches is None else args.most_launches
+    return Plan(args.launches, most, rules(args), floor)
+
+
+def rules(args: argparse.Namespace) -> Rules:
+    """Limits as given."""
+    default = Limits(time=args.fail_on)
+    return Rules(default) if args.limits is None else limits.read(args.limits, default)
+
+
 def run(args: argparse.Namespace) -> int:
-    """0; 1 when --fail-on says so."""
-    history = selection.history(args)
-    compared = against_history(history, args.b) if args.a == "history" else measured(args, history)
-    described = next((c.b.environment for c in compared if c.b.environment), {})
+    """See the module's text."""
+    for path in (args.markdown, args.json):
+        outputs.writable(path)
+    args.opened.enter_context(outputs.table_of(args.json))
+    rules(args)
+    history, stopped = selection.history(args, writes=args.a != "history"), False
+    if args.a == "history":
+        compared = against_history(history, args.b, rules(args))
+        described = next((c.b.environment for c in compared if c.b.environment), {})
+    else:
+        setup, cases = selection.setup(args), selection.chosen_cases(args)
+        described = describe(setup.device, args.project.repository)
+        compared, stopped = measured(args, cases, setup, history)
     print(tables.environment(described))
     print(tables.comparisons(compared))
     if args.markdown is not None:
         args.markdown.write_text(tables.markdown(f"{args.b} against {args.a}", described, compared))
-    failing = compare.regressions(compared, args.fail_on) if args.fail_on is not None else []
-    for c in failing:
-        print(f"regression: {c.case}: {c.verdict}")
-    return int(bool(failing))
+    return finish(args, compared, stopped)
 
 
-def against_history(history: History, run: str) -> list[Comparison]:
+def finish(args: argparse.Namespace, compared: Sequence[Comparison], stopped: bool, **more: Any) -> int:
+    """Writes JSON, says what is worse, and gives the exit code."""
+    code = codes.INTERRUPTED if stopped else compare.code(compared)
+    environment = next((dict(c.b.environment) for c in compared if c.b.environment), {})
+    outputs.write(args.json, [outputs.line({"code": code, "environment": environment, **more, "cases": tables.rows(compared)})])
+    for c in compared:
+        if c.code in (codes.WORSE, codes.CRASHED):
+            print(f"{'regression' if c.code == codes.WORSE else 'failure'}: {c.case}: {c.words}")
+    if stopped:
+        print(f"interrupted; {len(compared)} cases were measured")
+    return code
+
+
+def against_history(history: History, run: str, rules: Rules) -> list[Comparison]:
     """A run among the earlier ones of the machine."""
-    return compare.with_history(history, history.named(run, compared=False))
+    return compare.with_history(history, history.named(run, compared=False), rules)
 
 
 def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractContextManager[Sides]:
@@ -68,21 +127,36 @@ def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractCon
     if all(known):
         return nullcontext(Providers((a, b), setup))
     for name in (a, b):
-        if name != "." and not compare.is_commit(args.project.repository, name):
+        if name != "." and not is_commit(args.project.repository, name):
             raise ValueError(
                 f"A and B must both be providers ({', '.join(provider_names())}), or both commits of this repository; got {name!r}, which is no commit."
             )
     return Commits((a, b), selection.watched(args), setup, args.project, args.build, args.load)
 
 
-def measured(args: argparse.Namespace, history: History) -> list[Comparison]:
-    """Both sides in turns, with the noise floors that are known."""
-    setup, cases = selection.setup(args), selection.chosen_cases(args)
+def measured(args: argparse.Namespace, cases: Sequence[Case], setup: Setup, history: History) -> tuple[list[Comparison], bool]:
+    """Both sides in turns, with the noise floors that are known; kept in the history. Whether Ctrl-C ended it."""
+    described = describe(setup.device, args.project.repository)
     with sides(args.a, args.b, args, setup) as two, progress(len(cases) * args.launches) as tell:
-        compared = compare.compare(two, cases, setup, args.launches, tell)
-        described = describe(setup.device, args.project.repository)
-        floored = compare.with_floors(compared, two, history, machine(described, setup.timer))
-    return compare.described(floored, described)
+        floor = compare.floors(two, history, machine(described, setup.timer))
+        compared, stopped = until_stopped(lambda: compare.compare(two, cases, setup, plan(args, floor), tell))
+    compared = compare.described(compared, described)
+    keep(history, compared, setup)
+    return compared, stopped
+
+
+def until_stopped(measure: Callable[[], list[Comparison]]) -> tuple[list[Comparison], bool]:
+    """What was measured, and whether Ctrl-C ended it."""
+    try:
+        return measure(), False
+    except Interrupted as stop:
+        return stop.comparisons, True
+
+
+def keep(history: History, compared: Sequence[Comparison], setup: Setup) -> None:
+    """Adds comparisons to the history, as a run of their own."""
+    run, time = new_run()
+    history.add(c.kept(run=run, time=time, timer=setup.timer, environment=c.b.environment) for c in compared)
 
 
 class progress:

@@ -8,10 +8,10 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # As a path: standard output.
 STANDARD = Path("-")
@@ -23,9 +23,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
-def table_of(path: Path | None) -> AbstractContextManager[Any]:
-    """A context that prints for people: to standard error where standard output is for JSON."""
-    return contextlib.redirect_stdout(sys.stderr) if path == STANDARD else contextlib.nullcontext()
+@contextlib.contextmanager
+def table_of(path: Path | None) -> Iterator[None]:
+    """Within it what is printed is for people: it goes to standard error where standard output is for JSON, which ``write`` still reaches."""
+    if path != STANDARD:
+        yield
+        return
+    token = _STANDARD.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _STANDARD.reset(token)
+
+
+# Standard output itself, while what is printed goes elsewhere.
+_STANDARD: ContextVar[TextIO | None] = ContextVar("standard output", default=None)
 
 
 def line(values: Mapping[str, Any]) -> str:
@@ -37,7 +50,7 @@ def write(path: Path | None, lines: Iterable[str]) -> None:
     """Lines of JSON, if a path is given."""
     if path is None:
         return
-    with contextlib.nullcontext(sys.stdout) if path == STANDARD else path.open("w", encoding="utf-8") as file:
+    with contextlib.nullcontext(_STANDARD.get() or sys.stdout) if path == STANDARD else path.open("w", encoding="utf-8") as file:
         file.writelines(f"{text}\n" for text in lines)
 
 

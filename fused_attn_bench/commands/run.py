@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,7 +16,7 @@ from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.environment import describe
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.problem import dtype_of
-from fused_attn_bench.results import Result, to_line
+from fused_attn_bench.results import Result, new_run, to_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,10 +71,10 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, envi
     """The results of each case as soon as it is done, stamped with the run and the environment."""
     from tqdm import tqdm
 
-    now = datetime.datetime.now(datetime.timezone.utc)
+    run, time = new_run()
     stamp = {
-        "run": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-        "time": now.isoformat(timespec="seconds"),
+        "run": run,
+        "time": time,
         "timer": setup.timer,
         "environment": environment,
     }

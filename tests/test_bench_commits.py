@@ -1,0 +1,174 @@
+"""Commits of a repository: measured by one and the same code, bisected, and nothing of theirs left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks.project import PROJECT
+from fused_attn_bench import bisection, worker
+from fused_attn_bench.case import Case
+from fused_attn_bench.compare import Comparison
+from fused_attn_bench.harness import Setup
+from fused_attn_bench.history import History
+from fused_attn_bench.operation import OPERATIONS
+from fused_attn_bench.results import Result
+from fused_attn_bench.sides import PREFIX, remove_leftovers
+from fused_attn_bench.significance import Difference
+
+CASES = [Case.parse(f"attention/plain/fwd/float32/1x1x{n}x8") for n in (8, 16, 32)]
+
+
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not how fast anything is."""
+    monkeypatch.setattr("fused_attn_bench.harness.WARM_UP", 0.0)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four commits of this package; the third makes attention sleep."""
+    root = tmp_path / "repository"
+    root.mkdir()
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=root, check=True, capture_output=True)
+
+    git("init", "-q", "-b", "main")
+    subprocess.run(["cp", "-r", str(Path(__file__).parents[1] / "fused_attn"), str(root)], check=True)
+    for path in root.rglob("*.so"):
+        path.unlink()
+    functional = root / "fused_attn" / "functional.py"
+    original = functional.read_text()
+    slow = (
+        original
+        + "\n\n_fast = attention\n\n\ndef attention(*args, **kwargs):\n    import time\n\n    time.sleep(0.02)\n    return _fast(*args, **kwargs)\n"
+    )
+    broken = "raise ImportError('this commit is broken')\n"
+    for tag, text in (("one", original), ("two", original + "# two\n"), ("three", slow), ("four", slow + "# four\n"), ("broken", broken)):
+        functional.write_text(text)
+        git("add", "-A")
+        git("commit", "-q", "-m", tag)
+        git("tag", tag)
+    monkeypatch.setattr(cli, "PROJECT", replace(PROJECT, root=root))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+def test_commits_are_compared_and_bisected(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call of microseconds that begins to sleep for 20 ms: no noise hides that."""
+    options = ["--device", "cpu", "--case", CASES[0].name, "--seconds", "0", "--launches", "3", "--db", str(tmp_path / "h.sqlite")]
+    assert cli.main(["compare", "three", "two", *options]) == 0
+    assert "faster" in capsys.readouterr().out
+    assert cli.main(["compare", "one", "broken", *options]) == 4
+    assert "this commit is broken" in capsys.readouterr().out
+    mine = tmp_path / "mine.py"
+    mine.write_text("from benchmarks.providers import _fused, provider\n\nprovider('mine', 'attention')(_fused('auto'))\n")
+    monkeypatch.setattr(OPERATIONS["attention"], "providers", dict(OPERATIONS["attention"].providers))
+    assert cli.main(["compare", "one", "three", "--of", "mine", "--load", str(mine), *options, "--fail-on", "900%"]) == 1
+    assert "slower" in capsys.readouterr().out
+    assert cli.main(["compare", "one", "broken", "--of", "mine", "--load", str(mine), *options]) == 4
+    assert cli.main(["bisect", "one", "four", "--json", str(tmp_path / "b.json"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("two") and lines[-1].endswith(": three")
+    written = json.loads((tmp_path / "b.json").read_text())
+    steps = History(tmp_path / "h.sqlite").comparisons()[-len(written["steps"]) :]
+    assert [s["verdict"] for s in written["steps"]] == [s.verdict for s in steps] and written["steps"][0]["verdict"] == "slower"
+    assert subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True, check=True).stdout.count("\n") == 1
+
+
+def commit_of(index: int) -> str:
+    return f"c{index:03}"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("first", range(12))
+@pytest.mark.parametrize("lost", [(), (3, 4, 5)], ids=["all run", "three do not build"])
+def test_the_first_slow_commit_is_found(first: int, lost: tuple[int, ...]) -> None:
+    commits = [commit_of(i) for i in range(12)]
+    measured: list[str] = []
+
+    def measure(commit: str) -> Comparison:
+        measured.append(commit)
+        index = commits.index(commit)
+        if index in lost:
+            return Comparison("c", Result("c", "p"), Result("c", "p", "failed", "does not build"))
+        effect = 0.10 if index >= first else 0.0
+        return Comparison("c", Result("c", "p"), Result("c", "p"), Difference(effect, effect, effect, 1e-6 if effect else 0.5, 8))
+
+    found = bisection.search("good", commits, measure)
+    assert len(measured) == len(set(measured)) <= 5 + len(lost)
+    hidden = {commit_of(i) for i in lost}
+    reachable = [c for c in commits if c not in hidden]
+    expected = next(c for c in reachable if commits.index(c) >= first)
+    assert found.first_bad == expected
+    assert found.last_good == (reachable[reachable.index(expected) - 1] if expected != reachable[0] else "good")
+    assert set(found.between) <= hidden
+
+
+@pytest.mark.quick
+def test_there_must_be_something_to_find(repository: Path) -> None:
+    same = Comparison("c", Result("c", "p"), Result("c", "p"), Difference(0.0, 0.0, 0.0, 0.5, 8))
+    with pytest.raises(ValueError, match="BAD must be slower than GOOD beyond the noise; the verdict is no change"):
+        bisection.search("good", ["c"], lambda commit: same)
+    assert len(bisection.commits(repository, "one", "four")) == 3
+    with pytest.raises(ValueError, match="BAD must come after GOOD"):
+        bisection.commits(repository, "four", "one")
+    with pytest.raises(ValueError, match=r"git rev-list must succeed in .*; it says: "):
+        bisection.commits(repository, "nowhere", "one")
+
+
+@pytest.mark.quick
+def test_a_process_that_dies_says_its_last_words(tmp_path: Path) -> None:
+    process = worker.Process(tmp_path, "a folder without fused_attn", PROJECT)
+    try:
+        with pytest.raises(
+            RuntimeError,
+            match=r"a folder without fused_attn ended with code 1: .*fused_attn/__init__.py would be measured instead of the commit's",
+        ):
+            worker.Remote(process, CASES[0], "eager", Setup())
+    finally:
+        process.close()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("difference", "status", "code"),
+    [(Difference(0.01, -0.06, 0.08, 0.5, 8), "ok", 3), (None, "failed", 4), (Difference(0.0, -0.01, 0.01, 0.5, 8), "ok", 2)],
+)
+def test_bisect_without_a_slow_end(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: Difference | None, status: str, code: int
+) -> None:
+    """Undecided and failed are not the user's mistake; "no change" is."""
+    compared = [Comparison("c", Result("c", "p"), Result("c", "p", status), difference)]
+    monkeypatch.setattr("fused_attn_bench.compare.compare", lambda *arguments: compared)
+    monkeypatch.setattr("fused_attn_bench.sides.Commits.__enter__", lambda self: self)
+    monkeypatch.setattr("fused_attn_bench.sides.Commits.__exit__", lambda *arguments: None)
+    options = ["--device", "cpu", "--case", CASES[0].name, "--db", str(tmp_path / "h.sqlite")]
+    assert cli.main(["bisect", "one", "four", *options]) == code
+
+
+@pytest.mark.quick
+def test_leftovers_of_a_killed_comparison_are_removed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    left, running, other = (tmp_path / f"{PREFIX}{name}" for name in (f"{ended.pid}-abc", f"{os.getpid()}-abc", "mine"))
+    for folder in (left, running, other):
+        folder.mkdir()
+        subprocess.run(["git", "worktree", "add", "--detach", "-q", str(folder / "0"), "one"], cwd=repository, check=True)
+    remove_leftovers(repository)
+    assert not left.exists() and (running / "0").exists() and (other / "0").exists()
+    known = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True, check=True).stdout
+    assert str(left) not in known and str(running) in known
