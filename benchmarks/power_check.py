@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def run(times: int, seconds: float, out: Path) -> list[Tally]:
                 _quietly(["check", str(stored), *options])
                 rows = json.loads(shown.read_text())["cases"]
                 tallies[title].verdicts += [row["verdict"] for row in rows]
-                tallies[title].percents += [100 * row["effect"] for row in rows]
+                tallies[title].percents += [100 * math.expm1(row["effect"]) for row in rows]
                 about = {"environment": dict(entries[0].environment), "seconds": seconds, "cases": CASES}
                 out.write_text(json.dumps(about | {"experiments": [vars(t) for t in tallies.values()]}, indent=1) + "\n")
             print(f"{done + 1} of {times}", end="\r", file=sys.stderr, flush=True)
