@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import __main__ as cli
 from benchmarks.power import EXPERIMENTS, Tally
 from fused_attn_bench import codes, compare, tables
 from fused_attn_bench.case import Case
-from fused_attn_bench.commands import outputs
 from fused_attn_bench.compare import Comparison, Plan
 from fused_attn_bench.harness import About, Contestant, Setup
-from fused_attn_bench.history import History
 from fused_attn_bench.judge import Verdict
 from fused_attn_bench.limits import Limits, Rules
 from fused_attn_bench.results import Result
@@ -210,48 +204,6 @@ def test_interrupting_keeps_what_was_measured() -> None:
     assert {c.verdict for c in stop.value.comparisons} == {SLOWER}
 
 
-@pytest.mark.quick
-def test_providers_are_really_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real times, so nothing is said of the verdict; a wrong and a refusing side have none."""
-    cases = [c.name for c in CASES[:2]]
-    options = [
-        "--device",
-        "cpu",
-        "--seconds",
-        "0",
-        "--launches",
-        "3",
-        "--db",
-        str(tmp_path / "h.sqlite"),
-        "--markdown",
-        str(tmp_path / "c.md"),
-    ]
-    code = cli.main(["compare", "eager", "fused_attn", "--case", *cases, *options, "--fail-on", "900%", "--json", str(tmp_path / "c.json")])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in cases)
-    written = (tmp_path / "c.md").read_text()
-    assert written.startswith("### fused_attn against eager") and all(f"| {name} |" in written for name in cases)
-    content, kept = json.loads((tmp_path / "c.json").read_text()), History(tmp_path / "h.sqlite").comparisons()
-    assert code in (0, 3) and content["code"] == code and content["environment"]["torch"] == torch.__version__
-    assert [(row["case"], row["verdict"], row["effect"]) for row in content["cases"]] == [(c.case, c.verdict, c.effect) for c in kept]
-    assert [c.case for c in kept] == cases and all(
-        c.launches >= 3 and c.run and c.environment["torch"] and None not in c.medians for c in kept
-    )
-    assert cli.main(["compare", "eager", "sdpa:cudnn", "--case", cases[0], *options]) == 3
-    assert "refused: sdpa:cudnn: torch has no such kernel" in capsys.readouterr().out
-
-
-@pytest.mark.quick
-def test_calibration_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--case", CASES[0].name, "--seconds", "0", "--launches", "3", "--db", str(tmp_path / "h.sqlite")]
-    assert cli.main(["calibrate", "eager", "--times", "2", *options]) == 0
-    assert "2 comparisons with itself" in capsys.readouterr().out
-    assert cli.main(["compare", "eager", "eager", "--fail-on", "900%", *options]) in (0, 3)
-    (floor,) = History(tmp_path / "h.sqlite").connection.execute("SELECT floor FROM floors").fetchone()
-    assert f"  {100 * math.expm1(floor):+.1f}%  " in capsys.readouterr().out.splitlines()[-1]
-    assert cli.main(["calibrate", "eager", "--times", "1", *options]) == 2
-
-
 OK, SLOW = Result("c", "p"), Difference(math.log(1.04), 0.03, 0.05, 1e-6, 8)
 BESIDE = (Result("c", "p", peak=2**20), Result("c", "p", peak=2**26))
 
@@ -290,57 +242,6 @@ def test_the_worst_case_gives_the_exit_code() -> None:
 
 
 @pytest.mark.quick
-def test_commands_keep_what_ctrl_c_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the sixth launch of a comparison, and in the third comparison of a calibration."""
-    measure, calls = compare.contest, 0
-
-    def contest(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
-    monkeypatch.setattr(compare, "contest", contest)
-    options = [
-        "--device",
-        "cpu",
-        "--case",
-        CASES[0].name,
-        "--seconds",
-        "0",
-        "--db",
-        str(tmp_path / "h.sqlite"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    assert cli.main(["compare", "eager", "eager+900%", "--launches", "8", *options]) == 130
-    assert "slower" in capsys.readouterr().out and json.loads((tmp_path / "c.json").read_text())["cases"][0]["launches"] == 5
-    assert History(tmp_path / "h.sqlite").comparisons()[0].launches == 5
-    calls = -1
-    assert cli.main(["calibrate", "eager", "--launches", "3", *options]) == 130
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert found["cases"][0]["comparisons"] == 2 and "2 comparisons with itself" in capsys.readouterr().out
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("option", ["--json", "--markdown"])
-def test_outputs_are_tried_before_anything_is_measured(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(compare, "contest", lambda *arguments: pytest.fail("measured in vain"))
-    command = ["compare", "eager", "eager", "--device", "cpu", "--db", str(tmp_path / "h.sqlite"), option]
-    assert cli.main([*command, str(tmp_path / "no" / "c")]) == 2
-    assert "c must be a file that can be written; got: " in capsys.readouterr().err
-    for path in (tmp_path / "new", None, Path("-")):
-        outputs.writable(path)
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "old").write_text("kept")
-    outputs.writable(tmp_path / "old")
-    assert (tmp_path / "old").read_text() == "kept"
-
-
-@pytest.mark.quick
 def test_markdown_keeps_text_from_files_apart() -> None:
     evil = Comparison("a|b<img src=x>", Result("c", "p", "failed", "x\ny|z"), Result("c", "<b>", "failed", "no"))
     text = tables.markdown("A <b> | B", {"device": "chip <1>"}, [evil])
@@ -358,30 +259,6 @@ def test_different_backends_are_remarked_on() -> None:
     (remark,) = other.remarks
     assert not same.remarks and remark == "c: p@a ran cuda, p@b triton"
     assert remark in tables.comparisons([same, other]) and remark in tables.markdown("t", {}, [same, other])
-
-
-@pytest.mark.quick
-def test_operands_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    db = ["--db", str(tmp_path / "h.sqlite")]
-    assert cli.main(["compare", "eager", "no-such-commit", *db]) == 2
-    assert "both be providers (fused_attn, " in capsys.readouterr().err
-    assert cli.main(["compare", "history", "latest", *db]) == 2
-    assert "It has none yet" in capsys.readouterr().err
-
-
-@pytest.mark.quick
-def test_a_run_against_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    history, chance = History(tmp_path / "h.sqlite"), random.Random(0)
-    for i in range(10):
-        for name, slower in (("steady", 1.0), ("slow", 1.2 if i == 9 else 1.0)):
-            times = tuple(slower * math.exp(chance.gauss(0, 0.01)) for _ in range(3))
-            history.add([Result(CASES[0].name, name, samples=times, run=f"r{i}", time=f"2026-01-{i + 1:02}", timer="wall")])
-    options = ["--db", str(tmp_path / "h.sqlite"), "--fail-on", "5%"]
-    assert cli.main(["compare", "history", "latest", *options]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-3].endswith("no change") and lines[-2].endswith("slower") and lines[-1].startswith("regression")
-    assert cli.main(["compare", "history", "r8", *options]) == 0
-    assert cli.main(["compare", "history", "r1", *options]) == 3 and "too few runs" in capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -15,6 +15,7 @@ missing = native.missing_for_simulator()
 pytestmark = pytest.mark.skipif(bool(missing), reason=missing or "never")
 pytest.importorskip("triton")
 
+from tests import hopper_dense  # noqa: E402
 from tests import hopper_product as product  # noqa: E402
 
 PARTS = 4
@@ -30,6 +31,15 @@ def test_a_cover_of_all_pairs_holds_the_error_rule(part: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     expected = [product.name_of(*case) for case in list(product.cover())[part::PARTS]]
     assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.slow
+def test_dense_masks_alone() -> None:
+    """The cover's dense masks are causal too, which cuts a row behind its end whatever the bits say."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "tests.hopper_dense"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 5 * len(hopper_dense.LENGTHS)
 
 
 @pytest.mark.quick

@@ -108,7 +108,7 @@ def finish(args: argparse.Namespace, compared: Sequence[Comparison], stopped: bo
         if c.code in (codes.WORSE, codes.CRASHED):
             print(f"{'regression' if c.code == codes.WORSE else 'failure'}: {c.case}: {c.words}")
     if stopped:
-        print(f"interrupted; {len(compared)} cases were measured")
+        print(f"interrupted; {len(compared)} of the cases have been measured")
     return code
 
 

@@ -88,7 +88,9 @@ def _ends(call: LoweredAttention) -> int:
     mask = call.terms.mask
     if mask.left is not None or mask.kv_start is not None:
         return int(BOTH_ENDS.value)
-    by_bits = mask.keep is not None and mask.keep.shape[3] == call.shape[3]
+    # A column that stands for all keys, one alone or an expanded one, is packed into bits that are set beyond the end as well.
+    keep = mask.keep
+    by_bits = keep is not None and keep.shape[3] == call.shape[3] > 1 and keep.stride(3) != 0
     return int((BITS_ONLY if by_bits and mask.right is None and mask.kv_end is None else END_ONLY).value)
 
 
