@@ -84,6 +84,13 @@ def test_what_breaks_a_rule_is_said(change: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.quick
+def test_products_that_run_one_after_the_other_are_said_whatever_is_recorded() -> None:
+    serial = COUNTS | {"waits": 16}
+    found = hopper_counts.complaints(PLAIN, "3.7", serial, {PLAIN.name: serial})
+    assert len(found) == 1 and "16 waits per trip, at most 2 are allowed: ptxas serialised" in found[0]
+
+
+@pytest.mark.quick
 def test_nothing_recorded_is_said() -> None:
     assert "run make hopper" in hopper_counts.complaints(PLAIN, "3.7", COUNTS, {})[0]
 

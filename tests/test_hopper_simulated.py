@@ -15,7 +15,10 @@ missing = native.missing_for_simulator()
 pytestmark = pytest.mark.skipif(bool(missing), reason=missing or "never")
 pytest.importorskip("triton")
 
-from tests import hopper_dense  # noqa: E402
+from tests import (
+    hopper_dense,
+    matrix,
+)
 from tests import hopper_product as product  # noqa: E402
 
 PARTS = 4
@@ -40,6 +43,12 @@ def test_dense_masks_alone() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.hopper_dense"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 5 * len(hopper_dense.LENGTHS)
+
+
+@pytest.mark.quick
+def test_the_full_product_s_record_is_of_the_present_sources() -> None:
+    count = len(list(product.product()))
+    assert product.section(count).strip() in matrix.PAGE.read_text(), "the Hopper kernels changed: run make hopper-product"
 
 
 @pytest.mark.quick
