@@ -15,10 +15,7 @@ missing = native.missing_for_simulator()
 pytestmark = pytest.mark.skipif(bool(missing), reason=missing or "never")
 pytest.importorskip("triton")
 
-from tests import (
-    hopper_dense,
-    matrix,
-)
+from tests import hopper_dense, matrix  # noqa: E402
 from tests import hopper_product as product  # noqa: E402
 
 PARTS = 4
