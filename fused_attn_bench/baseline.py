@@ -27,6 +27,7 @@ class Entry:
         hosts: seconds that its calls return later than the reference's, per launch; empty where that is the time itself.
         peak: bytes of peak memory.
         error, plain_error: distance from float64, and that of plain torch.
+        marks: what others did on the machine meanwhile, in most launches; see ``quiet``.
         timer: what took the samples.
         environment: see ``environment.describe``.
     """
@@ -39,6 +40,7 @@ class Entry:
     peak: int | None = None
     error: float | None = None
     plain_error: float | None = None
+    marks: tuple[str, ...] = ()
     timer: str = "wall"
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ def read(path: Path) -> list[Entry]:
         try:
             known = json.loads(line)
             needed = {f.name: known[f.name] for f in fields(Entry) if f.name in known or f.default is f.default_factory is MISSING}
-            entry = Entry(**needed | {name: tuple(known.get(name, ())) for name in ("ratios", "hosts")})
+            entry = Entry(**needed | {name: tuple(known.get(name, ())) for name in ("ratios", "hosts", "marks")})
             Case.parse(entry.case)
             if len(entry.ratios) < 2 or not all(isinstance(x, float) and math.isfinite(x) for x in (*entry.ratios, *entry.hosts)):
                 raise ValueError("ratios must be two numbers or more")
@@ -107,7 +109,9 @@ def entries(found: Launches, timer: str, environment: Mapping[str, str]) -> dict
         reference, b = pairs[-1][0].provider, typical([pair[1] for pair in pairs])
         hosts = tuple(map(later, pairs)) if all(r.host for pair in pairs for r in pair) else ()
         ratios = tuple(map(ratio, pairs))
-        made[case.name] = Entry(case.name, b.provider, reference, ratios, hosts, b.peak, b.error, b.plain_error, timer, environment)
+        made[case.name] = Entry(
+            case.name, b.provider, reference, ratios, hosts, b.peak, b.error, b.plain_error, b.marks, timer, environment
+        )
     return made
 
 
@@ -135,9 +139,12 @@ def judged(old: Mapping[str, Entry], found: Launches, plan: Plan) -> list[Compar
         a = (
             Result(name, result.provider)
             if before is None
-            else replace(result, status="ok", reason="", peak=before.peak, error=before.error)
+            else replace(result, status="ok", reason="", peak=before.peak, error=before.error, marks=before.marks)
         )
         difference = by_case.get(name)
+        if difference is not None:
+            # Work beside slows two providers by different factors: their ratio then is another one than the baseline's, whatever the code.
+            difference = replace(difference, trusted=not (a.marks or result.marks))
         shown: tuple[float | None, float | None] = (None, None)
         if difference is not None:
             now = group(new[name].ratios).mean

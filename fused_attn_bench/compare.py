@@ -15,6 +15,7 @@ from fused_attn_bench.changes import Series
 from fused_attn_bench.harness import Setup, contest
 from fused_attn_bench.history import Filter, History
 from fused_attn_bench.limits import Limits, Rules
+from fused_attn_bench.quiet import Watch, marked
 from fused_attn_bench.results import Compared, Result
 from fused_attn_bench.sides import Sides
 from fused_attn_bench.significance import (
@@ -90,8 +91,12 @@ class Comparison:
 
     @property
     def remarks(self) -> list[str]:
-        """What else is to be known: what B is worse in, and that one provider ran different backends, as when only one of two commits has its library built."""
+        """What else is to be known: what B is worse in, what disturbed, and different backends of one provider, as when only one of two commits has its library built."""
         found = [f"{self.case}: {word}: {text}" for word, text in self.worse.items()]
+        marks = dict.fromkeys((*self.a.marks, *self.b.marks))
+        if marks:
+            said = "not quiet" if self.difference is None or self.difference.trusted else "not quiet, so that no change is believed"
+            found.append(f"{self.case}: {said}: {', '.join(marks)}")
         if self._one_provider and self.a.backend != self.b.backend and self.difference is not None:
             found.append(f"{self.case}: {self.a.provider} ran {self.a.backend}, {self.b.provider} {self.b.backend}")
         return found
@@ -202,7 +207,9 @@ def decide(
                 for case in waiting:
                     progress(f"{case.name}, launch {launch + 1} of {until}")
                     order = (0, 1) if launch % 2 == 0 else (1, 0)
+                    watch = Watch()
                     results = contest(case, {str(side): functools.partial(make, case, side) for side in order}, each)
+                    results = marked(results, watch.activity())
                     a, b = (replace(results[order.index(side)], provider=sides.labels[side]) for side in (0, 1))
                     found.setdefault(case, []).append((a, b))
 
@@ -258,12 +265,14 @@ def levels(pairs: Sequence[Pair], ratios: Sequence[float]) -> tuple[float, float
 
 
 def typical(results: Sequence[Result]) -> Result:
-    """The last of several, with the medians of peak memory and error."""
+    """The last of several, with the medians of peak memory and error; it is marked where more than half are."""
+    noticed = [r.marks for r in results if r.marks]
     peaks, errors = [r.peak for r in results if r.peak is not None], [r.error for r in results if r.error is not None]
     return replace(
         results[-1],
         peak=int(statistics.median(peaks)) if peaks else None,
         error=statistics.median(errors) if errors else None,
+        marks=noticed[-1] if 2 * len(noticed) > len(results) else (),
     )
 
 

@@ -44,6 +44,7 @@ class Difference:
         floor: effects below it are noise on this machine; a log ratio too.
         limit: effects below it are as good as none; a log ratio too.
         smallest: the smallest effect that would have been found 95 times in a hundred.
+        trusted: whether both sides were measured under the same conditions; else no change is believed, however sure the test.
 
     Example:
         >>> (
@@ -62,6 +63,7 @@ class Difference:
     floor: float = UNCALIBRATED
     limit: float = LIMIT
     smallest: float = math.inf
+    trusted: bool = True
 
     @property
     def percent(self) -> float:
@@ -77,7 +79,7 @@ class Difference:
     def verdict(self) -> str:
         """A change needs both the size and the test; "no change" needs the whole interval within the limit, or the floor where that is larger."""
         if self.confirmed and abs(self.effect) > max(self.floor, MIN_EFFECT):
-            return SLOWER if self.effect > 0 else FASTER
+            return UNDECIDED if not self.trusted else SLOWER if self.effect > 0 else FASTER
         near = max(self.limit, self.floor)
         return SAME if -near <= self.low and self.high <= near else UNDECIDED
 

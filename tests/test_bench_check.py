@@ -20,6 +20,7 @@ from fused_attn_bench import baseline, compare
 from fused_attn_bench.case import Case
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.operation import OPERATIONS
+from fused_attn_bench.quiet import Activity
 from fused_attn_bench.results import Result, ResultsError
 from fused_attn_bench.sides import Separate
 
@@ -42,8 +43,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(written: Path, tmp_path: Path) -> Path:
-    """A copy, to be changed."""
-    return Path(shutil.copy(written, tmp_path))
+    """A copy, to be changed, as of a machine that did nothing else."""
+    path = Path(shutil.copy(written, tmp_path))
+    edited(path, marks=())
+    return path
 
 
 def edited(path: Path, **changes: object) -> None:
@@ -237,3 +240,29 @@ def test_bad_arguments(tmp_path: Path, stored: Path, capsys: pytest.CaptureFixtu
     edited(stored, provider="unknown")
     assert check(stored) == 2
     assert "a provider must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["baseline", "now"])
+def test_no_change_is_believed_of_a_machine_that_was_not_quiet(
+    when: str, stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Work beside slows two providers by different factors: 20 % slower beyond any doubt, and still nothing is said."""
+    busy = Activity(1.3, 0.0)
+    measures(monkeypatch, 0.2)
+    edited(stored, ratios=tuple(math.log(0.5) + x for x in (0.0, 0.01, -0.01, 0.005, -0.005)), error=1e-7, plain_error=1e-7, peak=2**20)
+    if when == "baseline":
+        edited(stored, marks=busy.marks)
+    else:
+        monkeypatch.setattr("fused_attn_bench.compare.Watch.activity", lambda self: busy)
+    assert check(stored) == 3
+    out = capsys.readouterr().out
+    assert out.count("undecided") == 2 and out.count("not quiet, so that no change is believed: other processes used 1.3 cores") == 2
+
+
+def test_a_baseline_of_a_busy_machine_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    measures(monkeypatch)
+    monkeypatch.setattr("fused_attn_bench.compare.Watch.activity", lambda self: Activity(1.3, 0.0))
+    path = tmp_path / "b.jsonl"
+    assert cli.main(["check", str(path), "--update", "--case", *CASES, *QUICK]) == 0
+    assert "The machine was not quiet: write the baseline again" in capsys.readouterr().out
+    assert all(entry.marks == ("other processes used 1.3 cores",) for entry in baseline.read(path))

@@ -65,7 +65,8 @@ def test_calibration_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "2 comparisons with itself" in capsys.readouterr().out
     assert cli.main(["compare", "eager", "eager", "--fail-on", "900%", *options]) in (0, 3)
     (floor,) = History(tmp_path / "h.sqlite").connection.execute("SELECT floor FROM floors").fetchone()
-    assert f"  {100 * math.expm1(floor):+.1f}%  " in capsys.readouterr().out.splitlines()[-1]
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(CASES[0].name))
+    assert f"  {100 * math.expm1(floor):+.1f}%  " in shown
     assert cli.main(["calibrate", "eager", "--times", "1", *options]) == 2
 
 

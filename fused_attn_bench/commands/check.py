@@ -75,7 +75,10 @@ def _update(args: argparse.Namespace, setup: Setup, described: Mapping[str, str]
     made = baseline.entries(found, setup.timer, described)
     print(tables.environment(described))
     print(f"{pair[1]}: time as a multiple of {pair[0]}'s")
-    rows = [(c.case, ratio(made[c.case].median) if c.case in made else "-", c.b.status, c.b.reason) for c in compared]
+    rows = [
+        (c.case, ratio(made[c.case].median) if c.case in made else "-", c.b.status, "; ".join((c.b.reason, *c.b.marks)).lstrip("; "))
+        for c in compared
+    ]
     print(table(("case", "now", "status", ""), rows))
     content = [
         {"case": c.case, "multiple": made[c.case].median if c.case in made else None, "status": c.b.status, "reason": c.b.reason}
@@ -89,6 +92,8 @@ def _update(args: argparse.Namespace, setup: Setup, described: Mapping[str, str]
         return codes.WORSE if any(c.b.status == "wrong" for c in compared) else codes.CRASHED
     baseline.write(list(made.values()), args.baseline)
     print(f"{len(made)} entries written to {args.baseline}")
+    if any(entry.marks for entry in made.values()):
+        print("The machine was not quiet: write the baseline again when it is, or no change against these entries will be believed.")
     return codes.GOOD
 
 
