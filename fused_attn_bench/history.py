@@ -93,18 +93,25 @@ class History(Database):
             return sum(self._add_floor(r) if isinstance(r, Floor) else self._add_row(r) for r in records)
 
     def _add_row(self, r: Result | Compared) -> int:
+        # What makes two records the same; their text may differ, as 1 does from 1.0.
         if isinstance(r, Result):
-            key, data = {"run": r.run, "case": r.case, "provider": r.provider, "time": r.time}, r.to_json()
-            more: dict[str, Any] = {"commit": r.environment.get("commit", "")} | dict(zip((*KEY, "timer"), r.machine, strict=True))
-            more |= {"backend": r.backend, "config": r.config, "status": r.status, "median": r.median}
+            key: dict[str, Any] = {
+                "run": r.run,
+                "time": r.time,
+                "case": r.case,
+                "provider": r.provider,
+                "status": r.status,
+                "median": r.median,
+            }
+            row = key | {"commit": r.environment.get("commit", "")} | dict(zip((*KEY, "timer"), r.machine, strict=True))
+            row |= {"backend": r.backend, "config": r.config, "data": r.to_json()}
         else:
-            key, data = {"run": r.run, "case": r.case, "time": r.time}, json.dumps(vars(r), allow_nan=False)
-            more = {"a": r.a, "b": r.b, "verdict": r.verdict}
-        table, key = TABLES[type(r)], key | {"data": data}
-        there = " AND ".join(f'"{name}" = ?' for name in key)
+            key = {"run": r.run, "time": r.time, "case": r.case, "a": r.a, "b": r.b, "verdict": r.verdict}
+            row = key | {"data": json.dumps(vars(r), allow_nan=False)}
+        table = TABLES[type(r)]
+        there = " AND ".join(f'"{name}" IS ?' for name in key)
         if self.connection.execute(f"SELECT 1 FROM {table} WHERE {there}", list(key.values())).fetchone() is not None:
             return 0
-        row = key | more
         columns = ", ".join(f'"{name}"' for name in row)
         self.connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(row))})", list(row.values()))
         return 1

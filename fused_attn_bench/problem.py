@@ -228,7 +228,7 @@ class Problem:
         value = default if function is None else function(self)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise DeclarationError(f"{self.case.op}: {what} must return a number that is not negative; got {value!r}")
-        return value
+        return float(value)
 
     def metrics(self, results: Results) -> dict[str, float]:
         """The operation's own figures.

@@ -114,8 +114,8 @@ class Result:
     telemetry: tuple[dict[str, Any], ...] = ()
     faults: Amount | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    flops: Amount = 0
-    bytes: Amount = 0
+    flops: Amount = 0.0
+    bytes: Amount = 0.0
     roofs: Roofs = ()
     marks: tuple[str, ...] = ()
     run: str = ""

@@ -390,3 +390,26 @@ def test_an_output_is_tried_before_anything_is_measured(
     for place in (there, new, None, Path("-")):
         outputs.writable(place)
     assert there.read_text() == "old" and not new.exists()
+
+
+def test_what_is_removed_added_and_drawn_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, lines = tmp_path / "h.sqlite", tmp_path / "h.jsonl"
+    month(path).close()
+    db = ("--db", str(path), "--json", "-")
+
+    def said(*command: str) -> list[dict[str, object]]:
+        assert cli.main([*command, *db]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert cli.main(["export", str(lines), "--db", str(path)]) == 0
+    capsys.readouterr()
+    newest, *_ = said("runs")[-1:]
+    (page,) = said("report", "--out", str(tmp_path / "p.html"))
+    assert page == {"page": str(tmp_path / "p.html"), "figures": []}
+    (gone,) = said("delete", str(newest["id"]))
+    assert gone["run"] == newest["id"] and gone["results"] == newest["results"]
+    (back,) = said("import", str(lines))
+    assert back["added"] == gone["results"] and back["there"]
+    (pruned,) = said("prune", "--keep", "1")
+    assert pruned["results"] == 18, "nine days of two cases"
+    assert said("prune", "--broken") == [{"broken": 0}]

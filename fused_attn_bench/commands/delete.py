@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fused_attn_bench.codes import GOOD
-from fused_attn_bench.commands import selection
+from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.history import Filter
 
 
@@ -13,12 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which ones."""
     parser.add_argument("ids", nargs="+", metavar="RUN", help="ids, as the command runs lists them, or latest")
     selection.add_history(parser)
+    outputs.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0; one unknown id removes nothing."""
-    history = selection.history(args, writes=True)
-    for run_id in list(dict.fromkeys(map(history.named, args.ids))):
-        results, comparisons = history.delete(Filter(runs=(run_id,)))
-        print(f"run {run_id}: {results} results and {comparisons} comparisons removed")
+    outputs.writable(args.json)
+    history, gone = selection.history(args, writes=True), []
+    with outputs.table_of(args.json):
+        for run_id in list(dict.fromkeys(map(history.named, args.ids))):
+            results, comparisons = history.delete(Filter(runs=(run_id,)))
+            gone.append({"run": run_id, "results": results, "comparisons": comparisons})
+            print(f"run {run_id}: {results} results and {comparisons} comparisons removed")
+    outputs.write(args.json, map(outputs.line, gone))
     return GOOD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fused_attn_bench.codes import GOOD
-from fused_attn_bench.commands import selection
+from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.history import Filter
 
 
@@ -16,16 +16,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--before", type=selection.date, metavar="DATE", help="what is older, as 2026-01-31, in UTC")
     which.add_argument("--broken", action="store_true", help="rows that cannot be read")
     selection.add_history(parser)
+    outputs.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0; noise floors stay."""
+    outputs.writable(args.json)
     history = selection.history(args, writes=True)
-    if args.broken:
-        print(f"{history.delete_broken()} rows that cannot be read removed")
-    else:
-        older = history.delete(Filter(before=args.before)) if args.before else history.delete(Filter(last=args.keep), others=True)
-        results, comparisons = older
-        print(f"{results} results and {comparisons} comparisons removed")
+    with outputs.table_of(args.json):
+        if args.broken:
+            gone = {"broken": history.delete_broken()}
+            print(f"{gone['broken']} rows that cannot be read removed")
+        else:
+            older = history.delete(Filter(before=args.before)) if args.before else history.delete(Filter(last=args.keep), others=True)
+            gone = dict(zip(("results", "comparisons"), older, strict=True))
+            print(f"{gone['results']} results and {gone['comparisons']} comparisons removed")
+    outputs.write(args.json, [outputs.line(gone)])
     history.shrink()
     return GOOD

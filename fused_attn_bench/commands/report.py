@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from fused_attn_bench import plots, report
-from fused_attn_bench.commands import selection
+from fused_attn_bench.codes import GOOD
+from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.results import Result
 
 
@@ -18,18 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the figures there as well")
     selection.add_filter(parser, runs=False)
     selection.add_history(parser)
+    outputs.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0."""
+    for path in (args.out, args.json):
+        outputs.writable(path)
     history, project, only = selection.history(args), args.project, selection.filtered(args)
     run_id = history.named(args.shown, compared=False) if args.shown else None
     # One at a time: raw samples of all runs together may not fit in memory.
     results = (record for record in history.each(only) if isinstance(record, Result))
     page = report.build(results, run_id, history.comparisons(only), title=args.title or project.title, program=project.program)
     args.out.write_text(page, encoding="utf-8")
-    print(f"page written to {args.out}")
-    if args.plots is not None:
-        for path in plots.save(history.results(run_id or history.runs()[-1]), args.plots):
+    figures = [] if args.plots is None else plots.save(history.results(run_id or history.runs()[-1]), args.plots)
+    with outputs.table_of(args.json):
+        print(f"page written to {args.out}")
+        for path in figures:
             print(f"figure written to {path}")
-    return 0
+    outputs.write(args.json, [outputs.line({"page": str(args.out), "figures": list(map(str, figures))})])
+    return GOOD
