@@ -57,6 +57,8 @@ class Setup:
     def __post_init__(self) -> None:
         if self.rounds < 2 or self.rounds % 2:
             raise ValueError(f"rounds must be even and at least 2, to make A B B A blocks; got {self.rounds}")
+        if not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds must be a time that is not negative; got {self.seconds}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,10 @@ def measure(case: Case, providers: Sequence[str], setup: Setup, roofs: Roofs | N
         judged = None if lacking else problem.judge()
     except DeclarationError:
         raise
-    except Exception as error:  # whatever a reference raises, the other cases are measured
-        lacking, judged = _first_line(error), None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a reference raises, the other cases are measured
+        lacking, judged = first_line(error), None
     if judged is None:
         return [Result(case.name, name, "failed", lacking) for name in providers]
     makers = {name: lambda name=name: Local(name, problem, judged, setup) for name in providers}
@@ -186,13 +190,13 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
         try:
             contestant = make()
             about = contestant.prepare()
-        except DeclarationError:
+        except (DeclarationError, KeyboardInterrupt):
             raise
         except refusals as refusal:
-            results[name] = Result(case.name, name, "refused", str(refusal))
+            results[name] = Result(case.name, name, "refused", line_of(refusal))
             continue
-        except (Exception, SystemExit) as error:  # a provider may raise anything; the others are measured
-            results[name] = Result(case.name, name, "failed", _first_line(error))
+        except BaseException as error:  # a provider may raise anything; the others are measured
+            results[name] = Result(case.name, name, "failed", first_line(error))
             continue
         verdict = about.verdict
         known = Result(
@@ -225,8 +229,10 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
         )
         try:
             results[name] = _judged(timed, contestant.check(), "after timing")
-        except (Exception, SystemExit) as error:
-            results[name] = _untimed(timed, "failed", f"after timing: {_first_line(error)}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            results[name] = _untimed(timed, "failed", f"after timing: {first_line(error)}")
     return [results[name] for name in makers]
 
 
@@ -245,8 +251,10 @@ def _take_turns(running: Mapping[str, Contestant], setup: Setup) -> tuple[dict[s
     def guarded(name: str) -> Sample:
         try:
             return running[name].sample()
-        except (Exception, SystemExit) as error:
-            failed[name] = _first_line(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failed[name] = first_line(error)
             raise _Stopped from error
 
     while True:
@@ -303,6 +311,15 @@ def shortage(problem: Problem) -> str:
     return "" if needed < 0.8 * free else f"the check needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def first_line(error: BaseException) -> str:
+    """An exception's class and the first line of its message."""
+    return f"{type(error).__name__}: {line_of(error) or 'no message'}"
+
+
+def line_of(error: BaseException) -> str:
+    """The first line of a message, for a table: nothing in it moves a cursor or changes a colour."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a message is code as well
+        return "a message that cannot be read"
+    return "".join(letter for letter in lines[0] if letter.isprintable()) if lines else ""

@@ -83,6 +83,8 @@ class Judge:
             got = results[name]
             if got.shape != exact.shape:
                 return f"shape: {name} is {list(got.shape)}, must be {list(exact.shape)}"
+            if got.dtype != self.plain[name].dtype:
+                return f"dtype: {name} is {got.dtype}, must be {self.plain[name].dtype}"
             if got.device != exact.device:
                 return f"device: {name} is on {got.device}, must be on {exact.device}"
         return ""

@@ -96,6 +96,11 @@ class Operation:
     providers: dict[str, Provider] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        for what in ("axes", "outputs", "variants"):
+            if isinstance(getattr(self, what), str):
+                raise DeclarationError(
+                    f"{self.name}: {what} must be a tuple of words; got {getattr(self, what)!r}. Write ({getattr(self, what)!r},)."
+                )
         self.axes, self.outputs, self.variants = tuple(self.axes), tuple(self.outputs), tuple(self.variants)
         for what, names in (("name", (self.name,)), ("axes", self.axes), ("variants", self.variants), ("outputs", self.outputs)):
             if (
@@ -109,6 +114,13 @@ class Operation:
         for what, function in (("inputs", self.inputs), ("reference", self.reference or self.problem)):
             if not callable(function):
                 raise DeclarationError(f"{self.name}: {what} must be a function; got {function!r}")
+        for what in ("flops", "bytes", "tolerance"):
+            if getattr(self, what) is not None and not callable(getattr(self, what)):
+                raise DeclarationError(f"{self.name}: {what} must be a function of the problem; got {getattr(self, what)!r}")
+        if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
+            raise DeclarationError(f"{self.name}: metrics must be functions by name; got {self.metrics!r}")
+        if not isinstance(self.gradients, bool):
+            raise DeclarationError(f"{self.name}: gradients must be True or False; got {self.gradients!r}")
         unknown = {axis for axis in self.options.values() if axis not in self.axes}
         if unknown or {*self.options} & {*self.axes}:
             raise DeclarationError(
@@ -187,7 +199,12 @@ class Operation:
 
     def defaults(self, device: torch.device) -> list[Case]:
         """The cases of a plain run."""
-        names = self.cases(device) if callable(self.cases) else self.cases
+        try:
+            names = list(self.cases(device) if callable(self.cases) else self.cases)
+        except Exception as error:
+            raise DeclarationError(
+                f"{self.name}: cases must be names, or a function from a device to them; got {type(error).__name__}: {error}"
+            ) from error
         return list(dict.fromkeys(self.case(f"{self.name}/{name}") for name in names))
 
     def of(self, case: Case, device: torch.device) -> Problem:

@@ -84,7 +84,10 @@ class Problem:
     def __init__(self, operation: Operation, case: Case, device: torch.device) -> None:
         self.operation, self.case, self.device = operation, case, device
         self.sizes = operation.sizes(case)
-        made = operation.inputs(self._make(case.name), self.sizes)
+        try:
+            made = operation.inputs(self._make(case.name), self.sizes)
+        except Exception as error:
+            raise RuntimeError(f"inputs raised {type(error).__name__}: {error}") from error
         if not isinstance(made, Mapping) or not made or not all(isinstance(t, Tensor) for t in made.values()):
             raise DeclarationError(f"{case.op}: inputs must return tensors by name; got {_shown(made)}")
         needs = case.mode != FORWARD
@@ -131,9 +134,16 @@ class Problem:
 
     def restore(self) -> list[str]:
         """Writes the original values into tensors that have others; returns their names."""
-        changed = [n for n, t in self.tensors.items() if not torch.equal(_bits(t), _bits(self._originals[n]))]
-        for name in changed:
-            self.tensors[name].detach().copy_(self._originals[name])
+        changed = []
+        for name, original in self._originals.items():
+            tensor = self.tensors[name]
+            if tensor.shape != original.shape or tensor.dtype != original.dtype or tensor.device != original.device:
+                tensor.data = original.clone()
+            elif not torch.equal(_bits(tensor), _bits(original)):
+                tensor.detach().copy_(original)
+            else:
+                continue
+            changed.append(name)
         return changed
 
     @property
@@ -198,7 +208,10 @@ class Problem:
     def tolerance(self) -> Tolerance:
         """As declared; else rounding is that of a sum along the largest axis."""
         if self.operation.tolerance is not None:
-            return self.operation.tolerance(self)
+            declared = self._declared("tolerance")
+            if not isinstance(declared, Tolerance):
+                raise DeclarationError(f"{self.case.op}: tolerance must return a Tolerance; got {_shown(declared)}")
+            return declared
         return Tolerance(terms=max(self.case.shape))
 
     @property
@@ -224,24 +237,35 @@ class Problem:
         return 6 * 8.0 * elements
 
     def _number(self, what: str, default: float) -> float:
-        function = getattr(self.operation, what)
-        value = default if function is None else function(self)
+        value = default if getattr(self.operation, what) is None else self._declared(what)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise DeclarationError(f"{self.case.op}: {what} must return a number that is not negative; got {value!r}")
         return float(value)
+
+    def _declared(self, what: str) -> Any:
+        """What the operation's function of that name says of this problem."""
+        try:
+            return getattr(self.operation, what)(self)
+        except Exception as error:
+            raise DeclarationError(
+                f"{self.case.op}: {what} must be a function of the problem; it raised {type(error).__name__}: {error}"
+            ) from error
 
     def metrics(self, results: Results) -> dict[str, float]:
         """The operation's own figures.
 
         Raises:
-            DeclarationError: one is no number.
+            RuntimeError: one is no number; the message names it.
         """
         found = {}
         for name, function in self.operation.metrics.items():
-            value = function(self, results)
-            if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or not math.isfinite(value):
-                raise DeclarationError(f"{self.case.op}: metric {name} must be a finite number; got {_shown(value)}")
-            found[name] = float(value)
+            try:
+                value = float(function(self, results))
+            except Exception as error:
+                raise RuntimeError(f"metric {name} raised {type(error).__name__}: {error}") from error
+            if not math.isfinite(value):
+                raise RuntimeError(f"metric {name} must be a finite number; got {value}")
+            found[name] = value
         return found
 
 

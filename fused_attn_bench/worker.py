@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 from fused_attn_bench.case import Case
-from fused_attn_bench.harness import About, Local, Setup
+from fused_attn_bench.harness import About, Local, Setup, first_line, line_of
 from fused_attn_bench.judge import Verdict
 from fused_attn_bench.operation import case_of, load, operation, problem_of
 from fused_attn_bench.problem import Refusal
@@ -45,6 +47,10 @@ serve(Path(tree), Path(repository), packages, sys.argv[2:])
 # and faulted in again, which some processes do on each call and others never (identical code differed by up to 25 %). And threads that
 # wait give their core up after some 50 microseconds, since the other process's turn comes next (a spread of 2 % instead of 6 % within a launch).
 CALM = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40), "GOMP_SPINCOUNT": "10000"}
+
+
+# Seconds between two looks whether the process that asks is still there.
+PATIENCE = 5.0
 
 
 class Process:
@@ -145,7 +151,8 @@ def _verdict(values: list[Any]) -> Verdict:
 
 
 def serve(tree: Path, repository: Path, packages: Sequence[str], files: Sequence[str]) -> None:
-    """Runs files that declare operations, then answers until standard input ends."""
+    """Runs files that declare operations, then answers until standard input ends, or whoever asks has gone: a provider may never return."""
+    threading.Thread(target=_outlive, args=(os.getppid(),), daemon=True).start()
     for path in files:
         load(Path(path))
     strays = _strays(tree, repository, [Path(path) for path in (*packages, *files)])
@@ -159,11 +166,17 @@ def serve(tree: Path, repository: Path, packages: Sequence[str], files: Sequence
         try:
             answer = {"value": _answer(request, held)}
         except _refusals(request, held) as refusal:
-            answer = {"refused": str(refusal)}
-        except (Exception, SystemExit) as error:  # the other side decides what a failure means
-            answer = {"failed": f"{type(error).__name__}: {error}"}
+            answer = {"refused": line_of(refusal)}
+        except BaseException as error:  # the other side decides what a failure means
+            answer = {"failed": first_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _outlive(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PATIENCE)
+    os._exit(1)
 
 
 def _strays(tree: Path, repository: Path, declared: Sequence[Path]) -> list[str]:

@@ -266,3 +266,8 @@ def test_a_baseline_of_a_busy_machine_says_so(tmp_path: Path, monkeypatch: pytes
     assert cli.main(["check", str(path), "--update", "--case", *CASES, *QUICK]) == 0
     assert "The machine was not quiet: write the baseline again" in capsys.readouterr().out
     assert all(entry.marks == ("other processes used 1.3 cores",) for entry in baseline.read(path))
+
+
+def test_a_baseline_is_of_one_provider(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(stored, "--of", "eager") == 2
+    assert "is of fused_attn, got eager. Leave it out, or add --update" in capsys.readouterr().err

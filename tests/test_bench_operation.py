@@ -73,12 +73,36 @@ def test_gradients_are_those_of_the_floating_inputs(mode: str) -> None:
     assert not problem.judge()(results).broken
 
 
-def throw(error: Exception) -> Tensor:
+def throw(error: BaseException) -> Tensor:
     raise error
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+def resized(x: Tensor, weight: Tensor) -> Tensor:
+    out = x * weight if x.dim() == 2 else torch.zeros(4, 8)
+    x.resize_(3)
+    return out
+
+
+def taken(x: Tensor, weight: Tensor) -> Tensor:
+    out = x * weight if x.dim() == 2 else torch.zeros(4, 8)
+    x.data = torch.zeros(0)
+    return out
 
 
 BAD = {
     "raises": (lambda x, weight: 1 / 0, "failed", "ZeroDivisionError: division by zero"),
+    "ends a generator": (lambda x, weight: throw(GeneratorExit("end")), "failed", "GeneratorExit: end"),
+    "says nothing": (lambda x, weight: throw(Unspeakable()), "failed", "Unspeakable: a message that cannot be read"),
+    "colours": (lambda x, weight: throw(Refusal("\x1b[31mred\nsecond line")), "refused", "[31mred"),
+    "double": (lambda x, weight: (x * weight).double(), "wrong", "dtype: out is torch.float64, must be torch.float32"),
+    "complex": (lambda x, weight: (x * weight).to(torch.complex64), "wrong", "dtype: out is torch.complex64"),
+    "resizes": (lambda x, weight: resized(x, weight), "wrong", "writes into its inputs: x"),
+    "takes away": (lambda x, weight: taken(x, weight), "wrong", "writes into its inputs: x"),
     "exits": (lambda x, weight: exit(3), "failed", "SystemExit: 3"),
     "asserts": (lambda x, weight: throw(AssertionError()), "failed", "AssertionError: no message"),
     "refuses": (lambda x, weight: throw(Refusal("never")), "refused", "never"),
@@ -166,7 +190,17 @@ DECLARATIONS = {
         "flops must return a number that is not negative; got 'many'",
     ),
     "bytes are negative": (lambda: measured(scaled(bytes=lambda problem: -1)), "bytes must return a number"),
-    "a metric is NaN": (lambda: measured(scaled(metrics={"m": lambda problem, results: float("nan")})), "metric m must be a finite number"),
+    "axes are a text": (lambda: scaled(axes="rows"), "axes must be a tuple of words; got 'rows'"),
+    "gradients are a text": (lambda: scaled(gradients="yes"), "gradients must be True or False"),
+    "flops are a number": (lambda: scaled(flops=3), "flops must be a function of the problem; got 3"),
+    "flops raise": (lambda: measured(scaled(flops=lambda problem: {}["n"])), "flops must be a function of the problem; it raised KeyError"),
+    "a tolerance is a number": (lambda: measured(scaled(tolerance=lambda problem: 1e-3)), "tolerance must return a Tolerance; got float"),
+    "metrics are a list": (lambda: scaled(metrics=[1]), "metrics must be functions by name"),
+    "there are no cases": (lambda: scaled(cases=None).defaults(CPU), "cases must be names, or a function"),
+    "cases raise": (
+        lambda: scaled(cases=lambda device: 1 / 0).defaults(CPU),
+        "cases must be names, or a function from a device to them; got Zero",
+    ),
 }
 
 
@@ -238,6 +272,26 @@ def test_metrics_and_tolerances_of_one_s_own() -> None:
     found = measured(operation)
     assert found["near"].status == "ok" and found["near"].metrics["rows/s"] == 4.0 and found["near"].metrics["largest"] > 0
     assert found["far"].status == "wrong"
+
+
+@pytest.mark.parametrize("value", [lambda problem, results: float("nan"), lambda problem, results: 1 / int(results["out"].isnan().all())])
+def test_a_metric_that_is_none_is_its_provider_s(value: object) -> None:
+    operation = scaled(metrics={"m": value})
+    found = measured(operation)
+    assert found["eager"].status == "failed" and "metric m " in found["eager"].reason
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), GeneratorExit(), KeyError("x")])
+def test_a_reference_that_raises_is_told(error: BaseException) -> None:
+    operation = scaled(reference=lambda x, weight: throw(error))
+    operation.provider("mine")(lambda x, weight: x * weight)
+    found = measured(operation)
+    assert {r.status for r in found.values()} == {"failed"} and all(type(error).__name__ in r.reason for r in found.values())
+
+
+def test_inputs_that_raise_are_told_of() -> None:
+    found = measured(scaled(inputs=lambda make, sizes: {"x": make.normal(sizes["no such size"])}))
+    assert found["eager"].reason == "RuntimeError: inputs raised KeyError: 'no such size'"
 
 
 def test_exceptions_that_refuse() -> None:

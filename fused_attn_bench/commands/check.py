@@ -51,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
         return _update(args, setup, described)
     old = {entry.case: entry for entry in baseline.read(args.baseline)}
     first = next(iter(old.values()))
+    if args.of not in (None, first.provider):
+        raise ValueError(
+            f"--of names what a baseline is written of; {args.baseline} is of {first.provider}, got {args.of}. Leave it out, or add --update."
+        )
     here = machine(described, setup.timer)
     differing = [entry.machine for entry in old.values() if entry.machine != here]
     if differing:  # whether it is right can be said all the same

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when a result is wrong, 4 when what is watched failed or the disk is full; 130 after Ctrl-C; what was done is kept and shown."""
     setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
     outputs.writable(args.json)
+    # From here on: what providers print is not for whoever reads the JSON.
+    args.opened.enter_context(outputs.table_of(args.json))
     history, done, code, ended = selection.history(args, writes=True), [], GOOD, ""
     described = describe(setup.device, args.project.repository, args.busy, args.lock_clocks)
     try:
@@ -49,13 +51,12 @@ def run(args: argparse.Namespace) -> int:
         if not outputs.unwritten(error):
             raise
         code, ended = CRASHED, f"ended because results could not be written ({error})"
-    with outputs.table_of(args.json):
-        print(tables.environment(described))
-        print(tables.results(done))
-        if ended:
-            print(f"{ended} after {len({r.case for r in done})} of {len(cases)} cases; those are kept")
-        if done:
-            print(f"run {done[0].run}")
+    print(tables.environment(described))
+    print(tables.results(done))
+    if ended:
+        print(f"{ended} after {len({r.case for r in done})} of {len(cases)} cases; those are kept")
+    if done:
+        print(f"run {done[0].run}")
     outputs.write(args.json, map(to_line, done))
     return code or outcome(done, args.project.watched)
 
