@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,17 +104,17 @@ def _sides(experiment: Experiment, setup: Setup) -> AbstractContextManager[Sides
     return nullcontext(Providers(experiment.sides, setup))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.power", description=__doc__)
+def command(module: str, text: str | None, run: Callable[[int, float, Path], Sequence[Tally]], times: int, seconds: float) -> int:
+    """A script that counts verdicts: reads its arguments, runs, prints the table of docs/benchmarking.md; 0."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every verdict, as JSON")
-    parser.add_argument("--times", type=int, default=20, help="comparisons per planted change; identical code more often (default 20)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing per case (default 3)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--times", type=int, default=times, help=f"repeats of each kind; some need more (default {times})")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"of timing per case (default {seconds:g})")
+    args = parser.parse_args()
     tallies = run(args.times, args.seconds, args.out)
     print(table(("comparison", "truth", "right", "share", "95 % interval", "effects, 5th … 95th"), [t.row() for t in tallies], left=2))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("benchmarks.power", __doc__, run, 20, 3.0))

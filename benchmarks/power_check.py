@@ -6,21 +6,19 @@ but for the time spent on each case. Nothing is retried or left out.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import power
 from benchmarks.__main__ import main as command
 from benchmarks.power import CASES, Tally
 from fused_attn_bench import baseline
 from fused_attn_bench.significance import SAME, SLOWER
-from fused_attn_bench.text import table
 
 PROVIDER = "fused_attn"
 TRUTHS = {"identical, check": (PROVIDER, SAME), "8 % slower, check": (f"{PROVIDER}+8%", SLOWER)}
@@ -56,17 +54,5 @@ def _quietly(arguments: list[str]) -> None:
         raise RuntimeError(f"{arguments[0]} must end with a verdict; it ended with {code}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.power_check", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every verdict, as JSON")
-    parser.add_argument("--times", type=int, default=3, help="checks of each kind (default 3)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case (default 4)")
-    args = parser.parse_args(argv)
-    tallies = run(args.times, args.seconds, args.out)
-    print(table(("comparison", "truth", "right", "share", "95 % interval", "effects, 5th … 95th"), [t.row() for t in tallies], left=2))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(power.command("benchmarks.power_check", __doc__, run, 3, 4.0))

@@ -164,9 +164,7 @@ def measure(case: Case, providers: Sequence[str], setup: Setup, roofs: Roofs | N
         problem = problem_of(case, setup.device)
         lacking = shortage(problem)
         judged = None if lacking else problem.judge()
-    except DeclarationError:
-        raise
-    except KeyboardInterrupt:
+    except (DeclarationError, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever a reference raises, the other cases are measured
         lacking, judged = first_line(error), None

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fused_attn_bench.case import Case, parsed
+from fused_attn_bench.operation import REFERENCE
 from fused_attn_bench.results import Result
-from fused_attn_bench.tables import REFERENCE, reference_median
+from fused_attn_bench.tables import reference_median
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

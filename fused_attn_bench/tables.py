@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fused_attn_bench.compare import Comparison
+from fused_attn_bench.operation import REFERENCE
 from fused_attn_bench.quiet import doubts
 from fused_attn_bench.results import Result
 from fused_attn_bench.significance import SAME
 from fused_attn_bench.text import ratio, seconds, size, table
 
-REFERENCE = "eager"
+# Of a result, as the terminal and the page show it; an operation's own metrics follow.
+COLUMNS = ("case", "provider", "backend", "time", "±", "host", f"vs {REFERENCE}", "TFLOP/s", "GB/s", "of roof", "faults", "peak", "error")
 # Before a time that is no plain fact.
 DOUBT = "?"
 
@@ -51,22 +53,6 @@ def figures(result: Result, results: Sequence[Result]) -> tuple[str, ...]:
 def results(measured: Sequence[Result]) -> str:
     """One line per case and provider; what could not be measured, and what makes times doubtful, is a line of its own below."""
     own = list(dict.fromkeys(name for r in measured for name in r.metrics))
-    headers = (
-        "case",
-        "provider",
-        "backend",
-        "time",
-        "±",
-        "host",
-        "vs eager",
-        "TFLOP/s",
-        "GB/s",
-        "of roof",
-        "faults",
-        "peak",
-        "error",
-        *own,
-    )
     rows, shown = [], ""
     grouped: dict[tuple[str, ...], list[str]] = {}
     for r in measured:
@@ -79,7 +65,7 @@ def results(measured: Sequence[Result]) -> str:
             grouped.setdefault((r.provider, r.status, r.reason), []).append(r.case)
         for doubt in doubts(r):
             grouped.setdefault((DOUBT, doubt), []).append(r.case)
-    lines = [table(headers, rows, left=3)] if rows else []
+    lines = [table((*COLUMNS, *own), rows, left=3)] if rows else []
     for (who, what, *why), cases in grouped.items():
         names = list(dict.fromkeys(cases))
         lines.append(": ".join((f"  {who} {what} ({names[0] if len(names) == 1 else f'{len(names)} cases'})", *why)))

@@ -10,10 +10,10 @@ from fused_attn_bench import changes, plots
 from fused_attn_bench.case import parsed
 from fused_attn_bench.changes import Series
 from fused_attn_bench.environment import KEY
+from fused_attn_bench.operation import REFERENCE
 from fused_attn_bench.page import notes, rows
 from fused_attn_bench.page.source import Device
 from fused_attn_bench.results import Compared, Result
-from fused_attn_bench.tables import REFERENCE
 
 # Of all devices together. A row is about 0.7 kB, a point 20 bytes and a sample 10 of the page's 6 MB, of which the plotting library takes 2.
 ROWS, RUNS, POINTS, SAMPLES, COMPARISONS = 2000, 1000, 80_000, 60_000, 300

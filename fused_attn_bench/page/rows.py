@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from fused_attn_bench import tables
 from fused_attn_bench.case import parsed
+from fused_attn_bench.operation import REFERENCE
 from fused_attn_bench.results import Result
-from fused_attn_bench.tables import REFERENCE, reference_median
+from fused_attn_bench.tables import reference_median
 from fused_attn_bench.text import size
 
 
@@ -22,23 +23,7 @@ class Cell:
     value: float | None = None
 
 
-COLUMNS = (
-    "case",
-    "provider",
-    "backend",
-    "time",
-    "±",
-    "host",
-    f"vs {REFERENCE}",
-    "TFLOP/s",
-    "GB/s",
-    "of roof",
-    "faults",
-    "peak",
-    "error",
-    f"2 × {REFERENCE}'s",
-    "status",
-)
+COLUMNS = (*tables.COLUMNS, f"2 × {REFERENCE}'s", "status")
 FILTERS = ("op", "variant", "mode", "dtype", "provider", "status")
 
 
