@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when the commit was found; 3 where BAD cannot be told from GOOD, 4 where one of them fails."""
-    outputs.writable(args.json)
-    args.opened.enter_context(outputs.table_of(args.json))
+    outputs.begin(args)
     root = args.project.repository
     setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args, writes=True)
     if len(cases) != 1:

@@ -23,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; prints each floor and keeps it in the history. 130 after Ctrl-C, with the comparisons that were complete."""
-    outputs.writable(args.json)
-    args.opened.enter_context(outputs.table_of(args.json))
+    outputs.begin(args)
     setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args, writes=True)
     if args.times < 2:
         raise ValueError(f"--times must be at least 2, or there is no spread; got {args.times}")

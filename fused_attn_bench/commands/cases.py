@@ -17,11 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; one line per case."""
-    outputs.writable(args.json)
+    outputs.begin(args)
     chosen = selection.chosen_cases(args)
-    with outputs.table_of(args.json):
-        for case in chosen:
-            print(case.name)
+    for case in chosen:
+        print(case.name)
     lines = ({"case": c.name, "op": c.op, "variant": c.variant, "mode": c.mode, "dtype": c.dtype, "sizes": c.sizes} for c in chosen)
     outputs.write(args.json, map(outputs.line, lines))
     return GOOD

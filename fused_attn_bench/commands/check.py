@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--launches must be at least 3, or there is no spread to speak of; got {args.launches}")
     setup = selection.setup(args)
     described = describe(setup.device, args.project.repository)
-    for path in (args.json, args.baseline if args.update else None):
-        outputs.writable(path)
-    args.opened.enter_context(outputs.table_of(args.json))
+    outputs.begin(args, args.baseline if args.update else None)
     if args.update:
         return _update(args, setup, described)
     old = {entry.case: entry for entry in baseline.read(args.baseline)}

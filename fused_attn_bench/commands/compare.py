@@ -80,9 +80,7 @@ def rules(args: argparse.Namespace) -> Rules:
 
 def run(args: argparse.Namespace) -> int:
     """See the module's text."""
-    for path in (args.markdown, args.json):
-        outputs.writable(path)
-    args.opened.enter_context(outputs.table_of(args.json))
+    outputs.begin(args, args.markdown)
     rules(args)
     history, stopped = selection.history(args, writes=args.a != "history"), False
     if args.a == "history":

@@ -18,12 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; one unknown id removes nothing."""
-    outputs.writable(args.json)
+    outputs.begin(args)
     history, gone = selection.history(args, writes=True), []
-    with outputs.table_of(args.json):
-        for run_id in list(dict.fromkeys(map(history.named, args.ids))):
-            results, comparisons = history.delete(Filter(runs=(run_id,)))
-            gone.append({"run": run_id, "results": results, "comparisons": comparisons})
-            print(f"run {run_id}: {results} results and {comparisons} comparisons removed")
+    for run_id in list(dict.fromkeys(map(history.named, args.ids))):
+        results, comparisons = history.delete(Filter(runs=(run_id,)))
+        gone.append({"run": run_id, "results": results, "comparisons": comparisons})
+        print(f"run {run_id}: {results} results and {comparisons} comparisons removed")
     outputs.write(args.json, map(outputs.line, gone))
     return GOOD

@@ -21,10 +21,9 @@ def run(args: argparse.Namespace) -> int:
     """0; files are read before anything is written, so that a bad one adds nothing."""
     from tqdm import tqdm
 
-    outputs.writable(args.json)
+    outputs.begin(args)
     read = [record for path in args.file for record in results.load(path)]
     added = selection.history(args, writes=True).add(tqdm(read, unit="record", disable=None, leave=False))
-    with outputs.table_of(args.json):
-        print(f"{added} records added, {len(read) - added} were there already")
+    print(f"{added} records added, {len(read) - added} were there already")
     outputs.write(args.json, [outputs.line({"added": added, "there": len(read) - added})])
     return GOOD

@@ -73,6 +73,17 @@ def flush() -> None:
         raise
 
 
+def begin(args: argparse.Namespace, *paths: Path | None) -> None:
+    """Before anything is measured or read: ``--json`` and other files that will be written are tried, and tables go where they belong until the command ends.
+
+    Raises:
+        ValueError: one cannot be written.
+    """
+    for path in (args.json, *paths):
+        writable(path)
+    args.opened.enter_context(table_of(args.json))
+
+
 def writable(path: Path | None) -> None:
     """Nothing, if a file can be written there; tried before anything is measured, and leaving what is there as it is.
 

@@ -21,16 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; noise floors stay."""
-    outputs.writable(args.json)
+    outputs.begin(args)
     history = selection.history(args, writes=True)
-    with outputs.table_of(args.json):
-        if args.broken:
-            gone = {"broken": history.delete_broken()}
-            print(f"{gone['broken']} rows that cannot be read removed")
-        else:
-            older = history.delete(Filter(before=args.before)) if args.before else history.delete(Filter(last=args.keep), others=True)
-            gone = dict(zip(("results", "comparisons"), older, strict=True))
-            print(f"{gone['results']} results and {gone['comparisons']} comparisons removed")
+    if args.broken:
+        gone = {"broken": history.delete_broken()}
+        print(f"{gone['broken']} rows that cannot be read removed")
+    else:
+        older = history.delete(Filter(before=args.before)) if args.before else history.delete(Filter(last=args.keep), others=True)
+        gone = dict(zip(("results", "comparisons"), older, strict=True))
+        print(f"{gone['results']} results and {gone['comparisons']} comparisons removed")
     outputs.write(args.json, [outputs.line(gone)])
     history.shrink()
     return GOOD

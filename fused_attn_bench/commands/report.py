@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0."""
-    for path in (args.out, args.json):
-        outputs.writable(path)
+    outputs.begin(args, args.out)
     history, project, only = selection.history(args), args.project, selection.filtered(args)
     run_id = history.named(args.shown, compared=False) if args.shown else None
     # One at a time: raw samples of all runs together may not fit in memory.
@@ -33,9 +32,8 @@ def run(args: argparse.Namespace) -> int:
     page = report.build(results, run_id, history.comparisons(only), title=args.title or project.title, program=project.program)
     args.out.write_text(page, encoding="utf-8")
     figures = [] if args.plots is None else plots.save(history.results(run_id or history.runs()[-1]), args.plots)
-    with outputs.table_of(args.json):
-        print(f"page written to {args.out}")
-        for path in figures:
-            print(f"figure written to {path}")
+    print(f"page written to {args.out}")
+    for path in figures:
+        print(f"figure written to {path}")
     outputs.write(args.json, [outputs.line({"page": str(args.out), "figures": list(map(str, figures))})])
     return GOOD

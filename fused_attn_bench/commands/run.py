@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a result is wrong, 4 when what is watched failed or the disk is full; 130 after Ctrl-C; what was done is kept and shown."""
     setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
-    outputs.writable(args.json)
-    # From here on: what providers print is not for whoever reads the JSON.
-    args.opened.enter_context(outputs.table_of(args.json))
+    outputs.begin(args)
     history, done, code, ended = selection.history(args, writes=True), [], GOOD, ""
     described = describe(setup.device, args.project.repository, args.busy, args.lock_clocks)
     try:

@@ -20,10 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; one line per run, oldest first."""
-    outputs.writable(args.json)
+    outputs.begin(args)
     found = selection.history(args).overview(selection.filtered(args))
-    with outputs.table_of(args.json):
-        rows = [(r.id, r.time, r.device or "-", r.commit[:10] or "-", r.timer or "-", str(r.results), str(r.comparisons)) for r in found]
-        print(table(HEADERS, rows, left=5))
+    rows = [(r.id, r.time, r.device or "-", r.commit[:10] or "-", r.timer or "-", str(r.results), str(r.comparisons)) for r in found]
+    print(table(HEADERS, rows, left=5))
     outputs.write(args.json, (outputs.line(vars(r)) for r in found))
     return GOOD

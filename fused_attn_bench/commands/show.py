@@ -23,19 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0."""
-    outputs.writable(args.json)
+    outputs.begin(args)
     history = selection.history(args)
     only = Filter(runs=(history.named(args.id),))
     results, compared = history.results(only=only), history.comparisons(only)
     records: list[Result | Compared] = [*results, *compared]
-    with outputs.table_of(args.json):
-        for first in records[:1]:
-            print(f"run {first.run}, {first.time}")
-            print(tables.environment(first.environment))
-        if results:
-            print(tables.results(results))
-        if compared:
-            print(comparisons(compared))
+    for first in records[:1]:
+        print(f"run {first.run}, {first.time}")
+        print(tables.environment(first.environment))
+    if results:
+        print(tables.results(results))
+    if compared:
+        print(comparisons(compared))
     outputs.write(args.json, map(to_line, records))
     return GOOD
 

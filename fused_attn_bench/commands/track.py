@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 or 3 when --fail-on says so."""
     from tqdm import tqdm
 
-    outputs.writable(args.json)
+    outputs.begin(args)
     histories = selection.history(args).points(selection.filtered(args))
     with tqdm(total=len(histories), unit="series", disable=None, leave=False) as bar:
         found = changes.find(histories, bar.update)
@@ -37,21 +37,18 @@ def run(args: argparse.Namespace) -> int:
     judged = [key for key, points in histories.items() if len(points) >= 2 * changes.SEGMENT and key not in ended]
     slower = [key for key in judged if args.fail_on is not None and key in standings and standings[key].is_slower(args.fail_on)]
     lines = list(_lines(histories, found, standings, ended))
-    with outputs.table_of(args.json):
-        long_enough = sum(len(p) >= 2 * changes.SEGMENT for p in histories.values())
-        print(
-            f"{len(histories)} series, {long_enough} of them with the {2 * changes.SEGMENT} runs that a change needs; {len(lines)} changes"
-        )
-        if lines:
-            print(table(HEADERS, [_row(line) for line in lines], left=3))
-        if any(key in ended for key in found):
-            print("  ended: another configuration of the device followed; such series never fail")
-        for key in slower:
-            s = standings[key]
-            where = f"{seconds(s.level)}, the best earlier level was {seconds(s.best)} ({s.percent:+.1f}%)"
-            print(f"slower: {key[1]}, {key[2]}: {where}")
-        if args.fail_on is not None and not judged:
-            print(f"undecided: no series has {2 * changes.SEGMENT} runs yet")
+    long_enough = sum(len(p) >= 2 * changes.SEGMENT for p in histories.values())
+    print(f"{len(histories)} series, {long_enough} of them with the {2 * changes.SEGMENT} runs that a change needs; {len(lines)} changes")
+    if lines:
+        print(table(HEADERS, [_row(line) for line in lines], left=3))
+    if any(key in ended for key in found):
+        print("  ended: another configuration of the device followed; such series never fail")
+    for key in slower:
+        s = standings[key]
+        where = f"{seconds(s.level)}, the best earlier level was {seconds(s.best)} ({s.percent:+.1f}%)"
+        print(f"slower: {key[1]}, {key[2]}: {where}")
+    if args.fail_on is not None and not judged:
+        print(f"undecided: no series has {2 * changes.SEGMENT} runs yet")
     outputs.write(args.json, map(outputs.line, lines))
     if slower:
         return WORSE
