@@ -40,7 +40,7 @@ sanitize: $(DONE)/package $(DONE)/test  ## run the CPU library's tests under the
 	$(PY) -m tests.sanitized_cpu $(CPU_TESTS) $(ARGS)
 
 # The simulator's C++ is laid out by hand, one instruction or case a line as in a table; clang-format would make three times the lines of it.
-lint: $(DONE)/runtime $(DONE)/lint  ## check style, format and types
+lint: $(DONE)/runtime $(DONE)/bench $(DONE)/lint  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests -path tests/cusim -prune -o '(' -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' ')' -print | xargs $(VENV)/bin/clang-format --dry-run --Werror

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ def mask_of(case: Case) -> Any:
         keep = torch.rand(case.batch, 1, q_len, kv_len) > 0.4
         keep[:, :, 64:140, :200] = False
         keep[:, :, :64, 128:256] = True
-        return fa.Causal() & fa.Dense(keep)
+        # Alone, its bits say where keys end as well.
+        return fa.Dense(keep) if case.q_offset is None else fa.Causal() & fa.Dense(keep)
     return {"full": None, "causal": fa.Causal(), "window": fa.SlidingWindow(70, 30)}[case.mask]
 
 
@@ -197,6 +199,25 @@ def broken_values() -> None:
         assert found.redone > 0
 
 
+def capped_scores() -> None:
+    """Rows at either end of a soft cap, whose exponentials are 2^72 and 2^-72, with a column of values of another size; padding is none."""
+    whole, parts = Case(64, 40, 70, 200, extra="softcap"), Case(64, 40, 3, 4500, extra="softcap", heads=(4, 2))
+    for case, (end, size, redone) in itertools.product(
+        (whole, parts), ((9, 1.0, False), (-9, 1.0, False), (9, 1e18, True), (-9, 1e18, False), (9, 1e-20, False), (-9, 1e-20, True))
+    ):
+        torch.manual_seed(0)
+        (q, k, v), options = inputs_of(case), options_of(case) | {"score_mods": (fa.SoftCap(50.0),)}
+        q[:], k[:], v[..., 3] = end, 9, v[..., 3] * size
+        columns = torch.where(torch.arange(case.value_dim) == 3, size, 1.0).double()
+        given = {name: value for name, value in options.items() if name != "return_aux"}
+        exact = fa.attention(q.double(), k.double(), v.double(), **given, backend="eager")
+        hopper.simulate(**MODES["early"])
+        (out, *_), blocks = _forward((q, k, v), options)
+        title = f"{case.name}, scores of {end * 9 * 8}, values of {size}"
+        assert _difference(out / columns, exact / columns) < OUT, f"{title}: {_difference(out / columns, exact / columns)}"
+        assert (blocks > 0) == redone, f"{title}: {blocks} blocks done again"
+
+
 def bias_that_masks() -> None:
     """Rows and keys at -inf, and at the least finite number, which times log2(e) is no number any more."""
     for least in (-torch.inf, float(torch.finfo(torch.float32).min)):
@@ -288,7 +309,7 @@ def planted_faults() -> None:
         assert found in kinds, f"{name}: the simulator reports {found}"
 
 
-CHECKS = (huge_scores, broken_values, bias_that_masks, slices, queues, rows_in_pieces, planted_faults)
+CHECKS = (huge_scores, broken_values, capped_scores, bias_that_masks, slices, queues, rows_in_pieces, planted_faults)
 
 
 # Beside the pairs that ``hopper_product`` meets: heads packed into rows, keys in parts, a bias that TMA loads, odd head sizes.

@@ -185,4 +185,4 @@ def _start(call: LoweredAttention, shape: Shape, into: Forward, redo: Tensor, co
     work = several * -(-shape.blocks(q_len) // tiles.consumers)
     launching(forward_kernel, (min(work, processors(call.q.device)),), args, 4)
     if partial is not None:
-        split.combine(call, partial, (into.out, into.lse, into.stats, terms.sinks, redo), shared, shape.value_dim)
+        split.combine(call, partial, (into.out, into.lse, into.stats, terms.sinks, redo), shared, bounded, shape.value_dim)

@@ -268,7 +268,7 @@ def consumer(
             # As many rows as all parts have together; part by part.
             store_part(o, hi, l, outputs, number * (total // splits), total, row, O, sizes, PACK)
         else:
-            store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT)
+            store(C, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, BOUNDED, OWN_OUT)
             if not OWN_OUT:
                 wait_reads(0)
         if not OWN_OUT:

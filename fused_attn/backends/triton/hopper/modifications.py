@@ -212,9 +212,9 @@ def loaded_bias(call: LoweredAttention) -> tuple[int, Tensor | None]:
 def is_bounded(score: ScoreArgs) -> bool:
     """Whether all scores lie within LARGEST_CAP of 0, which makes a running maximum dispensable where exponentials have float32's range.
 
-    Any base that a row has met serves it until its end: exponentials stay below 2^145, above 2^127 only in rows that climb from near -cap to
-    near cap, whose infinite sums give them back. Without maximum and rescaling, a forward of head size 128 in bfloat16 saves two instructions
-    per score, which is what the sigmoid costs more than tanh.approx.
+    Exponentials of all rows then have the base of a score of 0 and lie within 2^72 of 1 (``store.strayed`` looks at what values make of that).
+    Without maximum and rescaling, a forward of head size 128 in bfloat16 saves two instructions per score, which is what the sigmoid costs
+    more than tanh.approx.
     """
     return bool(score.functions) and score.functions[-1] is softcap
 

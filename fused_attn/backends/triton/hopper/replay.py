@@ -108,12 +108,12 @@ def again(kept: dict[Any, Recording], key: Any, tensors: Sequence[Tensor], start
     """
     found = kept.get(key)
     if found is not None:
-        return found.run(tensors)
+        found.run(tensors)
+        return
     recording = Recording(tensors)
     start(recording)
     if recording.whole and len(kept) < MOST_KEPT:
         kept[key] = recording
-    return None
 
 
 class _Plain(NamedTuple):

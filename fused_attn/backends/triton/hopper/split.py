@@ -15,7 +15,7 @@ from fused_attn.backends.triton.primitives import pointers
 from fused_attn.lowering import LoweredAttention
 
 from .launch import launch
-from .store import settled, store_statistics
+from .store import settled, store_statistics, strayed
 
 # Keys of a part at least, by padded head size: K and V of 1024 keys of 128 columns are 512 KB, a part's accumulators 32 KB. Estimated.
 _KEYS = {64: 2048, 128: 1024, 256: 512}
@@ -36,7 +36,7 @@ def parts(kv_len: int, head_size: int, rows: int) -> int:
 @gluon.jit
 def combine_kernel(
     statistics, accumulators, out, lse, stats, sinks, redo, splits, mask, score, dropout, sizes, value_dim,
-    PARTS: gl.constexpr, COLS: gl.constexpr,
+    BOUNDED: gl.constexpr, PARTS: gl.constexpr, COLS: gl.constexpr,
 ):  # fmt: skip
     """One program per row of out [batch, heads, q_len, value_dim], a matrix.
 
@@ -63,10 +63,11 @@ def combine_kernel(
     sink = None
     if sinks is not None:
         sink = gl.load(sinks + h).to(gl.float32)
+    keys = l
     hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout)
     result = gl.where(empty, 0.0, o * inverse)
-    if mask.restricts:
-        bad = bad | (gl.sum(result * 0.0, 0) != 0.0)
+    if mask.restricts or BOUNDED:
+        bad = bad | strayed(o, result, keys, cols < value_dim, BOUNDED, 0)
     gl.store(redo + bh * ((sizes.q_len + 63) // 64) + q // 64, 1, mask=bad)
     store_statistics(hi, l, empty, lse, stats, at, q < sizes.q_len, total, score)
     if sinks is not None:
@@ -83,7 +84,7 @@ def room(call: LoweredAttention, splits: int) -> tuple[Tensor, Tensor]:
 
 
 def combine(
-    call: LoweredAttention, from_parts: tuple[Tensor, Tensor], into: tuple[Any, ...], shared: tuple[Any, ...], columns: int
+    call: LoweredAttention, from_parts: tuple[Tensor, Tensor], into: tuple[Any, ...], shared: tuple[Any, ...], bounded: bool, columns: int
 ) -> None:
     """Merges parts.
 
@@ -92,10 +93,11 @@ def combine(
         from_parts: what ``room`` gave, filled in.
         into: out, lse, stats, sinks and redo as the forward kernel has them.
         shared: mask, score and dropout arguments of the forward kernel.
+        bounded: as the forward kernel has it.
         columns: the padded value_dim.
     """
     splits = from_parts[1].shape[0]
     out, *rest = into
     args = (*from_parts, arguments.matrix(out), *rest, splits, *shared, arguments.sizes(call), call.v.shape[-1])
     rows = call.shape[0] * call.shape[1] * call.shape[2]
-    launch(combine_kernel, (rows,), (*args, max(4, 1 << (splits - 1).bit_length()), columns))
+    launch(combine_kernel, (rows,), (*args, bounded, max(4, 1 << (splits - 1).bit_length()), columns))

@@ -11,6 +11,8 @@ from .stream import flat, packed_heads
 
 # The largest base whose rounding (2^-24 of it) leaves exponentials between 2^-2 and 2^2 at a row's maximum.
 LIMIT = gl.constexpr(2.0**26)
+# The smallest float32 with all its bits is 2^-126: of a sum above this one, 2^20 products that vanished are not a part in 1000.
+FLOOR = gl.constexpr(2.0**-96)
 
 
 @gluon.jit
@@ -62,6 +64,20 @@ def settled(hi, l, sink, start, end, score, dropout):
 
 
 @gluon.jit
+def strayed(o, result, l, inside, BOUNDED: gl.constexpr, AXIS: gl.constexpr):
+    """Which rows to do again for what became of their accumulators o, of which ``result`` is made, where l is the sum without a sink.
+
+    Not a number, or infinite: the row met a value that it may not attend to. BOUNDED exponentials are as far from 1 as 2^72 and 2^-72, and so
+    products with finite values overflow as well, and those with small values vanish; ``inside`` tells columns of values from padding.
+    """
+    bad = gl.sum(result * 0.0, AXIS) != 0.0
+    if BOUNDED:
+        least = gl.min(gl.where(inside, gl.abs(o), float("inf")), AXIS)
+        bad = bad | ((least < FLOOR) & (l > 0.0) & (l < 1.0))
+    return bad
+
+
+@gluon.jit
 def store_part(o, hi, l, outputs, first_row, total, row, O, sizes, PACK: gl.constexpr):
     """Accumulator, base and sum of one part of the keys, for ``split.combine_kernel``; outputs = (bases and sums, accumulators, ...)."""
     b, h, _, _, _, first, _ = row
@@ -90,7 +106,7 @@ def places(b, h, first, sizes, PACK: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, OWN_OUT: gl.constexpr):
+def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr):
     """What 64 rows leave, ``row`` as in ``online``; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
     RS: gl.constexpr = hi.type.layout
     RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
@@ -102,21 +118,20 @@ def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score
     sink = None
     if sinks is not None:
         sink = gl.load(sinks + head).to(gl.float32)
+    keys = gl.convert_layout(l, RO)
     hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout)
     # 0 * NaN: an empty row is zeros whatever its values hold.
     result = gl.where(gl.convert_layout(empty, RO)[:, None], 0.0, o * gl.convert_layout(inverse, RO)[:, None])
-    if mask.restricts:
-        # A NaN of a value that a row may not attend to; infinities show as NaN, too.
-        broken = gl.sum(result * 0.0, 1)
-        bad = bad | (gl.convert_layout(broken, RS) != 0.0)
+    cols = gl.arange(0, result.shape[1], gl.SliceLayout(0, o.type.layout))
+    width = O.shape[4] if PACK > 1 else O.shape[3]
+    if mask.restricts or BOUNDED:
+        bad = bad | gl.convert_layout(strayed(o, result, keys, (cols < width)[None, :], BOUNDED, 1), RS)
     gl.store(redo + (b * sizes.heads + head) * ((sizes.q_len + 63) // 64) + rows // 64, rows * 0 + 1, mask=bad & inside)
     store_statistics(hi, l, empty, lse, stats, at, inside, total, score)
     if sinks is not None:
         # float32 beside the 16-bit output: columns of ``stats`` [2 + value_dim, batch, heads, q_len].
         _, query, of_row = places(b, h, first, sizes, PACK, RO)
-        cols = gl.arange(0, result.shape[1], gl.SliceLayout(0, o.type.layout))
         wide = stats + (cols.to(gl.int64) + 2)[None, :] * total + of_row[:, None]
-        width = O.shape[4] if PACK > 1 else O.shape[3]
         gl.store(wide, result, mask=(query < sizes.q_len)[:, None] & (cols < width)[None, :])
     if OWN_OUT:
         wait_reads(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from .tile_shapes import CAPACITY, BackwardConfig, ForwardTiles, Key, RowTiles
 
@@ -95,7 +95,7 @@ def typed(table: str, data: Mapping[str, Any]) -> dict[Key, Any]:
     return found
 
 
-def _refuse(reason: str) -> Any:
+def _refuse(reason: str) -> NoReturn:
     raise ValueError(f"{PATH.name}: {reason}. python -m benchmarks tune writes it.")
 
 
@@ -108,7 +108,7 @@ def read(text: str) -> dict[str, dict[Key, Any]]:
     try:
         data = json.loads(text)
     except ValueError as error:
-        return _refuse(f"it must hold JSON; got {error}")  # type: ignore[no-any-return]
+        _refuse(f"it must hold JSON; got {error}")
     if not isinstance(data, dict) or not all(isinstance(entries, dict) for entries in data.values()):
         _refuse("it must hold tables of entries by name; got something else")
     if sorted(data) != sorted(KINDS):
