@@ -191,11 +191,10 @@ def pinned(x):
 
 @gluon.jit
 def products(i, W: gl.constexpr, shared, tile):
-    """Raw scores [64 keys, queries] of the CTA's i-th query tile, on their way."""
+    """Raw scores [64 keys, queries] of the CTA's i-th query tile, which is there, on their way."""
     LS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16])
     q = shared.q.index(shared.queries.stage(i)).reshape([tile.q, tile.d])
     k = shared.k.index(i >> 30).reshape([tile.kv, tile.d]).slice(W * 64, 64)
-    shared.queries.wait_full(i)
     return warpgroup_mma(k, q.permute((1, 0)), gl.zeros((64, tile.q), gl.float32, LS), use_acc=False, is_async=True)
 
 
@@ -221,18 +220,19 @@ def step(
     dout = shared.dout.index(st).reshape([tile.q, tile.dv])
     v, of_keys, of_ds = fixed_tiles(shared, i >> 30, W, tile)
     if not EARLY:
+        shared.queries.wait_full(i)
+    # dP comes later with dropout: its registers are those of the random words.
+    if not APART:
+        # dP - delta comes out of the tensor cores: the accumulator starts at -delta. That saves an addition per score, and the registers
+        # in which a column's delta (tile.q / 4 per lane) would wait. In registers before S begins: ptxas else may write the last of them
+        # behind it, and then waits for S before dP.
+        dp = written(shared.minus.index(st).reshape([tile.q]).load(COLUMNS)[None, :].broadcast_to([64, tile.q]))
+    if not EARLY:
         s = products(i, W, shared, tile)
-    # dP - delta comes out of the tensor cores: the accumulator starts at -delta. That saves an addition per score, and the registers
-    # in which a column's delta (tile.q / 4 per lane) would wait.
-    if APART:
-        # dP comes later: its registers are those of the random words.
-        if not EARLY:
-            s = warpgroup_mma_wait(0, deps=(s,))
-    else:
-        minus = shared.minus.index(st).reshape([tile.q]).load(COLUMNS)
-        dp = warpgroup_mma(v, dout.permute((1, 0)), minus[None, :].broadcast_to([64, tile.q]), is_async=True)
-        if not EARLY:
-            s = warpgroup_mma_wait(1, deps=(s,))
+    if not APART:
+        dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
+    if not EARLY:
+        s = warpgroup_mma_wait(0 if APART else 1, deps=(s,))
     # Read here, not earlier: these too are tile.q / 4 registers.
     lse = shared.lse.index(st).reshape([tile.q]).load(COLUMNS)
     at, words, spans, tiles, its_place = None, None, None, None, None
@@ -271,7 +271,9 @@ def step(
         dv = warpgroup_mma(pb, dout, dv, is_async=True)
     ds = score_gradients(p, dp, s, at, tiles, its_place, words, spans, given, mask, score, sizes, MASKED).to(DTYPE)
     mbarrier.wait(shared.ds_ring.empty, (i & 1) ^ 1)
-    shared.ds.index(0).slice(W * 64, 64).store(ds)
+    # Beside a bias's tile there is no room for four addresses that never change: 2 local accesses in a trip at head size 128 (Triton 3.7).
+    UNKNOWN: gl.constexpr = len(biases) > 0
+    shared.ds.index(i >> 30 if UNKNOWN else 0).slice(W * 64, 64).store(ds)
     fence_async_shared()
     mbarrier.arrive(shared.ds_ring.full, count=1)
     dk = warpgroup_mma(gl.convert_layout(ds, OF_K), q, dk, is_async=True)
@@ -279,7 +281,9 @@ def step(
     dq = warpgroup_mma(of_ds.permute((1, 0)), of_keys, gl.zeros(SHAPE, gl.float32, LQ), use_acc=False, is_async=True)
     dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
     if EARLY:
-        s = products(gl.minimum(i + 1, count - 1), W, shared, tile)
+        following = gl.minimum(i + 1, count - 1)
+        shared.queries.wait_full(following)
+        s = products(following, W, shared, tile)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         shared.queries.release(i)
     else:
@@ -311,6 +315,7 @@ def consumer(
     s = gl.zeros((64, tile.q), gl.float32, gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16]))
     if EARLY:
         if count > 0:
+            shared.queries.wait_full(0)
             s = warpgroup_mma_wait(0, deps=(products(gl.to_tensor(0), W, shared, tile),))
     for part in gl.static_range(2):
         for member in range(sizes.group):

@@ -106,7 +106,9 @@ def places(b, h, first, sizes, PACK: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store(C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr):
+def store(
+    C: gl.constexpr, o, hi, l, O, outputs, shared, total, row, mask, score, dropout, sizes, BOUNDED: gl.constexpr, OWN_OUT: gl.constexpr
+):
     """What 64 rows leave, ``row`` as in ``online``; outputs = (lse, stats, sinks, redo). Q of the next tile arrives meanwhile."""
     RS: gl.constexpr = hi.type.layout
     RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
