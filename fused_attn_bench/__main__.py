@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
     except Exception as error:
         # Also a full disk or a damaged file: whatever it was, it is no verdict on what was measured.
         if outputs.unwritten(error):
+            remedy = "Whoever reads it must read all" if isinstance(error, BrokenPipeError) else "Make room for it"
             print(
-                f"{project.program} {args.command}: all of the output must be written; got: {error}. Make room for it and repeat the command.",
+                f"{project.program} {args.command}: all of the output must be written; got: {error}. {remedy}, and repeat the command.",
                 file=sys.stderr,
             )
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fused_attn_bench.compare import Comparison
-from fused_attn_bench.sides import git
+from fused_attn_bench.project import git
 from fused_attn_bench.significance import SLOWER
 
 # Measures a commit against the good one.

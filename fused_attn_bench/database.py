@@ -44,6 +44,8 @@ CREATE TABLE floors (
 );
 PRAGMA application_id = {APPLICATION};
 """
+# Seconds that a process waits for another one that writes.
+PATIENCE = 60
 # What each format added to the one before; a new history takes all of them.
 ADDED = {
     2: """
@@ -78,7 +80,7 @@ class Database:
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Transactions are begun and ended by hand: Python's own begin too late to keep a second writer out.
-                self.connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+                self.connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
             self._open()
         except (sqlite3.Error, OSError) as error:
             raise ResultsError(
@@ -90,7 +92,7 @@ class Database:
         """A connection that needs to write nothing, neither the file nor the two beside it that SQLite keeps while one is open."""
 
         def connected(path: Path, mode: str) -> sqlite3.Connection:
-            return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=60, isolation_level=None)
+            return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=PATIENCE, isolation_level=None)
 
         connection = connected(self.path, "mode=ro")
         try:
@@ -159,7 +161,7 @@ class Database:
         """A transaction that holds the only write lock from its first statement on.
 
         Raises:
-            ResultsError: the file can only be read.
+            ResultsError: the file can only be read, or another process does not end writing.
             OSError: the disk is full or fails; nothing of the transaction is kept.
         """
         self.must_be_writable()
@@ -170,6 +172,10 @@ class Database:
         except BaseException as error:
             if self.connection.in_transaction:  # a full disk may have ended it already
                 self.connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and str(error) == "database is locked":
+                raise ResultsError(
+                    f"{self.path} must be free within {PATIENCE} s; another process is writing to it. Repeat the command when that has ended."
+                ) from None
             code = UNWRITTEN.get(str(error)) if isinstance(error, sqlite3.OperationalError) else None
             if code is not None:
                 raise OSError(code, os.strerror(code), str(self.path)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,16 @@ class Rules:
             if fnmatch.fnmatchcase(case, pattern):
                 values = {**values, **keys}
         return Limits(**values)
+
+    def idle(self, cases: Iterable[str]) -> list[str]:
+        """The patterns that match none of these cases, as one that is misspelt.
+
+        Example:
+            >>> Rules(patterns=(("softmax/*", {"time": 0.1}), ("sofmax/*", {"time": 0.2}))).idle(["softmax/masked/fwd/float32/1x1x8x8"])
+            ['sofmax/*']
+        """
+        names = list(cases)
+        return [pattern for pattern, _ in self.patterns if not fnmatch.filter(names, pattern)]
 
 
 def read(path: Path, default: Limits) -> Rules:

@@ -55,3 +55,31 @@ class Project:
             if (package / "__init__.py").is_file():
                 found.append(package)
         return list(dict.fromkeys(found))
+
+
+def git(root: Path, *arguments: str) -> str:
+    """What git prints in a repository.
+
+    Raises:
+        ValueError: git's own message.
+    """
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"commits are compared with git, which must be installed; got: {error}") from None
+    if done.returncode:
+        raise ValueError(f"git {arguments[0]} must succeed in {root}; it says: {done.stderr.strip() or done.returncode}")
+    return done.stdout.strip()
+
+
+def why_no_commit(root: Path, name: str) -> str:
+    """Why git does not know a name as a commit of the repository; empty where it does."""
+    try:
+        git(root, "rev-parse", "--git-dir")
+    except ValueError as error:
+        return str(error)
+    try:
+        git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    except ValueError:
+        return f"no commit of {root}"
+    return ""

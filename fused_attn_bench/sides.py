@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -18,7 +17,7 @@ from fused_attn_bench.harness import Contestant, Local, Setup
 from fused_attn_bench.judge import Judge
 from fused_attn_bench.operation import problem_of
 from fused_attn_bench.problem import Problem
-from fused_attn_bench.project import Project
+from fused_attn_bench.project import Project, git
 from fused_attn_bench.worker import Process, Remote
 
 # Instead of a commit: the checkout as it is, with what is not committed yet.
@@ -176,28 +175,4 @@ def _runs(process: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
-
-
-def git(root: Path, *arguments: str) -> str:
-    """What git prints in a repository.
-
-    Raises:
-        ValueError: git's own message.
-    """
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise ValueError(f"commits are compared with git, which must be installed; got: {error}") from None
-    if done.returncode:
-        raise ValueError(f"git {arguments[0]} must succeed in {root}; it says: {done.stderr.strip() or done.returncode}")
-    return done.stdout.strip()
-
-
-def is_commit(root: Path, name: str) -> bool:
-    """Whether git knows the name as a commit of the repository."""
-    try:
-        git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    except ValueError:
-        return False
     return True

@@ -22,7 +22,7 @@ from fused_attn_bench.harness import About, Local, Setup, first_line, line_of
 from fused_attn_bench.judge import Verdict
 from fused_attn_bench.operation import case_of, load, operation, problem_of
 from fused_attn_bench.problem import Refusal
-from fused_attn_bench.project import Project
+from fused_attn_bench.project import Project, git
 from fused_attn_bench.timers import Sample
 
 ENGINE = Path(__file__).resolve().parent
@@ -139,9 +139,17 @@ class Remote:
 
 
 def _within(tree: Path, repository: Path, path: Path) -> Path:
-    """A file of the repository as the tree has it, or as it is here where the tree has none."""
+    """A file of the repository as the tree has it, also where it had another name then, or as it is here where the tree has none."""
     path = path.resolve()
-    inside = tree / path.relative_to(repository) if path.is_relative_to(repository) else path
+    if not path.is_relative_to(repository):
+        return path
+    name = path.relative_to(repository)
+    inside = tree / name
+    if not inside.is_file() and (tree / ".git").exists():
+        commit = git(tree, "rev-parse", "HEAD")
+        renamed = git(repository, "diff", "--find-renames", "--diff-filter=R", "--name-status", "-z", "--relative", commit).split("\0")
+        before = dict(zip(renamed[2::3], renamed[1::3], strict=False))
+        inside = tree / before.get(str(name), name)
     return inside if inside.is_file() else path
 
 

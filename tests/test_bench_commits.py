@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks.project import PROJECT
-from fused_attn_bench import bisection, worker
+from fused_attn_bench import bisection, project, worker
 from fused_attn_bench.case import Case
 from fused_attn_bench.compare import Comparison
 from fused_attn_bench.harness import Setup
@@ -172,3 +172,36 @@ def test_leftovers_of_a_killed_comparison_are_removed(repository: Path, tmp_path
     assert not left.exists() and (running / "0").exists() and (other / "0").exists()
     known = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True, check=True).stdout
     assert str(left) not in known and str(running) in known
+
+
+@pytest.mark.quick
+def test_a_renamed_file_of_operations_is_taken_from_each_commit(tmp_path: Path) -> None:
+    """By the name that it had then: the file as it is here would measure the same code twice."""
+    root = tmp_path / "repository"
+    root.mkdir()
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=root, check=True, capture_output=True)
+
+    git("init", "-q")
+    (root / "old.py").write_text("VALUE = 1\n" * 20)
+    git("add", "-A")
+    git("commit", "-qm", "old")
+    git("worktree", "add", "--detach", "-q", str(tmp_path / "tree"))
+    git("mv", "old.py", "new.py")
+    (root / "extra.py").write_text("")
+    assert worker._within(tmp_path / "tree", root, root / "new.py") == tmp_path / "tree" / "old.py"
+    assert worker._within(tmp_path / "tree", root, root / "extra.py") == root / "extra.py"
+    assert worker._within(root, root, root / "new.py") == root / "new.py"
+    assert worker._within(root, root, tmp_path / "elsewhere.py") == tmp_path / "elsewhere.py"
+
+
+@pytest.mark.quick
+def test_a_name_that_is_neither_provider_nor_commit(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert project.why_no_commit(repository, "one") == ""
+    assert project.why_no_commit(repository, "nowhere") == f"no commit of {repository}"
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert "not a git repository" in project.why_no_commit(tmp_path / "folder", "one")
+    monkeypatch.setenv("PATH", "")
+    assert "git, which must be installed" in project.why_no_commit(repository, "one")

@@ -23,7 +23,7 @@ from fused_attn_bench import changes
 from fused_attn_bench.commands import outputs
 from fused_attn_bench.database import FORMAT
 from fused_attn_bench.history import Filter, History
-from fused_attn_bench.results import Result, load
+from fused_attn_bench.results import Result, ResultsError, load
 from tests.test_bench_results import COMPARED, FLOOR, RESULT, ROOT
 
 SOFTMAX = "softmax/masked/fwd/float32/1x1x4x8"
@@ -413,3 +413,21 @@ def test_what_is_removed_added_and_drawn_is_json_too(tmp_path: Path, capsys: pyt
     (pruned,) = said("prune", "--keep", "1")
     assert pruned["results"] == 18, "nine days of two cases"
     assert said("prune", "--broken") == [{"broken": 0}]
+
+
+@pytest.mark.parametrize(
+    "command", [["runs"], ["track"], ["report"], ["export", "-"], ["show", "latest"], ["compare", "history", "latest"]]
+)
+def test_reading_makes_no_history(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "folder" / "mistyped.sqlite"
+    assert cli.main([*command, "--db", str(path)]) == 2
+    assert f"{path} must be a benchmark history; there is none yet. Measure with " in capsys.readouterr().err
+    assert not path.parent.exists()
+
+
+def test_another_writer_that_does_not_end_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_attn_bench.database.PATIENCE", 0.1)
+    first, second = History(tmp_path / "h.sqlite"), History(tmp_path / "h.sqlite")
+    with first.writing(), pytest.raises(ResultsError, match=r"must be free within 0.1 s; another process is writing to it"):
+        second.add([RESULT])
+    assert second.add([RESULT]) == 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from fused_attn_bench.commands.compare import warn_of_idle
 from fused_attn_bench.limits import Limits, read
 
 pytestmark = pytest.mark.quick
@@ -46,3 +48,9 @@ def test_a_bad_file_is_explained(text: str, message: str, tmp_path: Path) -> Non
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.toml must be a TOML file of limits; got: .*No such file"):
         read(tmp_path / "absent.toml", Limits())
+
+
+def test_a_pattern_that_matches_nothing_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "l.toml").write_text('["softmax/*"]\ntime = "10%"\n["sofmax/*"]\ntime = "20%"\n')
+    warn_of_idle(argparse.Namespace(fail_on=0.03, limits=tmp_path / "l.toml"), [CASE])
+    assert capsys.readouterr().err == f'warning: {tmp_path / "l.toml"}, ["sofmax/*"] matches none of the cases\n'

@@ -11,8 +11,9 @@ from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.commands.compare import add_most, add_sides, keep, progress
 from fused_attn_bench.compare import Comparison, Plan
 from fused_attn_bench.environment import describe
+from fused_attn_bench.project import git
 from fused_attn_bench.results import machine
-from fused_attn_bench.sides import Commits, git
+from fused_attn_bench.sides import Commits
 from fused_attn_bench.significance import SLOWER
 
 

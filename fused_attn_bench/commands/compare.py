@@ -6,7 +6,8 @@ Exit codes: 0 same or faster; 1 worse by the limit or more, or wrong; 2 bad argu
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import History
 from fused_attn_bench.limits import Limits, Rules
 from fused_attn_bench.operation import provider_names
+from fused_attn_bench.project import why_no_commit
 from fused_attn_bench.results import machine, new_run
-from fused_attn_bench.sides import Commits, Providers, Sides, is_commit
+from fused_attn_bench.sides import Commits, Providers, Sides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +80,12 @@ def rules(args: argparse.Namespace) -> Rules:
     return Rules(default) if args.limits is None else limits.read(args.limits, default)
 
 
+def warn_of_idle(args: argparse.Namespace, cases: Iterable[str]) -> None:
+    """Says which patterns of ``--limits`` match none of the cases."""
+    for pattern in rules(args).idle(cases):
+        print(f'warning: {args.limits}, ["{pattern}"] matches none of the cases', file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> int:
     """See the module's text."""
     outputs.begin(args, args.markdown)
@@ -98,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def finish(args: argparse.Namespace, compared: Sequence[Comparison], stopped: bool, **more: Any) -> int:
-    """Writes JSON, says what is worse, and gives the exit code."""
+    """Writes JSON, says what is worse and which limits were of no use, and gives the exit code."""
+    warn_of_idle(args, [c.case for c in compared])
     code = codes.INTERRUPTED if stopped else compare.code(compared)
     environment = next((dict(c.b.environment) for c in compared if c.b.environment), {})
     outputs.write(args.json, [outputs.line({"code": code, "environment": environment, **more, "cases": tables.rows(compared)})])
@@ -125,9 +134,9 @@ def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractCon
     if all(known):
         return nullcontext(Providers((a, b), setup))
     for name in (a, b):
-        if name != "." and not is_commit(args.project.repository, name):
+        if name != "." and (reason := why_no_commit(args.project.repository, name)):
             raise ValueError(
-                f"A and B must both be providers ({', '.join(provider_names())}), or both commits of this repository; got {name!r}, which is no commit."
+                f"A and B must both be providers ({', '.join(provider_names())}), or both commits of this repository; got {name!r}: {reason}."
             )
     return Commits((a, b), selection.watched(args), setup, args.project, args.build, args.load)
 

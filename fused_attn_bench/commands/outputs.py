@@ -79,6 +79,8 @@ def begin(args: argparse.Namespace, *paths: Path | None) -> None:
     Raises:
         ValueError: one cannot be written.
     """
+    if args.json not in (None, STANDARD):
+        args.json = args.json.absolute()  # what is measured may go to another folder
     for path in (args.json, *paths):
         writable(path)
     args.opened.enter_context(table_of(args.json))

@@ -10,6 +10,7 @@ from fused_attn_bench import changes
 from fused_attn_bench.changes import Change, Point, Series, Standing
 from fused_attn_bench.codes import GOOD, UNDECIDED, WORSE
 from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.significance import ALPHA
 from fused_attn_bench.text import seconds, table
 
 HEADERS = ("case", "provider", "kind", "change", "p", "commits", "since", "time", "now against best")
@@ -76,6 +77,9 @@ def _lines(
 
 def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
     between = f"{line['last_before'][:10] or '-'} → {line['first_after'][:10] or '-'}"
-    stands = f"{line['against_best']:+.1f}%" if "against_best" in line else "-"
+    stands = "-"
+    if "against_best" in line:
+        chance = "" if line["against_best_p"] < ALPHA else ", within chance"
+        stands = f"{line['against_best']:+.1f}%{chance}"
     figures = (f"{line['change']:+.1f}%", f"{line['p']:.1g}", between, line["since"], seconds(line["median"]))
     return (line["case"], line["provider"], line["kind"], *figures, f"{stands}, ended" if line["ended"] else stands)

@@ -205,9 +205,10 @@ class _OnePass:
             met, spans = lists(call, mask, tile, turns is not None)
             if form.kv_start is not None or form.kv_end is not None:
                 rows = tuple(Tiles(t, (1, bm), swizzled=False) for t in spans.unbind())
-        loaded, bias = modifications.loaded_bias(call)
+        in_tiles, bias = modifications.loaded_bias(call)
         biases: list[Tiles | None] = [None if t is None else Tiles(t, (1, 1, bm, KEYS)) for t in (bias, self.dbias)]
-        leaves_in_tiles = self.dbias is not None and loaded == self.written and not strides_reason(self.dbias)
+        read = any(mod.name == "bias" and place != in_tiles for place, mod in enumerate(call.terms.mods))
+        leaves_in_tiles = self.dbias is not None and in_tiles == self.written and not strides_reason(self.dbias)
         if not leaves_in_tiles:
             biases[1] = None
         dprobs, dscores, dbias = (
@@ -215,7 +216,7 @@ class _OnePass:
         )
         given = Given(dprobs, dscores, dbias, tl.constexpr(self.written))
         terms = (mask, self.score, arguments.dropout(call.terms, call.shape), arguments.sizes(call), tile)
-        args = (self.room.skipped, self.room.broke, met, turns, ticket, given, *terms, stages, registers, early, held)
+        args = (self.room.skipped, self.room.broke, met, turns, ticket, given, *terms, stages, registers, early, held, read)
         self.launch(
             _attention_bwd_hopper_kernel,
             (-(-kv_len // KEYS) * batch * call.k.shape[1],),
