@@ -12,6 +12,7 @@ import pytest
 from benchmarks import __main__ as cli
 from fused_attn_bench import changes
 from fused_attn_bench.changes import DRIFT, STEP, Point
+from fused_attn_bench.commands import track
 from fused_attn_bench.history import History
 from fused_attn_bench.results import Result
 
@@ -190,3 +191,15 @@ def test_track_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert first["change"] == pytest.approx(100, abs=1) and "against_best" not in first and first["last_before"] == "commit5"
     assert last["change"] == pytest.approx(-25, abs=1) and last["against_best"] == pytest.approx(50, abs=1) and last["run"] == "r12"
     assert "+50." in printed.err
+
+
+@pytest.mark.parametrize("chance", [False, True])
+def test_track_says_what_may_be_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chance: bool
+) -> None:
+    history = History(tmp_path / "h")
+    for runs, level in ((range(6), 0.1), (range(6, 12), 0.2)):
+        keep(history, runs, level)
+    monkeypatch.setattr(track, "ALPHA", 0.0 if chance else 1.0)
+    assert cli.main(["track", "--db", str(tmp_path / "h")]) == 0
+    assert ("within chance" in capsys.readouterr().out) == chance

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +234,21 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cli.main(arguments("--case", *names, "--provider", "eager", "--db", str(tmp_path / "h.sqlite"))) == 130
     assert "interrupted after 1 of 3 cases" in capsys.readouterr().out
     assert [r.case for r in History(tmp_path / "h.sqlite").results()] == [CASE.name]
+
+
+def test_a_provider_that_changes_folders_moves_no_output(
+    tmp_path: Path, extra: Callable[[str, providers.Maker], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def make(problem: Problem) -> Callable[..., Any]:
+        os.chdir(tmp_path / "elsewhere")
+        return problem.plain
+
+    extra("restless", make)
+    assert cli.main(arguments("--case", CASE.name, "--provider", "restless", "--db", "h.sqlite", "--json", "run.jsonl")) == 0
+    assert len(load(tmp_path / "run.jsonl")) == len(History(tmp_path / "h.sqlite").results()) == 1
 
 
 def test_a_wrong_result_sets_the_exit_code(

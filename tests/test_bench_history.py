@@ -416,12 +416,21 @@ def test_what_is_removed_added_and_drawn_is_json_too(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    "command", [["runs"], ["track"], ["report"], ["export", "-"], ["show", "latest"], ["compare", "history", "latest"]]
+    ("command", "code"),
+    [
+        (["runs"], 0),
+        (["track"], 0),
+        (["track", "--fail-on", "3%"], 3),
+        (["export", "-"], 2),
+        (["show", "latest"], 2),
+        (["compare", "history", "latest"], 2),
+    ],
 )
-def test_reading_makes_no_history(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reading_makes_no_history(command: list[str], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "folder" / "mistyped.sqlite"
-    assert cli.main([*command, "--db", str(path)]) == 2
-    assert f"{path} must be a benchmark history; there is none yet. Measure with " in capsys.readouterr().err
+    assert cli.main([*command, "--db", str(path)]) == code
+    said = capsys.readouterr().err
+    assert f"history: {path}" in said and "there is no such file yet; an empty history is read" in said and ":memory:" not in said
     assert not path.parent.exists()
 
 

@@ -20,7 +20,6 @@ from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import Filter, History
 from fused_attn_bench.operation import OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
 from fused_attn_bench.problem import MODES
-from fused_attn_bench.results import ResultsError
 
 
 def add_history(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +32,15 @@ def history(args: argparse.Namespace, writes: bool = False) -> History:
     """The history, opened, its path shown; what cannot be read of it is warned of.
 
     Raises:
-        ResultsError: it cannot be opened, ``writes`` is asked of one that can only be read, or there is none to read.
+        ResultsError: it cannot be opened, or ``writes`` is asked of one that can only be read.
     """
     path = args.db or default_path()
+    print(f"history: {path}", file=sys.stderr)
     if not writes and not path.exists():
-        raise ResultsError(
-            f"{path} must be a benchmark history; there is none yet. Measure with {args.project.program} run, or name another with --db."
-        )
+        print("warning: there is no such file yet; an empty history is read", file=sys.stderr)
+        path = Path(":memory:")
     opened = History(path, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
     args.opened.callback(opened.close)
-    print(f"history: {path}", file=sys.stderr)
     if writes:
         opened.must_be_writable()
     return opened
