@@ -193,6 +193,15 @@ def test_downloads_hold_what_is_shown(fresh: Chrome, folder: Path) -> None:
     assert first["samples"] == pytest.approx(whole[0].samples, rel=1e-4) and first["variant"] == "causal"
 
 
+@browser_test
+def test_no_text_of_a_download_is_a_formula(fresh: Chrome) -> None:
+    texts = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("x")', "plain - text", "0.1", ""]
+    script = "return csv(arguments[0], [arguments[0], [-1.5, 0, 1e-7, null]])"
+    head, line, numbers = csv.reader(fresh.execute_script(script, texts).splitlines(keepends=True))
+    assert head == line == [f"'{text}" for text in texts[:7]] + texts[7:]
+    assert numbers == ["-1.5", "0", "1e-7", ""]
+
+
 def until_file(path: Path) -> None:
     """Until a download is complete: the browser renames it then."""
     end = time.monotonic() + 10

@@ -97,9 +97,10 @@ function download(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+// Text that a spreadsheet would take for a formula gets an apostrophe before it; a number is none, whatever its sign.
 function csv(columns, lines) {
   const quoted = (cell) => {
-    const text = cell === null || cell === undefined ? "" : String(cell);
+    const text = typeof cell === "string" ? cell.replace(/^[=+\-@\t\r]/, "'$&") : String(cell ?? "");
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   return [columns, ...lines].map((line) => line.map(quoted).join(",") + "\r\n").join("");
