@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -313,11 +315,46 @@ def test_light_and_dark(fresh: Chrome, scheme: str) -> None:
     assert fresh.execute_script(ground) == before
 
 
+@contextlib.contextmanager
+def screen(driver: Chrome, width: int) -> Iterator[None]:
+    """So many CSS pixels; a phone where there are few."""
+    metrics = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 640}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+TICKS = """
+const labels = [...document.querySelectorAll(`#${arguments[0]} .xtick text`)].map(e => [e.getBoundingClientRect(), e.textContent]);
+return labels.map(([r, text]) => [r.left, r.right, text]).sort((x, y) => x[0] - y[0]);
+"""
+
+
+@browser_test
+@pytest.mark.parametrize("width", [360, 390, 1400])
+@pytest.mark.parametrize("ratio", [1.002, 1.26, 3.0, 8.0, 4000.0])
+def test_ticks_have_room_for_their_labels(browser: Chrome, folder: Path, width: int, ratio: float) -> None:
+    with screen(browser, width):
+        opened(browser, folder)
+        script = """
+            const columns = device().columns, at = columns.indexOf("vs eager"), rows = shownRows().filter(row => value(row, "vs eager"));
+            rows.forEach((row, i) => (row.cells[at] = ["", arguments[0] ** (i % 2 ? 1 : -0.5)]));
+            redraw(true);
+        """
+        browser.execute_script(script, ratio)
+        for figure in ("figure", "time"):
+            ticks = browser.execute_script(TICKS, figure)
+            gaps = [right[0] - left[1] for left, right in itertools.pairwise(ticks)]
+            assert len(ticks) >= 3 and min(gaps) >= 4, ticks
+        assert all(text.endswith("×") for *_, text in browser.execute_script(TICKS, "figure"))
+
+
 @browser_test
 def test_on_a_phone(browser: Chrome, folder: Path) -> None:
     """360 CSS pixels wide: the page itself does not scroll sideways, tables do, and their heads and first columns stay."""
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
-    try:
+    with screen(browser, 360):
         opened(browser, folder)
         width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert width == [360, 360]
@@ -330,5 +367,3 @@ def test_on_a_phone(browser: Chrome, folder: Path) -> None:
             "return [...document.querySelectorAll('p, td, label, h3')].map(e => parseFloat(getComputedStyle(e).fontSize))"
         )
         assert min(sizes) >= 13
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -30,14 +30,21 @@ const CONFIG = { displaylogo: false, responsive: true, displayModeBar: narrow() 
 const SECONDS = { tickformat: "~s", ticksuffix: "s" };
 const watcher = new IntersectionObserver((seen) => seen.filter((one) => one.isIntersecting).forEach((one) => draw(one.target)), { rootMargin: "300px" });
 
-
-// A logarithmic axis whose every tick has its unit.
-function logSeconds(values, below = 0.1) {
-  const [low, high] = [Math.min(...values) / 10 ** below, Math.max(...values) * 10 ** 0.1], decades = Math.log10(high / low);
-  const steps = decades > 4 || (narrow() && decades > 1.5) ? [1] : narrow() ? [1, 3] : [1, 2, 5];
-  const ticks = [...Array(14).keys()].flatMap((e) => steps.map((d) => d * 10 ** (e - 10))).filter((t) => t >= low && t <= high);
-  return axis({ type: "log", range: [Math.log10(low), Math.log10(high)], tickvals: ticks, ticktext: ticks.map(seconds) });
+// A logarithmic axis whose every tick has its unit and room for its label; rounder numbers go before others.
+function logAxis(low, high, label, more = {}) {
+  const ticks = [], apart = Math.log(high / low) / (narrow() ? 5 : 10), [first, last] = [low, high].map((x) => Math.floor(Math.log10(x)));
+  for (const step of [10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]) {
+    for (let e = first; e <= last; e++) {
+      for (let d = step < 10 ? step * Math.ceil(1 / step) : 1; d < 10; d += step) {
+        const tick = Number((d * 10 ** e).toPrecision(3));
+        if (tick >= low && tick <= high && ticks.every((other) => Math.abs(Math.log(tick / other)) >= apart)) ticks.push(tick);
+      }
+    }
+  }
+  ticks.sort((x, y) => x - y);
+  return axis({ type: "log", range: [Math.log10(low), Math.log10(high)], tickvals: ticks, ticktext: ticks.map(label), ...more });
 }
+const logSeconds = (values, below = 0.1) => logAxis(Math.min(...values) / 10 ** below, Math.max(...values) * 10 ** 0.1, seconds);
 
 // `make` gives traces and layout, or null where there is nothing to show.
 function plot(target, label, make) {
@@ -139,15 +146,16 @@ function chosenFigure() {
   if (!groups.length) return null;
   const plainOf = new Map(device().rows.filter((row) => provider(row) === data.reference).map((row) => [row.case, value(row, "±")]));
   const text = (row) => row.cells[device().columns.indexOf(name)][0];
-  const own = Math.hypot;
+  const spread = (row) => (ratio ? Math.hypot(value(row, "±") ?? 0, plainOf.get(row.case) ?? 0) : RATES.has(name) || name.endsWith("/s") ? value(row, "±") ?? 0 : 0);
   const made = grouped(groups.map(([title, members]) => [title, members.map((row) => ({
-    provider: provider(row), x: value(row, name), text: plain(`${provider(row)}: ${text(row)}`),
-    bar: ratio ? own(value(row, "±") ?? 0, plainOf.get(row.case) ?? 0) : RATES.has(name) || name.endsWith("/s") ? value(row, "±") : 0,
+    provider: provider(row), x: value(row, name), text: plain(`${provider(row)}: ${text(row)}`), bar: spread(row),
   }))]), (members) => ({
     x: members.map((m) => (ratio ? m.x - 1 : m.x)), base: ratio ? 1 : null, error_x: bar(members.map((m) => m.x * m.bar)),
   }));
+  // With room for the error bars.
+  const ends = groups.flatMap(([, members]) => members.flatMap((row) => [1, value(row, name) * (1 + spread(row)), value(row, name) / (1 + spread(row))]));
   made.layout.xaxis = ratio
-    ? axis({ type: "log", title: `times faster than ${data.reference}`, tickformat: "~g", nticks: narrow() ? 5 : 8, tickangle: 0, ticksuffix: "×" })
+    ? logAxis(Math.min(...ends) / 1.02, Math.max(...ends) * 1.02, (x) => `${x}×`, { title: `times faster than ${data.reference}` })
     : axis({ title: plain(name), tickformat: name === "of roof" ? ".0%" : "~s", ...(name === "host" ? SECONDS : {}), rangemode: "tozero" });
   if (name.includes("error") || name.startsWith("2 ×")) Object.assign(made.layout.xaxis, { type: "log", tickformat: ".0e", rangemode: "normal" });
   if (ratio) made.layout.shapes = [{ type: "line", x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1, line: { color: css("--ink"), width: 1 } }];
