@@ -45,6 +45,19 @@ def history(last: float = 1.3) -> list[Result]:
     return sorted(results, key=lambda r: r.time)
 
 
+def long_named(letters: str) -> list[Result]:
+    """Three runs of three lengths, with these letters in the name of everything that has one."""
+    environment = ENVIRONMENT | {"commit": f"v{letters}", "triton": letters}
+    return [
+        Result(
+            f"attention{letters}/causal{letters}/fwd{letters}/float{letters}/1x4x{length}x64", name, samples=(factor * length * 1e-6,) * 4,
+            error=1e-7, flops=1e9, bytes=1e7, roofs=(4e12, 2e14), backend=letters, marks=(letters,), metrics={f"{letters}/s": 512.0},
+            run=f"{run}{letters}", time=f"2026-01-0{run + 1}T00:00:00+00:00", timer="wall", environment=environment | {"commit": f"{run}{letters}"},
+        )
+        for run in range(3) for length in LENGTHS for name, factor in (("eager", 2.0), (f"mine{letters}", 1.0), (f"theirs{letters}", 1.5))
+    ]  # fmt: skip
+
+
 def compared() -> list[Compared]:
     """One change that was decided, on the first device."""
     about = {

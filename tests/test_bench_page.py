@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ import pytest
 
 from fused_attn_bench import report
 from fused_attn_bench.page import rows
-from tests.bench_page import EVIL, LENGTHS, compared, history
+from tests.bench_page import EVIL, LENGTHS, compared, history, long_named
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -324,6 +325,39 @@ def screen(driver: Chrome, width: int) -> Iterator[None]:
         yield
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+OUTSIDE = """
+const boxes = [...document.querySelectorAll("body *:not(script)")].filter(e => !e.closest(".scroll > *")).map(e => [e, e.getBoundingClientRect()]);
+return boxes.filter(([e, box]) => box.right > document.documentElement.clientWidth + 1).map(([e, box]) => `${e.closest(".plot")?.id} ${e.tagName} ${box.right} ${e.textContent.slice(0, 40)}`);
+"""
+
+
+@browser_test
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("letter", ["W", "漢"])
+def test_names_of_any_length_leave_the_page_as_wide_as_its_screen(browser: Chrome, tmp_path: Path, width: int, letter: str) -> None:
+    letters, base = 300 * letter, compared()[0]
+    results = long_named(letters)
+    decided = dataclasses.replace(base, case=results[0].case, a=letters, b=letters, reason=letters)
+    page = report.build(results, compared=[decided], title=letters, program=letters)
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    with screen(browser, width):
+        for view in ("#over=commit&by=commit", f"#figure={letters}/s&provider=mine{letters}&search={letters}", ""):
+            opened(browser, tmp_path, view)
+            assert browser.execute_script("const page = document.documentElement; return page.scrollWidth - page.clientWidth") == 0
+            assert browser.execute_script(OUTSIDE) == []
+            assert browser.get_log("browser") == []
+        label, hover = browser.execute_script("const a = byId('time').layout.annotations[0]; return [a.text, a.hovertext]")
+        assert len(label) < 80 and label.startswith("attention") and "…" in label and label.endswith("1x4x256x64")
+        assert hover.replace("<br>", "") == results[0].case and max(map(len, hover.split("<br>"))) <= 80
+        bars = browser.execute_script("return byId('time').data.map(t => [t.name, t.customdata[0].replaceAll('<br>', '')])")
+        assert all(len(name) < 60 for name, _ in bars) and bars[1][1].startswith(f"mine{letters}: ")
+        cells = browser.execute_script(
+            "return [...document.querySelectorAll('#table tr:nth-child(2) > *')].map(e => [e.title, e.textContent])"
+        )
+        assert all(title == text for title, text in cells if letters in text) and cells[0][0] == results[1].case
+        assert browser.execute_script("return Math.max(...[...document.querySelectorAll('td, th')].map(e => e.clientWidth))") < 1200
 
 
 TICKS = """

@@ -33,7 +33,7 @@ function historyFigure() {
       traces.push({ ...band, y: edge(-1) }, { ...band, y: edge(1), fill: "tonexty", fillcolor: faded(tone, 0.25) });
       traces.push({
         ...common, y: medians.map((us) => us * 1e-6), mode: "lines+markers", line: { color: tone, width: 1.5 }, marker: { symbol: mark(name), size: 6 },
-        customdata: at.map((i, j) => [i, [`${seconds(medians[j] * 1e-6)} ± ${(spreads[j] ?? 0) / 10} %`, `${date(runs[i].time)}, run ${runs[i].id}`, `commit ${short(runs[i].commit)}`, machines[machine]].filter(Boolean).map(plain).join("<br>")]),
+        customdata: at.map((i, j) => [i, full(`${seconds(medians[j] * 1e-6)} ± ${(spreads[j] ?? 0) / 10} %`, `${date(runs[i].time)}, run ${runs[i].id}`, `commit ${short(runs[i].commit)}`, machines[machine])]),
         hovertemplate: "%{customdata[1]}<extra></extra>",
       });
     }
@@ -48,7 +48,7 @@ function historyFigure() {
     return SECONDS;
   });
   const commits = unique(runs.map((run) => run.commit)), each = Math.ceil(commits.length / (narrow() ? 5 : 12)), ticks = commits.filter((_, i) => i % each === 0);
-  const over = state.over === "date" ? { type: "date", nticks: narrow() ? 4 : 10 } : { title: "commits", tickvals: ticks.map((c) => commits.indexOf(c)), ticktext: ticks.map((c) => plain(short(c))), tickangle: 30 };
+  const over = state.over === "date" ? { type: "date", nticks: narrow() ? 4 : 10 } : { title: "commits", tickvals: ticks.map((c) => commits.indexOf(c)), ticktext: ticks.map((c) => shortened(short(c), 90)), tickangle: 30 };
   return {
     traces, click: (point) => { const i = point.customdata?.[0]; if (i > 0) set({ by: "run", a: runs[i - 1].id, b: runs[i].id }); },
     layout: { ...made, shapes, xaxis: axis({ ...over, ...made.xaxis }) },
@@ -70,13 +70,13 @@ function samplesFigure() {
       const held = taken.throttled ?? [];
       traces.push({
         x: at(taken), y: taken.us.map((us) => us * 1e-6), yaxis, mode: "markers", marker: { color: colour(title), size: 7, opacity: 0.85, symbol: taken.us.map((_, i) => (held[i] ? "x" : "circle")) },
-        customdata: taken.us.map((us, i) => plain(`${title}: ${seconds(us * 1e-6)}${held[i] ? `, held back: ${held[i]}` : ""}`)), hovertemplate: "%{customdata}<extra></extra>",
+        customdata: taken.us.map((us, i) => full(`${title}: ${seconds(us * 1e-6)}${held[i] ? `, held back: ${held[i]}` : ""}`)), hovertemplate: "%{customdata}<extra></extra>",
       });
     }
     if (own.length) return SECONDS;
     for (const [row, taken] of mine) {
       const values = taken[SENSORS[title]];
-      if (values) traces.push({ x: at(taken), y: values, yaxis, mode: "lines", line: { color: colour(provider(row)), width: 1.5 }, customdata: values.map((one) => plain(`${one} beside ${provider(row)}`)), hovertemplate: "%{customdata}<extra></extra>" });
+      if (values) traces.push({ x: at(taken), y: values, yaxis, mode: "lines", line: { color: colour(provider(row)), width: 1.5 }, customdata: values.map((one) => full(`${one} beside ${provider(row)}`)), hovertemplate: "%{customdata}<extra></extra>" });
     }
     return {};
   });

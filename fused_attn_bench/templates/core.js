@@ -106,18 +106,23 @@ function csv(columns, lines) {
   return [columns, ...lines].map((line) => line.map(quoted).join(",") + "\r\n").join("");
 }
 
+// What has no room for all of its text says it in a title.
+function titled(made) {
+  if (made.textContent.length > 20) made.title = made.textContent;
+  return made;
+}
+
 // A table whose headings sort: cells are text, or [text, number], or an element. What has no number stays last in both directions.
 function table(target, columns, lines, { sorted = "", onsort = null } = {}) {
   const body = element("tbody");
   const content = (cell) => (Array.isArray(cell) ? cell[0] : cell);
   const numbers = columns.map((_, i) => lines.some(({ cells }) => Array.isArray(cells[i])));
-  const heads = columns.map((name, i) => element("th", { scope: "col", "aria-sort": "none", class: numbers[i] ? "number" : null }, element("button", { type: "button" }, name)));
+  const heads = columns.map((name, i) => element("th", { scope: "col", "aria-sort": "none", class: numbers[i] ? "number" : null }, titled(element("button", { type: "button" }, name))));
   const trs = lines.map(({ cells, className }) => {
     const tr = element("tr", { class: className || null });
     cells.forEach((cell, i) => {
-      const made = i ? element("td", { class: numbers[i] ? "number" : null }) : element("th", { scope: "row" });
-      made.append(content(cell));
-      tr.append(made);
+      const made = i ? element("td", { class: numbers[i] ? "number" : null }, content(cell)) : element("th", { scope: "row" }, element("div", {}, content(cell)));
+      tr.append(titled(made));
     });
     return tr;
   });

@@ -6,7 +6,7 @@ function about() {
   byId("left-out").textContent = one.left_out.length ? `Left out to keep the page small: ${one.left_out.join("; ")}.` : "";
 }
 
-const list = (lines) => element("dl", {}, ...lines.map(([name, ...rest]) => element("div", {}, element("dt", {}, name), element("dd", {}, ...rest))));
+const list = (lines) => element("dl", {}, ...lines.map(([name, ...rest]) => element("div", {}, titled(element("dt", {}, name)), element("dd", {}, ...rest))));
 
 function means() {
   const rows = shownRows(), column = `vs ${data.reference}`;

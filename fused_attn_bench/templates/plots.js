@@ -10,6 +10,21 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 const faded = (hex, alpha) => `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
 const narrow = () => innerWidth < 640;
 
+// A label may take what the narrowest figure has. Names differ at both ends: the middle of one that is too long goes.
+const ruler = document.createElement("canvas").getContext("2d");
+ruler.font = "12px system-ui, sans-serif";
+const room = () => Math.min(innerWidth - 60, 440);
+function shortened(text, pixels = room()) {
+  const letters = [...text];
+  const cut = (kept) => (kept < letters.length ? [...letters.slice(0, Math.ceil(kept / 2)), "…", ...letters.slice(-Math.floor(kept / 2))].join("") : text);
+  let kept = letters.length, width;
+  while (kept > 2 && (width = ruler.measureText(cut(kept)).width) > pixels) kept = Math.min(kept - 1, Math.ceil((kept * pixels) / width));
+  return plain(cut(kept));
+}
+const legend = (name) => shortened(name, room() / 2);
+// What a label says in full when a pointer is on it, in lines that a screen has room for.
+const full = (...texts) => texts.flatMap((text) => String(text).match(narrow() ? /.{1,36}/gsu : /.{1,80}/gsu) ?? []).map(plain).join("<br>");
+
 function axis(more = {}) {
   return {
     gridcolor: css("--line"), linecolor: css("--line"), zerolinecolor: css("--line"), automargin: true, fixedrange: narrow(), ...more,
@@ -87,7 +102,7 @@ function grouped(groups, trace) {
   const annotations = [], byName = new Map();
   let y = 0;
   for (const [name, members] of groups) {
-    annotations.push({ x: 0, xref: "paper", xanchor: "left", y: y + HEAD / 2, yanchor: "middle", text: plain(name), showarrow: false, font: { size: 12 }, bgcolor: css("--ground"), borderpad: 1 });
+    annotations.push({ x: 0, xref: "paper", xanchor: "left", y: y + HEAD / 2, yanchor: "middle", text: shortened(name), hovertext: full(name), showarrow: false, font: { size: 12 }, bgcolor: css("--ground"), borderpad: 1 });
     y += HEAD;
     for (const member of members) {
       if (!byName.has(member.provider)) byName.set(member.provider, []);
@@ -97,8 +112,8 @@ function grouped(groups, trace) {
     y += 6;
   }
   const traces = [...byName].map(([name, members]) => ({
-    name: plain(name), type: "bar", orientation: "h", y: members.map((m) => m.y), width: members.map(() => ROW - 4), marker: { color: colour(name) },
-    customdata: members.map((m) => m.text), hovertemplate: "%{customdata}<extra></extra>", ...trace(members),
+    name: legend(name), type: "bar", orientation: "h", y: members.map((m) => m.y), width: members.map(() => ROW - 4), marker: { color: colour(name) },
+    customdata: members.map((m) => full(m.text)), hovertemplate: "%{customdata}<extra></extra>", ...trace(members),
   }));
   const yaxis = axis({ range: [y, 0], visible: false, fixedrange: true });
   return { traces, layout: { annotations, yaxis, height: y + 110, barmode: "overlay", margin: { l: 8, r: 24, t: 40, b: 44 } } };
@@ -127,7 +142,7 @@ function timeFigure() {
   if (!groups.length) return null;
   const made = grouped(groups.map(([name, rows]) => [name, rows.map((row) => ({
     provider: provider(row), x: value(row, "time"), bar: value(row, "±"),
-    text: plain(`${provider(row)}: ${seconds(value(row, "time"))} ± ${(100 * (value(row, "±") ?? 0)).toFixed(1)} %`),
+    text: `${provider(row)}: ${seconds(value(row, "time"))} ± ${(100 * (value(row, "±") ?? 0)).toFixed(1)} %`,
   }))]), (members) => ({ x: members.map((m) => m.x), error_x: bar(members.map((m) => m.x * m.bar)) }));
   // Bars on a logarithmic axis have no zero to begin at: they begin a bit below the shortest.
   const all = groups.flatMap(([, rows]) => rows.map((row) => value(row, "time")));
@@ -148,7 +163,7 @@ function chosenFigure() {
   const text = (row) => row.cells[device().columns.indexOf(name)][0];
   const spread = (row) => (ratio ? Math.hypot(value(row, "±") ?? 0, plainOf.get(row.case) ?? 0) : RATES.has(name) || name.endsWith("/s") ? value(row, "±") ?? 0 : 0);
   const made = grouped(groups.map(([title, members]) => [title, members.map((row) => ({
-    provider: provider(row), x: value(row, name), text: plain(`${provider(row)}: ${text(row)}`), bar: spread(row),
+    provider: provider(row), x: value(row, name), text: `${provider(row)}: ${text(row)}`, bar: spread(row),
   }))]), (members) => ({
     x: members.map((m) => (ratio ? m.x - 1 : m.x)), base: ratio ? 1 : null, error_x: bar(members.map((m) => m.x * m.bar)),
   }));
@@ -156,7 +171,7 @@ function chosenFigure() {
   const ends = groups.flatMap(([, members]) => members.flatMap((row) => [1, value(row, name) * (1 + spread(row)), value(row, name) / (1 + spread(row))]));
   made.layout.xaxis = ratio
     ? logAxis(Math.min(...ends) / 1.02, Math.max(...ends) * 1.02, (x) => `${x}×`, { title: `times faster than ${data.reference}` })
-    : axis({ title: plain(name), tickformat: name === "of roof" ? ".0%" : "~s", ...(name === "host" ? SECONDS : {}), rangemode: "tozero" });
+    : axis({ title: shortened(name), tickformat: name === "of roof" ? ".0%" : "~s", ...(name === "host" ? SECONDS : {}), rangemode: "tozero" });
   if (name.includes("error") || name.startsWith("2 ×")) Object.assign(made.layout.xaxis, { type: "log", tickformat: ".0e", rangemode: "normal" });
   if (ratio) made.layout.shapes = [{ type: "line", x0: 1, x1: 1, yref: "paper", y0: 0, y1: 1, line: { color: css("--ink"), width: 1 } }];
   return made;
@@ -169,10 +184,10 @@ function rooflineFigure() {
   for (const roof of roofs) {
     const [copy, product] = roof.split(",").map(Number), ridge = product / copy;
     const dtypes = unique(rows.filter((row) => row.work.slice(2).join() === roof).map((row) => row.tags[FILTERS.indexOf("dtype")]));
-    const name = `${dtypes.join(", ")}: ${Number((product / 1e12).toPrecision(3))} TFLOP/s, copy ${Number((copy / 1e9).toPrecision(3))} GB/s`;
+    const name = `${shortened(dtypes.join(", "), 120)}: ${Number((product / 1e12).toPrecision(3))} TFLOP/s, copy ${Number((copy / 1e9).toPrecision(3))} GB/s`;
     traces.push({
       mode: "lines+text", x: [ridge / 30, ridge, ridge * 100], y: [product / 30, product, product], line: { color: css("--quiet"), width: 1.5 },
-      text: ["", "", plain(name)], textposition: "top left", textfont: { color: css("--ink") }, showlegend: false, hoverinfo: "skip",
+      text: ["", "", name], textposition: "top left", textfont: { color: css("--ink") }, showlegend: false, hoverinfo: "skip",
     });
   }
   // Names beside points where there is room for them: one a case, at its fastest.
@@ -181,9 +196,9 @@ function rooflineFigure() {
   for (const name of unique(rows.map(provider))) {
     const mine = rows.filter((row) => provider(row) === name);
     traces.push({
-      name: plain(name), mode: named ? "markers+text" : "markers", x: mine.map((row) => row.work[0] / row.work[1]), y: mine.map((row) => row.work[0] / value(row, "time")),
-      marker: { color: colour(name), symbol: mark(name), size: 9 }, text: mine.map((row) => (fastest.has(row) ? plain(row.case.split("/").pop()) : "")), textposition: "top center", textfont: { size: 12 },
-      customdata: mine.map((row) => plain(`${row.case}\n${name}: ${seconds(value(row, "time"))}, ${row.cells[device().columns.indexOf("of roof")][0]} of its roof`).replace("\n", "<br>")),
+      name: legend(name), mode: named ? "markers+text" : "markers", x: mine.map((row) => row.work[0] / row.work[1]), y: mine.map((row) => row.work[0] / value(row, "time")),
+      marker: { color: colour(name), symbol: mark(name), size: 9 }, text: mine.map((row) => (fastest.has(row) ? shortened(row.case.split("/").pop(), 120) : "")), textposition: "top center", textfont: { size: 12 },
+      customdata: mine.map((row) => full(row.case, `${name}: ${seconds(value(row, "time"))}, ${row.cells[device().columns.indexOf("of roof")][0]} of its roof`)),
       hovertemplate: "%{customdata}<extra></extra>",
     });
   }
@@ -213,9 +228,9 @@ function sweepFigures() {
       traces: unique(sweep.members.map(([row]) => provider(row))).map((name) => {
         const mine = sweep.members.filter(([row]) => provider(row) === name).sort((x, y) => x[1] - y[1]);
         return {
-          name: plain(name), mode: "lines+markers", x: mine.map(([, size]) => size), y: mine.map(([row]) => value(row, "time")), line: { color: colour(name) },
+          name: legend(name), mode: "lines+markers", x: mine.map(([, size]) => size), y: mine.map(([row]) => value(row, "time")), line: { color: colour(name) },
           marker: { symbol: mark(name), size: 8 }, error_y: bar(mine.map(([row]) => value(row, "time") * (value(row, "±") ?? 0))),
-          customdata: mine.map(([row, size]) => plain(`${name}, N = ${size}: ${seconds(value(row, "time"))}`)), hovertemplate: "%{customdata}<extra></extra>",
+          customdata: mine.map(([row, size]) => full(`${name}, N = ${size}: ${seconds(value(row, "time"))}`)), hovertemplate: "%{customdata}<extra></extra>",
         };
       }),
       layout: {
@@ -232,7 +247,7 @@ function stacked(rows, each) {
   let top = 0;
   rows.forEach(([name, pixels], i) => {
     const domain = [1 - (top + pixels - 8) / total, 1 - (top + 22) / total];
-    annotations.push({ x: 0, xref: "paper", y: domain[1], yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, text: `<b>${plain(name)}</b>`, font: { color: css("--ink"), size: 12 } });
+    annotations.push({ x: 0, xref: "paper", y: domain[1], yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, text: `<b>${shortened(name, 0.85 * room())}</b>`, hovertext: full(name), font: { color: css("--ink"), size: 12 } });
     axes[`yaxis${i ? i + 1 : ""}`] = axis({ domain, nticks: 4, ...each(name, i ? `y${i + 1}` : "y", annotations) });
     top += pixels;
   });

@@ -54,7 +54,7 @@ function differenceFigure() {
   const largest = [...differences].sort((x, y) => Math.abs(Math.log(y.ratio)) - Math.abs(Math.log(x.ratio))).slice(0, most(MOST_DIFFERENCES));
   const groups = Map.groupBy ? Map.groupBy(largest, (d) => d.case) : largest.reduce((all, d) => all.set(d.case, [...(all.get(d.case) ?? []), d]), new Map());
   const made = grouped([...groups].map(([name, ds]) => [name, ds.map((d) => ({
-    provider: d.provider, x: 100 * (d.ratio - 1), bar: 100 * d.spread * d.ratio, text: plain(`${d.provider}: ${percent(d.ratio)} ± ${(100 * d.spread).toFixed(1)} %, ${seconds(d.a)} → ${seconds(d.b)}`),
+    provider: d.provider, x: 100 * (d.ratio - 1), bar: 100 * d.spread * d.ratio, text: `${d.provider}: ${percent(d.ratio)} ± ${(100 * d.spread).toFixed(1)} %, ${seconds(d.a)} → ${seconds(d.b)}`,
   }))]), (ms) => ({ x: ms.map((m) => m.x), error_x: bar(ms.map((m) => m.bar)) }));
   made.layout.xaxis = axis({ title: "B takes longer by", ticksuffix: " %", zeroline: true, zerolinecolor: css("--ink"), zerolinewidth: 1 });
   return made;
