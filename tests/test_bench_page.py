@@ -283,6 +283,31 @@ def test_the_keyboard_reaches_everything(fresh: Chrome) -> None:
     assert outline == "solid"
 
 
+@browser_test
+def test_a_point_of_the_history_is_selected_by_keyboard(fresh: Chrome) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    compared_runs = "return [state.by, ...chosenRuns()]"
+    runs = find(fresh, "[name=point]")
+    names = [option.text for option in runs.find_elements("css selector", "option")]
+    assert len(names) == 19 and names[0].endswith("run19") and names[-1].endswith("run01"), "all but the first, newest first"
+    find(fresh, "[name=over]").send_keys(Keys.TAB)
+    assert fresh.switch_to.active_element == runs and runs.accessible_name == "Run"
+    for element in (runs, find(fresh, "#before")):
+        assert fresh.switch_to.active_element == element
+        assert fresh.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        element.send_keys(*[Keys.DOWN] * 9 if element == runs else [], Keys.TAB)
+    find(fresh, "#before").send_keys(Keys.ENTER)
+    assert fresh.execute_script(compared_runs) == ["run", "run09", "run10"]
+    assert fresh.execute_script("return document.activeElement.id") == "two" and "run10" in find(fresh, "[name=b] option:checked").text
+    fresh.execute_script("set({a: '', b: ''}); redraw(true); byId('history').emit('plotly_click', {points: [{customdata: [10]}]})")
+    assert fresh.execute_script(compared_runs) == ["run", "run09", "run10"], "as a click on the point does"
+    choose(fresh, "device", "another")
+    assert [option.text for option in runs.find_elements("css selector", "option")] == ["2026-01-11 00:00, abcdef0123456789, gpu1"]
+    fresh.execute_script("set({case: 'none'})")
+    assert not find(fresh, "#points").is_displayed()
+
+
 def contrast(driver: Chrome, selector: str, what: str = "color") -> float:
     """WCAG's contrast of an element's text with the page."""
     found = [

@@ -16,12 +16,22 @@ function historySeries() {
   return device().series.filter((one) => one[0] === name && (!state.provider || one[1] === state.provider) && one[3].length > 1);
 }
 
+const withBefore = (i) => ({ by: "run", a: device().runs[i - 1].id, b: device().runs[i].id });
+
+// What a pointer selects in the figure, a keyboard does in a list.
+function historyPoints() {
+  const { runs } = device(), select = document.querySelector("select[name=point]");
+  const points = unique(historySeries().flatMap((one) => one[3])).filter((i) => i > 0).sort((x, y) => y - x).map((i) => runs[i]);
+  byId("points").hidden = !points.length;
+  if (points.length) fill(select, points.map((run) => [run.id, named(run)]), (points.find((run) => run.id === select.value) ?? points[0]).id);
+}
+
 // One provider below the other, each zoomed to its own times: on one axis the slowest would flatten the others.
 const ROOM = 140;
 function historyFigure() {
   const { runs, machines, changes } = device(), series = historySeries(), x = places(runs), traces = [], shapes = [];
   const kinds = unique(series.map((one) => machines[one[2]])).filter(Boolean);
-  byId("no-history").textContent = series.length ? (kinds.length > 1 ? `Lines of their own, which are not compared: ${kinds.join("; ")}.` : "") : "This case has no earlier run on this device.";
+  byId("no-history").textContent = series.length ? (kinds.length > 1 ? `Lines of their own, which are not compared: ${kinds.join("; ")}.` : "") : "This device has no earlier run of this case in the same environment.";
   if (!series.length) return null;
   const made = stacked(unique(series.map((one) => one[1])).map((name) => [name, ROOM]), (name, yaxis, annotations) => {
     const tone = colour(name);
@@ -50,7 +60,7 @@ function historyFigure() {
   const commits = unique(runs.map((run) => run.commit)), each = Math.ceil(commits.length / (narrow() ? 5 : 12)), ticks = commits.filter((_, i) => i % each === 0);
   const over = state.over === "date" ? { type: "date", nticks: narrow() ? 4 : 10 } : { title: "commits", tickvals: ticks.map((c) => commits.indexOf(c)), ticktext: ticks.map((c) => shortened(short(c), 90)), tickangle: 30 };
   return {
-    traces, click: (point) => { const i = point.customdata?.[0]; if (i > 0) set({ by: "run", a: runs[i - 1].id, b: runs[i].id }); },
+    traces, click: (point) => { const i = point.customdata?.[0]; if (i > 0) set(withBefore(i)); },
     layout: { ...made, shapes, xaxis: axis({ ...over, ...made.xaxis }) },
   };
 }
@@ -86,6 +96,7 @@ function samplesFigure() {
 renderers.push(() => {
   const named = unique([...shownRows().map((row) => row.case), ...device().series.filter((one) => seriesMatches(one[0], one[1])).map((one) => one[0])]);
   fill(document.querySelector("select[name=case]"), named, chosenCase());
+  historyPoints();
   plot(byId("history"), `History of ${chosenCase()}`, historyFigure);
   plot(byId("samples"), `Samples of ${chosenCase()}`, samplesFigure);
 });

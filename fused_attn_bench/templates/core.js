@@ -90,6 +90,7 @@ const percent = (ratio) => `${ratio >= 1 ? "+" : "−"}${Math.abs(100 * (ratio -
 const signedPercent = (number) => `${number > 0 ? "+" : "−"}${Math.abs(number)} %`;
 const date = (text) => text.slice(0, 16).replace("T", " ");
 const short = (commit) => (/^[0-9a-f]{40}/.test(commit) ? commit.slice(0, 10) + commit.slice(40) : commit || "unknown");
+const named = (run) => `${date(run.time)}, ${short(run.commit)}, ${run.id}`;
 
 function download(name, type, text) {
   const link = element("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });

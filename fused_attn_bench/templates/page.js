@@ -107,6 +107,10 @@ byId("swap").addEventListener("click", () => {
   const [a, b] = chosenRuns();
   set({ a: b, b: a });
 });
+byId("before").addEventListener("click", (event) => {
+  const chosen = document.querySelector("select[name=point]").value;
+  visit(event, withBefore(device().runs.findIndex((run) => run.id === chosen)), "two");
+});
 for (const button of document.querySelectorAll("[data-download]")) {
   const kind = button.dataset.download;
   button.addEventListener("click", () => (kind === "difference" ? downloadDifference() : downloadResults(kind)));

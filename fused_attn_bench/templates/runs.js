@@ -4,7 +4,7 @@ let differences = [];
 
 function choices() {
   const { runs } = device();
-  if (state.by === "run") return runs.map((run) => [run.id, `${date(run.time)}, ${short(run.commit)}, ${run.id}`]).reverse();
+  if (state.by === "run") return runs.map((run) => [run.id, named(run)]).reverse();
   return unique(runs.map((run) => run.commit)).map((commit) => [commit, `${short(commit)}, ${date(runs.findLast((run) => run.commit === commit).time)}`]).reverse();
 }
 
