@@ -23,7 +23,7 @@ function shortened(text, pixels = room()) {
 }
 const legend = (name) => shortened(name, room() / 2);
 // What a label says in full when a pointer is on it, in lines that a screen has room for.
-const full = (...texts) => texts.flatMap((text) => String(text).match(narrow() ? /.{1,36}/gsu : /.{1,80}/gsu) ?? []).map(plain).join("<br>");
+const full = (...texts) => texts.flatMap((text) => String(text).match(narrow() ? /.{1,36}/gsu : /.{1,60}/gsu) ?? []).map(plain).join("<br>");
 
 function axis(more = {}) {
   return {
@@ -45,14 +45,15 @@ const CONFIG = { displaylogo: false, responsive: true, displayModeBar: narrow() 
 const SECONDS = { tickformat: "~s", ticksuffix: "s" };
 const watcher = new IntersectionObserver((seen) => seen.filter((one) => one.isIntersecting).forEach((one) => draw(one.target)), { rootMargin: "300px" });
 
-// A logarithmic axis whose every tick has its unit and room for its label; rounder numbers go before others.
+// A logarithmic axis whose every tick has its unit and room for its label: rounder numbers go before others, and none has digits that the distance of two ticks makes needless.
 function logAxis(low, high, label, more = {}) {
-  const ticks = [], apart = Math.log(high / low) / (narrow() ? 5 : 10), [first, last] = [low, high].map((x) => Math.floor(Math.log10(x)));
-  for (const step of [10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]) {
-    for (let e = first; e <= last; e++) {
-      for (let d = step < 10 ? step * Math.ceil(1 / step) : 1; d < 10; d += step) {
-        const tick = Number((d * 10 ** e).toPrecision(3));
-        if (tick >= low && tick <= high && ticks.every((other) => Math.abs(Math.log(tick / other)) >= apart)) ticks.push(tick);
+  const ticks = [], apart = Math.log(high / low) / (narrow() ? 5 : 10);
+  for (const digit of [1, 5, 2]) {
+    for (let e = Math.floor(Math.log10(high)); e >= Math.log10((apart * low) / 2) - 1; e--) {
+      const step = digit * 10 ** e;
+      for (let i = Math.ceil(low / step); i * step <= high && i <= Math.max(1, 2 / apart); i++) {
+        const tick = Number((i * step).toPrecision(6));
+        if (ticks.every((other) => Math.abs(Math.log(tick / other)) >= apart)) ticks.push(tick);
       }
     }
   }
@@ -185,19 +186,23 @@ function rooflineFigure() {
     const [copy, product] = roof.split(",").map(Number), ridge = product / copy;
     const dtypes = unique(rows.filter((row) => row.work.slice(2).join() === roof).map((row) => row.tags[FILTERS.indexOf("dtype")]));
     const name = `${shortened(dtypes.join(", "), 120)}: ${Number((product / 1e12).toPrecision(3))} TFLOP/s, copy ${Number((copy / 1e9).toPrecision(3))} GB/s`;
+    // Marks that cannot be seen keep the name off its line.
     traces.push({
-      mode: "lines+text", x: [ridge / 30, ridge, ridge * 100], y: [product / 30, product, product], line: { color: css("--quiet"), width: 1.5 },
+      mode: "lines+markers+text", marker: { size: 8, opacity: 0 }, x: [ridge / 30, ridge, ridge * 100], y: [product / 30, product, product], line: { color: css("--quiet"), width: 1.5 },
       text: ["", "", name], textposition: "top left", textfont: { color: css("--ink") }, showlegend: false, hoverinfo: "skip",
     });
   }
-  // Names beside points where there is room for them: one a case, at its fastest.
+  // Names beside points where there is room for them: one a case, at its fastest, unless another name stands there; in decades.
   const cases = unique(rows.map((row) => row.case)), named = cases.length <= 12 && !narrow();
-  const fastest = new Set(cases.map((name) => rows.filter((row) => row.case === name).reduce((x, y) => (value(x, "time") <= value(y, "time") ? x : y))));
+  const place = (row) => [row.work[0] / row.work[1], row.work[0] / value(row, "time")];
+  const beside = (row, other) => place(row).every((x, i) => Math.abs(Math.log10(x / place(other)[i])) < [0.25, 0.15][i]);
+  const labelled = cases.map((name) => rows.filter((row) => row.case === name).reduce((x, y) => (value(x, "time") <= value(y, "time") ? x : y)))
+    .reduce((kept, row) => (kept.some((other) => beside(row, other)) ? kept : [...kept, row]), []);
   for (const name of unique(rows.map(provider))) {
     const mine = rows.filter((row) => provider(row) === name);
     traces.push({
-      name: legend(name), mode: named ? "markers+text" : "markers", x: mine.map((row) => row.work[0] / row.work[1]), y: mine.map((row) => row.work[0] / value(row, "time")),
-      marker: { color: colour(name), symbol: mark(name), size: 9 }, text: mine.map((row) => (fastest.has(row) ? shortened(row.case.split("/").pop(), 120) : "")), textposition: "top center", textfont: { size: 12 },
+      name: legend(name), mode: named ? "markers+text" : "markers", x: mine.map((row) => place(row)[0]), y: mine.map((row) => place(row)[1]),
+      marker: { color: colour(name), symbol: mark(name), size: 9 }, text: mine.map((row) => (labelled.includes(row) ? shortened(row.case.split("/").pop(), 90) : "")), textposition: "top center", textfont: { size: 12 },
       customdata: mine.map((row) => full(row.case, `${name}: ${seconds(value(row, "time"))}, ${row.cells[device().columns.indexOf("of roof")][0]} of its roof`)),
       hovertemplate: "%{customdata}<extra></extra>",
     });
