@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,20 +201,23 @@ def broken_values() -> None:
 
 
 def capped_scores() -> None:
-    """Rows at either end of a soft cap, whose exponentials are 2^72 and 2^-72, with a column of values of another size; padding is none."""
+    """Rows at either end of a soft cap, whose exponentials are 2^72 and 2^-72, with a column of values of another size; padding is none. Sinks beside."""
     whole, parts = Case(64, 40, 70, 200, extra="softcap"), Case(64, 40, 3, 4500, extra="softcap", heads=(4, 2))
-    for case, (end, size, redone) in itertools.product(
-        (whole, parts), ((9, 1.0, False), (-9, 1.0, False), (9, 1e18, True), (-9, 1e18, False), (9, 1e-20, False), (-9, 1e-20, True))
-    ):
+    sizes = ((9, 1.0, False), (-9, 1.0, False), (9, 1e18, True), (-9, 1e18, False), (9, 1e-20, False), (-9, 1e-20, True))
+    rows = [(*size, None) for size in sizes] + [(9, 1.0, sink > 66, sink) for sink in (-200.0, 0.0, 60.0, 88.0, 105.0)]
+    for case, (end, size, redone, sink) in itertools.product((whole, parts), rows):
         torch.manual_seed(0)
         (q, k, v), options = inputs_of(case), options_of(case) | {"score_mods": (fa.SoftCap(50.0),)}
         q[:], k[:], v[..., 3] = end, 9, v[..., 3] * size
         columns = torch.where(torch.arange(case.value_dim) == 3, size, 1.0).double()
+        if sink is not None:
+            options["sinks"] = torch.full((case.heads[0],), sink)
+            columns *= min(1.0, case.kv_len * math.exp(50 - sink))
         given = {name: value for name, value in options.items() if name != "return_aux"}
         exact = fa.attention(q.double(), k.double(), v.double(), **given, backend="eager")
         hopper.simulate(**MODES["early"])
         (out, *_), blocks = _forward((q, k, v), options)
-        title = f"{case.name}, scores of {end * 9 * 8}, values of {size}"
+        title = f"{case.name}, scores of {end * 9 * 8}, values of {size}, sink {sink}"
         assert _difference(out / columns, exact / columns) < OUT, f"{title}: {_difference(out / columns, exact / columns)}"
         assert (blocks > 0) == redone, f"{title}: {blocks} blocks done again"
 

@@ -208,6 +208,23 @@ def test_explain_sees_strides_and_the_switch(monkeypatch: pytest.MonkeyPatch) ->
     assert notes() == ("plain Triton kernels, not those for Hopper: FUSED_ATTN_HOPPER=off",)
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 30), (30, 0)])
+def test_explain_says_that_nothing_is_loaded_for_an_empty_call(q_len: int, kv_len: int) -> None:
+    q, k = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16) for n in (q_len, kv_len))
+    (note,) = fa.explain(q, k, k, on="sm_90").notes
+    assert note == "plain Triton kernels, not those for Hopper: a call without queries, keys or columns leaves them nothing to load"
+
+
+def test_explain_says_what_is_copied_for_either_kind_of_kernels() -> None:
+    """Rows of 24 bytes are no vectors of the plain kernels either; where head_dim is odd, q and k stay as they are."""
+    rows = torch.zeros(1, 2, 30, 12, dtype=torch.bfloat16)
+    refused, *copies = fa.explain(rows, rows, rows, on="sm_90").notes
+    assert "must be multiples of 8" in refused
+    assert copies == [f"{name} is copied first: it must have strides of multiples of 32 bytes; got 720 along dimension 1" for name in "qkv"]
+    odd = torch.zeros(1, 2, 30, 66, dtype=torch.bfloat16)[..., :65]
+    assert len(fa.explain(odd, odd, odd, on="sm_90").notes) == 1
+
+
 class Told:
     """A compiled kernel that keeps what it is started with."""
 

@@ -91,13 +91,18 @@ class TritonBackend:
         """On Hopper, which kernels would run, and why not its own."""
         if isinstance(problem, SoftmaxProblem) or not has_wgmma(problem) or (problem.target is None and _interpreted()):
             return []
-        reasons = eligible.reasons((problem.q, problem.k, problem.v), problem.modifiers) or _unfit_functions(problem)
-        if reasons:
-            return [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons]
-        found, size = ["kernels for Hopper (TMA, warpgroup products)"], max(problem.q.shape[-1], problem.v.shape[-1])
-        named = zip("qkv", (problem.q, problem.k, problem.v), strict=True)
-        found += [f"{name} is copied first: it {why}" for name, tensor in named if (why := eligible.alignment_reason(tensor))]
-        if problem.requires_grad and size > eligible.MAX_BACKWARD_DIM:
+        tensors = (problem.q, problem.k, problem.v)
+        refused = eligible.reasons(tensors, problem.modifiers)
+        unit, reasons = _unit(tensors, not refused), refused or _unfit_functions(problem)
+        found = [f"plain Triton kernels, not those for Hopper: {reason}" for reason in reasons] or [
+            "kernels for Hopper (TMA, warpgroup products)"
+        ]
+        named = zip("qkv", tensors, strict=True)
+        found += [
+            f"{name} is copied first: it {why}" for name, tensor in named if unit and (why := eligible.alignment_reason(tensor, unit))
+        ]
+        size = max(problem.q.shape[-1], problem.v.shape[-1])
+        if not reasons and problem.requires_grad and size > eligible.MAX_BACKWARD_DIM:
             found.append(f"plain Triton kernels for the backward: Hopper's has head sizes up to {eligible.MAX_BACKWARD_DIM}; got {size}")
         return found
 
@@ -164,19 +169,26 @@ def _placed(call: LoweredAttention) -> tuple[LoweredAttention, int]:
     from fused_attn.backends.triton import config, launch
 
     chip = launch.target_chip or (0 if _interpreted() else config.chip_of(call.q.device))
+    tensors, value_dim = (call.q, call.k, call.v), call.v.shape[-1]
     if chip != eligible.CHIP or 0 in call.shape or call.q.element_size() != 2:
         return call, 0
-    hopper = not eligible.reasons((call.q, call.k, call.v), call.terms)
-    head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
-    if not hopper and head_dim % 2:
+    unit = _unit(tensors, not eligible.reasons(tensors, call.terms))
+    if not unit:
         # No row of 16 bits has whole words then, and k comes through registers, element by element. v has to come so, too: where one of them
         # does and the other is copied by the hardware, Triton leaves out a fence before the product (the simulator reports the race).
         v = call.v if value_dim % 2 else copied_in_rows(call.v, value_dim + 1)
         return (call if v is call.v else replace(call, v=v)), 0
-    unit = eligible.UNIT if hopper else eligible.VECTOR_UNIT
-    q, k, v = (_in_rows(t, unit) for t in (call.q, call.k, call.v))
+    q, k, v = (_in_rows(t, unit) for t in tensors)
     same = q is call.q and k is call.k and v is call.v
     return call if same else replace(call, q=q, k=k, v=v), unit
+
+
+def _unit(tensors: tuple[Tensor, Tensor, Tensor], hopper: bool) -> int:
+    """Of what so many bytes the rows of q, k and v are made for the kernels for Hopper or, on that chip, the plain ones; 0 where they stay."""
+    q = tensors[0]
+    if q.element_size() != 2 or any(0 in t.shape for t in tensors) or (not hopper and q.shape[-1] % 2):
+        return 0
+    return eligible.UNIT if hopper else eligible.VECTOR_UNIT
 
 
 def _in_rows(tensor: Tensor, unit: int) -> Tensor:

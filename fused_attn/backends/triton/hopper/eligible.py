@@ -35,6 +35,8 @@ def reasons(tensors: tuple[Tensor, Tensor, Tensor], terms: Any) -> list[str]:
         found.append(f"head_dim and value_dim must be multiples of 8 up to {MAX_HEAD_DIM}; got {sizes[0]} and {sizes[1]}")
     else:
         found += [f"{name} {why}" for name, tensor in zip("qkv", tensors, strict=True) if (why := _repeats(tensor))]
+    if any(0 in tensor.shape for tensor in tensors):
+        found.append("a call without queries, keys or columns leaves them nothing to load")
     if any(size > _LONGEST for tensor in tensors for size in tensor.shape):
         found.append("lengths of 2^31 and more have no coordinates in TMA")
     # A scoring that is a dot product of other operands has become one by the time that a call is lowered.

@@ -64,7 +64,7 @@ def combine_kernel(
     if sinks is not None:
         sink = gl.load(sinks + h).to(gl.float32)
     keys = l
-    hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout)
+    hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout, BOUNDED)
     result = gl.where(empty, 0.0, o * inverse)
     if mask.restricts or BOUNDED:
         bad = bad | strayed(o, result, keys, cols < value_dim, BOUNDED, 0)

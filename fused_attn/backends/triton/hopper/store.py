@@ -49,7 +49,7 @@ def wrong(hi, l, start, end, score):
 
 
 @gluon.jit
-def settled(hi, l, sink, start, end, score, dropout):
+def settled(hi, l, sink, start, end, score, dropout, BOUNDED: gl.constexpr):
     """Bases and sums with a sink, or None; what the accumulator is multiplied by; which rows have no scores, and which to do again."""
     bad = wrong(hi, l, start, end, score)
     empty = l == 0.0
@@ -57,6 +57,9 @@ def settled(hi, l, sink, start, end, score, dropout):
     if sink is not None:
         hi, l, shrink = with_sink(hi, l, sink, exponents(score)[1])
         bad = bad | ((gl.abs(hi) > LIMIT) & (hi != float("-inf"))) | ((l - l) != 0.0)
+        if BOUNDED:
+            # Elsewhere a row's largest exponential is 1, and what a sink shrinks to nothing is nothing.
+            bad = bad | ((shrink < FLOOR) & ~empty)
     inverse = shrink / gl.where(l == 0.0, 1.0, l)
     if dropout is not None:
         inverse = inverse * dropout.factor
@@ -121,7 +124,7 @@ def store(
     if sinks is not None:
         sink = gl.load(sinks + head).to(gl.float32)
     keys = gl.convert_layout(l, RO)
-    hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout)
+    hi, l, inverse, empty, bad = settled(hi, l, sink, start, end, score, dropout, BOUNDED)
     # 0 * NaN: an empty row is zeros whatever its values hold.
     result = gl.where(gl.convert_layout(empty, RO)[:, None], 0.0, o * gl.convert_layout(inverse, RO)[:, None])
     cols = gl.arange(0, result.shape[1], gl.SliceLayout(0, o.type.layout))
