@@ -23,7 +23,7 @@ from fused_attn_bench import changes
 from fused_attn_bench.commands import outputs
 from fused_attn_bench.database import FORMAT
 from fused_attn_bench.history import Filter, History
-from fused_attn_bench.results import Result, ResultsError, load
+from fused_attn_bench.results import Result, load
 from tests.test_bench_results import COMPARED, FLOOR, RESULT, ROOT
 
 SOFTMAX = "softmax/masked/fwd/float32/1x1x4x8"
@@ -432,11 +432,3 @@ def test_reading_makes_no_history(command: list[str], code: int, tmp_path: Path,
     said = capsys.readouterr().err
     assert f"history: {path}" in said and "there is no such file yet; an empty history is read" in said and ":memory:" not in said
     assert not path.parent.exists()
-
-
-def test_another_writer_that_does_not_end_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_attn_bench.database.PATIENCE", 0.1)
-    first, second = History(tmp_path / "h.sqlite"), History(tmp_path / "h.sqlite")
-    with first.writing(), pytest.raises(ResultsError, match=r"must be free within 0.1 s; another process is writing to it"):
-        second.add([RESULT])
-    assert second.add([RESULT]) == 1

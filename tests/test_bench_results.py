@@ -152,7 +152,7 @@ def test_a_second_writer_waits(tmp_path: Path) -> None:
     second.connection.execute("PRAGMA busy_timeout = 50")
     with first.writing():
         start = time.monotonic()
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
+        with pytest.raises(ResultsError, match="must be free within 60 s; another process is writing to it"):
             second.add([RESULT])
         assert time.monotonic() - start > 0.04
     assert second.add([RESULT]) == 1

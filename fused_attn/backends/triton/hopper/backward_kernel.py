@@ -10,11 +10,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .backward_rows import FOLD, PANEL
-from .backward_tile import coordinates, cut, dropout_words, probabilities, score_gradients
+from .backward_tile import coordinates, cut, dropout_words, from_delta, probabilities, score_gradients
 from .compat import aggregate, fence_async_global, tma_add, tma_load, tma_store, wait_reads, wait_writes
 from .dropout import marked, thinned_by
 from .keep import load_words
-from .registers import held, written
+from .registers import held, pinned, written
 from .roles import Ring, bell, ring
 from .stream import room
 from .walk import rank, route_of, steps_of, total, visited
@@ -184,25 +184,12 @@ def fixed_tiles(shared, zero, W: gl.constexpr, tile):
 
 
 @gluon.jit
-def pinned(x):
-    """The same 16-bit tile, computed before whatever follows: LLVM else moves its last instructions behind the fence of the product that reads it."""
-    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
-
-
-@gluon.jit
 def products(i, W: gl.constexpr, shared, tile):
     """Raw scores [64 keys, queries] of the CTA's i-th query tile, which is there, on their way."""
     LS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, tile.q, 16])
     q = shared.q.index(shared.queries.stage(i)).reshape([tile.q, tile.d])
     k = shared.k.index(i >> 30).reshape([tile.kv, tile.d]).slice(W * 64, 64)
     return warpgroup_mma(k, q.permute((1, 0)), gl.zeros((64, tile.q), gl.float32, LS), use_acc=False, is_async=True)
-
-
-@gluon.jit
-def from_delta(shared, st, tile, LAYOUT: gl.constexpr):
-    """-delta of a stage's queries as a tile [64 keys, queries]."""
-    minus = shared.minus.index(st).reshape([tile.q]).load(gl.SliceLayout(0, LAYOUT))
-    return minus[None, :].broadcast_to([64, tile.q])
 
 
 @gluon.jit

@@ -96,6 +96,13 @@ def cut(x, at, words, spans, mask, sizes):
 
 
 @gluon.jit
+def from_delta(shared, st, tile, LAYOUT: gl.constexpr):
+    """-delta of a stage's queries as a tile [64 keys, queries]."""
+    minus = shared.minus.index(st).reshape([tile.q]).load(gl.SliceLayout(0, LAYOUT))
+    return minus[None, :].broadcast_to([64, tile.q])
+
+
+@gluon.jit
 def probabilities(s, lse, at, tiles, score):
     """exp(score - lse) of raw products s; lse [queries] in log2; tiles: of biases, as ``modified`` takes them."""
     factor, lift = exponents(score)

@@ -39,3 +39,9 @@ def held(x):
     ASM: gl.constexpr = _held_asm(REGISTERS)
     CONSTRAINTS: gl.constexpr = _held_constraints(REGISTERS)
     return gl.inline_asm_elementwise(ASM, CONSTRAINTS, [x], dtype=x.dtype, is_pure=False, pack=2 * REGISTERS)
+
+
+@gluon.jit
+def pinned(x):
+    """The same 16-bit tile, computed before whatever follows: LLVM else moves its last instructions behind the fence of the product that reads it."""
+    return gl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
