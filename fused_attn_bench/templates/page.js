@@ -100,6 +100,7 @@ document.addEventListener("change", control);
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
 byId("filters").addEventListener("reset", (event) => {
   event.preventDefault();
+  clearTimeout(waiting);  // leaving a field for the button is a change of that field
   set(Object.fromEntries(["search", ...FILTERS].map((name) => [name, ""])));
   controls();
 });
@@ -135,6 +136,7 @@ addEventListener("afterprint", () => {
   redraw();
 });
 addEventListener("hashchange", () => {
+  clearTimeout(waiting);
   readAddress();
   render(new Set(["", "sort"]));
 });
