@@ -39,10 +39,9 @@ class Project:
         if self.root is not None:
             return self.root
         try:
-            found = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:
-            found = ""
-        return Path(found or ".").resolve()
+            return Path(git(Path(), "rev-parse", "--show-toplevel")).resolve()
+        except ValueError:
+            return Path().resolve()
 
     @property
     def packages(self) -> list[Path]:

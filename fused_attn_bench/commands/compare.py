@@ -23,7 +23,7 @@ from fused_attn_bench.limits import Limits, Rules
 from fused_attn_bench.operation import provider_names
 from fused_attn_bench.project import why_no_commit
 from fused_attn_bench.results import machine, new_run
-from fused_attn_bench.sides import Commits, Providers, Sides
+from fused_attn_bench.sides import HERE, Commits, Providers, Sides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +134,7 @@ def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractCon
     if all(known):
         return nullcontext(Providers((a, b), setup))
     for name in (a, b):
-        if name != "." and (reason := why_no_commit(args.project.repository, name)):
+        if name != HERE and (reason := why_no_commit(args.project.repository, name)):
             raise ValueError(
                 f"A and B must both be providers ({', '.join(provider_names())}), or both commits of this repository; got {name!r}: {reason}."
             )
