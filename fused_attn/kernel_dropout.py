@@ -61,15 +61,15 @@ def place(dropout: KernelDropout) -> tuple[int, ...]:
     return (*dropout.origin, *(dropout.extent or _OWN))
 
 
-def of_later_queries(dropout: KernelDropout | None, start: int, shape: Sizes) -> KernelDropout | None:
-    """The dropout of the queries from ``start`` on of a call of that shape; a function as ``place`` is.
+def part_of(dropout: KernelDropout | None, first: Sizes, shape: Sizes) -> KernelDropout | None:
+    """The dropout of the part that begins at ``first`` of a call of that shape; a function as ``place`` is.
 
     Example:
         >>> import torch
-        >>> of_later_queries(KernelDropout(0.5, torch.tensor(0)), 2, (1, 2, 3, 4)).origin
-        (0, 0, 2, 0)
+        >>> part_of(KernelDropout(0.5, torch.tensor(0)), (0, 1, 2, 0), (1, 2, 3, 4)).origin
+        (0, 1, 2, 0)
     """
     if dropout is None:
         return None
-    b, h, first, kv = dropout.origin
-    return dropout._replace(origin=(b, h, first + start, kv), extent=dropout.extent or shape)
+    (b, h, q, kv), (moved_b, moved_h, moved_q, moved_kv) = dropout.origin, first
+    return dropout._replace(origin=(b + moved_b, h + moved_h, q + moved_q, kv + moved_kv), extent=dropout.extent or shape)

@@ -16,11 +16,10 @@ from fused_attn import autograd
 from fused_attn.auxiliary import NOTHING, AuxOutput, AuxRequest
 from fused_attn.backends import eager
 from fused_attn.checks import captured
-from fused_attn.kernel_dropout import of_later_queries
 from fused_attn.kernel_score import KernelScore
 from fused_attn.layout import laid_out_like
-from fused_attn.lowering import Grid, KernelMask, LoweredAttention, Terms, stat_dtype
-from fused_attn.mask_rules import Rule
+from fused_attn.lowering import Grid, LoweredAttention, Terms, stat_dtype
+from fused_attn.parts import terms_of
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import Bias
 from fused_attn.selective import Selective, before
@@ -29,19 +28,6 @@ from fused_attn.vocabulary import modifiers_of, with_parameters
 RESULTS = tuple(f.name for f in fields(AuxOutput))
 # Queries of a block: its bias is 1/heads of the scores of as many rows, and the sums between blocks are 1/BLOCK of one head's scores.
 BLOCK = 256
-
-
-@dataclass(frozen=True)
-class _Later:
-    """A rule asked for the queries from ``start`` on of the ``whole`` array, which count from 0 for whoever asks."""
-
-    rule: Rule
-    whole: Grid
-    start: int
-
-    def allowed(self, grid: Grid) -> Tensor:
-        batches, heads, (q0, q1), keys = grid.ranges
-        return self.rule.allowed(self.whole.at(batches, heads, (q0 + self.start, q1 + self.start), keys))
 
 
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
@@ -129,15 +115,8 @@ class _Block:
     @property
     def _terms(self) -> Terms:
         """The call's terms for these queries alone, which count from 0."""
-        terms, end = self.call.terms, self.start + self.rows
-        mask, whole = terms.mask, self.call.grid
-        kv_start, kv_end = (None if t is None else t[:, self.start : end] for t in (mask.kv_start, mask.kv_end))
-        keep = mask.keep if mask.keep is None or mask.keep.shape[2] == 1 else mask.keep[:, :, self.start : end]
-        rules = tuple(_Later(rule, whole, self.start) for rule in mask.rules)
-        dropout = of_later_queries(terms.dropout, self.start, self.call.shape)
-        form = KernelMask(mask.left, mask.right, kv_start, kv_end, keep, rules)
-        offset = terms.q_offset.to(torch.int64) if isinstance(terms.q_offset, Tensor) else terms.q_offset
-        return replace(terms, mask=form, q_offset=offset + self.start, dropout=dropout)
+        batches, heads, _, keys = self.call.grid.ranges
+        return terms_of(self.call.terms, self.call.grid, (batches, heads, (self.start, self.start + self.rows), keys))
 
     def _taken(self, part: LoweredAttention) -> Tensor:
         """What each query takes off later ones, [batch, 1, rows, kv_len], by the definition on head 0 alone."""

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from fused_attn.kernel_dropout import of_later_queries
 from fused_attn.lowering import Grid, KernelMask, Range, Terms
 from fused_attn.mask_rules import Pairs, extent, filled
+from fused_attn.parts import terms_of
 
 # Bytes of a block's mask for one batch: with 2^18 elements, of which a rule's own temporaries are made, 16 evaluations a call of the library.
 WRITTEN = 1 << 22
-
-
-def _rows_of(tensor: Tensor, dim: int, rows: Range) -> Tensor:
-    return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, rows[0], rows[1] - rows[0])
 
 
 def terms_of_rows(terms: Terms, grid: Grid, rows: Range, keep: Tensor) -> Terms:
@@ -29,16 +24,9 @@ def terms_of_rows(terms: Terms, grid: Grid, rows: Range, keep: Tensor) -> Terms:
         rows: first and one-past-last query.
         keep: what the mask's stored tensor and its rules allow of those rows.
     """
-    mask, (start, _) = terms.mask, rows
-    offset = terms.q_offset.to(torch.int64) if isinstance(terms.q_offset, Tensor) else terms.q_offset
-    limits = [None if t is None else _rows_of(t, 1, rows) for t in (mask.kv_start, mask.kv_end)]
-    return replace(
-        terms,
-        mask=KernelMask(mask.left, mask.right, limits[0], limits[1], keep),
-        q_offset=offset + start,
-        mods=tuple([replace(m, tensors=tuple([_rows_of(t, 2, rows) for t in m.tensors])) for m in terms.mods]),
-        dropout=of_later_queries(terms.dropout, start, grid.shape),
-    )
+    batches, heads, _, keys = grid.ranges
+    part = terms_of(replace(terms, mask=replace(terms.mask, keep=None, rules=())), grid, (batches, heads, rows, keys))
+    return replace(part, mask=replace(part.mask, keep=keep))
 
 
 def written_blocks(mask: KernelMask, grid: Grid) -> Iterator[tuple[Range, Tensor]]:
