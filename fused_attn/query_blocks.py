@@ -48,7 +48,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutpu
         else:
             *results, carry = block.run(*inputs)
         parts.append(results)
-    return _joined(parts, call.q)
+    return joined(parts, call.q)
 
 
 class _Unmodified:
@@ -78,8 +78,8 @@ def _split(tensor: Tensor | None, q_len: int, count: int) -> tuple[Tensor | None
     return parts
 
 
-def _joined(parts: list[list[Any]], q: Tensor) -> tuple[Tensor, AuxOutput]:
-    """Results of all blocks: one after another along the queries, but for sums over them."""
+def joined(parts: list[list[Any]], q: Tensor) -> tuple[Tensor, AuxOutput]:
+    """Results of blocks of queries, [out, *auxiliary outputs] each: one after another along the queries, but for sums over them."""
     outs, *aux = zip(*parts, strict=True)
     of = dict(zip(RESULTS, aux, strict=True))
     joined: dict[str, Tensor] = {
