@@ -1,0 +1,92 @@
+"""Attention over a sequence that processes share: every mask, modification, method and order on 2 and 4 real processes, by the error rule."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import scaling
+from fused_attn.distributed import Shards
+from fused_attn.distributed.cost import Workload, cost
+from fused_attn.lowering import Grid, KernelMask
+from fused_attn_bench.text import table
+from tests import ranks
+
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "scaling.md").read_text()
+TRIALS = list({trial.name: trial for trial in ranks.trials()})
+
+
+def together(count: int, folder: Path, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """What came of ``python -m tests.ranks`` on so many processes."""
+    commands = [[sys.executable, "-m", "tests.ranks", str(rank), str(count), str(folder), *arguments] for rank in range(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(c, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands
+    ]
+    try:
+        texts = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [subprocess.CompletedProcess(p.args, p.returncode, text) for p, text in zip(running, texts, strict=True)]
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    ends = together(request.param, folder)
+    assert [end.returncode for end in ends] == [0] * request.param, "\n".join(end.stdout[-2000:] for end in ends)
+    result: dict[str, list[str]] = json.loads((folder / "found.json").read_text())
+    return result
+
+
+@pytest.mark.peers
+def test_results_are_those_of_one_process(found: dict[str, list[str]]) -> None:
+    assert found.keys() == {*TRIALS}
+    assert {name: failures for name, failures in found.items() if failures} == {}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("count", [2, 4])
+def test_bytes_checkpoints_and_compilers(count: int, tmp_path: Path) -> None:
+    """What ``ranks.around`` asserts; bytes are the model's, to the byte."""
+    ends = together(count, tmp_path, "around")
+    assert [end.returncode for end in ends] == [0] * count, "\n".join(end.stdout[-2000:] for end in ends)
+
+
+@pytest.mark.peers
+def test_a_rank_that_dies_is_an_error_of_the_others(tmp_path: Path) -> None:
+    *others, last = together(4, tmp_path, "dying")
+    assert last.returncode == 9
+    for rank, end in enumerate(others):
+        assert end.returncode == 0, end.stdout[-2000:]
+        assert f"every rank of the group must take part until the call and its backward end; got, rank {rank} with" in end.stdout
+
+
+@pytest.mark.quick
+def test_the_table_is_the_model_s() -> None:
+    assert table(scaling.HEADER, scaling.rows(), left=1) in DOCS
+
+
+@pytest.mark.quick
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match="must be a multiple of 8 = 2 x 4 ranks long; got 12"):
+        Shards(4, "zigzag", 12)
+    with pytest.raises(ValueError, match="order must be 'contiguous' or 'zigzag'; got 'striped'"):
+        Shards(2, "striped", 8)  # type: ignore[arg-type]
+    assert cost(Workload(heads=8, kv_heads=3), 16, "heads") is None
+
+
+@pytest.mark.quick
+def test_zigzag_gives_every_rank_the_same_work() -> None:
+    shards = Shards(4, "zigzag", 64)
+    meetings = shards.meetings(KernelMask(right=0), Grid((1, 1, 64, 64), torch.device("cpu")))
+    work = [sum(meetings[q][k] for q in shards.numbers(rank) for k in range(shards.count)) for rank in range(4)]
+    assert work == [9] * 4, "of 8 x 8 chunks 36 hold pairs"
