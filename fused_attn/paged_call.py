@@ -60,9 +60,9 @@ class LoweredPaged:
         page = 1 if self.block_table is None else self.k.shape[2]
         row = self.shape[0] * self.k.shape[1] * max(1, self.q.shape[3], self.v.shape[3])
         step = -(-max(_FEWEST, most // max(1, row)) // page) * page
-        first = first // page * page
-        for start in range(first, end, step):
-            yield start, min(start + step, self.shape[3])
+        first, last = first // page * page, -(-end // page) * page
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
 
     def of_keys(self, stored: Tensor, keys: Range) -> Tensor:
         """k or v of a range of keys that begins with a page, [batch, kv_heads, n, dim]: a view in one piece, gathered from pages."""

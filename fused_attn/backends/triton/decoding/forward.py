@@ -81,10 +81,11 @@ def _run(call: LoweredPaged, out: Tensor, lse: Tensor, stats: Tensor | None) -> 
     whole = LoweredAttention(call.q, call.k, call.v, terms)
     mask, score = arguments.mask(terms, None), arguments.scores(terms, call.grid, call.q.dtype)
     shared = (mask, score, arguments.Sizes(heads, heads // kv_heads, q_len, kv_len), arguments.tile(whole, chosen, has_summary=False))
+    small = arguments.tile(whole, config.TileConfig(chosen.block_q, 16, 0, 0, 32), has_summary=False)
     q, k, v, result = (arguments.matrix(t) for t in (call.q, call.k, call.v, out))
     programs = -(-rows // chosen.block_q) * splits * batch * (kv_heads if packed else heads)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    args = (q, k, v, sums, outs, splits, total, Pages.of(call), *shared, packed)
+    args = (q, k, v, sums, outs, splits, total, Pages.of(call), small, *shared, packed)
     launch.run(_split_kernel, programs, call.q.device, args, options)
     strict = stats is None and terms.mask.kv_end is not None
     wide = stats is not None and stats.shape[0] > 2

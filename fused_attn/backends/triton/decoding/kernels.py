@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_attn.backends.triton.masks import allowed, full_range, query_shift, reach, row_intervals
-from fused_attn.backends.triton.primitives import LOG2E, any_true, cleaned, count_broken, dot, is_finite, load_rows, pointers
+from fused_attn.backends.triton.masks import allowed, query_shift, reach, row_intervals
+from fused_attn.backends.triton.primitives import LOG2E, any_true, cleaned, count_broken, dot, load_rows, pointers
 from fused_attn.backends.triton.score_mods import apply
 from fused_attn.backends.triton.score_tile import base_of, excess, exponentials, product, sigmoid
 
@@ -30,21 +30,61 @@ def _places(pages, b, kv_idx, ok):
 
 
 @triton.jit
-def _attended(acc, ok, weights, v_tile):
-    """acc [rows, dv] with the NaNs and infinities among the values that each row attends to, and nothing of the others.
-
-    ok and weights are [rows, tile.kv]. An infinity whose weight is 0 is NaN, infinities of one sign are themselves.
-    """
-    hits = count_broken(tl.where(ok, 1.0, 0.0), v_tile, tl.zeros_like(acc))
-    values = v_tile.to(tl.float32)
-    sign = tl.where(values == float("inf"), 1.0, tl.where(values == float("-inf"), -1.0, 0.0))
-    signs = dot(tl.where(ok & (weights > 0.0), 1.0, 0.0).to(tl.bfloat16), sign.to(tl.bfloat16), tl.zeros_like(acc), "ieee")
-    reached = tl.where(tl.abs(signs) == hits, signs * float("inf"), float("nan"))
-    return tl.where(hits == 0.0, acc, acc + reached)
+def _tile_scores(first, q_rows, q_source, k, pages, near, interval, place, mask, score, tile):
+    """Scores [tile.q, tile.kv] of the keys from ``first`` on, -inf where a row may not attend; where it may; the keys as ``_places`` has them."""
+    b, h, q_idx, shift, kv_h, live = place[0], place[1], place[2], place[3], place[4], place[5]
+    kv_idx = first + tl.arange(0, tile.kv)
+    # Keys beyond the rows' reach are never read, so garbage in padding cannot get in.
+    kv_ok = (kv_idx >= near[0]) & (kv_idx < near[1])
+    page, row, found = _places(pages, b, kv_idx, kv_ok)
+    of_rows = page
+    if pages.table is not None:
+        of_rows = page[:, None]
+    k_tile = load_rows(k, of_rows, kv_h, row, found, tile.head_dim, tile.d)
+    if score.by_columns:
+        scores = product(q_rows, k_tile, q_source, (k, page, kv_h, row, found), score, tile)
+    else:
+        scores = product(q_rows, k_tile, q_source, (k, of_rows, kv_h, row, found), score, tile)
+    inside = live[:, None] & kv_ok[None, :]
+    at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
+    scores = apply(scores, score, at, len(score.functions))
+    ok = inside & allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], interval[0][:, None], interval[1][:, None], 1)
+    if pages.table is not None:
+        # What has no page shows where it is attended to.
+        scores = tl.where(found[None, :], scores, float("nan"))
+    return tl.where(ok, scores, float("-inf")), ok, of_rows, row, found
 
 
 @triton.jit
-def _split_kernel(q, k, v, sums, outs, splits, total, pages, mask, score, sizes, tile, PACKED: tl.constexpr):
+def _mended(acc, m, begin, finish, q_rows, q_source, k, v, pages, near, interval, place, mask, score, small):
+    """acc once more, exactly, from what each row attends to: 0 * NaN is NaN in a product of whole tiles (see ``mending``).
+
+    An infinity whose weight is 0 is NaN, infinities of one sign are themselves.
+    """
+    bases = base_of(m, score)
+    over = excess(tl.where(m == float("-inf"), 0.0, m), bases)
+    clean = tl.zeros_like(acc)
+    for first in tl.range(begin, finish, small.kv, num_stages=1, disable_licm=True):
+        scores, ok, of_rows, row, found = _tile_scores(first, q_rows, q_source, k, pages, near, interval, place, mask, score, small)
+        if score.sigmoid is None:
+            p = exponentials(scores, bases)
+            if q_rows.dtype == tl.float16:
+                p = p * tl.exp2(over * -1.0)[:, None]
+        else:
+            p = sigmoid(scores, score)
+        v_tile = load_rows(v, of_rows, place[4], row, found, small.value_dim, small.dv)
+        clean = dot(p.to(v_tile.dtype), cleaned(v_tile), clean, score.precision)
+        hits = count_broken(tl.where(ok, 1.0, 0.0), v_tile, tl.zeros_like(acc))
+        values = v_tile.to(tl.float32)
+        sign = tl.where(values == float("inf"), 1.0, tl.where(values == float("-inf"), -1.0, 0.0))
+        signs = dot(tl.where(ok & (p > 0.0), 1.0, 0.0).to(tl.bfloat16), sign.to(tl.bfloat16), tl.zeros_like(acc), "ieee")
+        reached = tl.where(tl.abs(signs) == hits, signs * float("inf"), float("nan"))
+        clean = tl.where(hits == 0.0, clean, clean + reached)
+    return tl.where(acc != acc, clean, acc)
+
+
+@triton.jit
+def _split_kernel(q, k, v, sums, outs, splits, total, pages, small, mask, score, sizes, tile, PACKED: tl.constexpr):
     """One program per block of packed rows, part of the keys, batch and key head (query head where heads are not PACKED).
 
     k and v are matrices [pages, kv_heads, page_size, dim]. sums [2, splits, total] gets each row's maximum, in the unit of the product, and
@@ -73,39 +113,20 @@ def _split_kernel(q, k, v, sums, outs, splits, total, pages, mask, score, sizes,
         head_of = holder + r * 0
         h = holder
     start, end = row_intervals(mask, b, q_idx, sizes)
-    near_low, near_high = reach(start, end, sizes)
-    full_low, full_high = full_range(start, end, q_idx, sizes)
+    near = reach(start, end, sizes)
     # An equal share of what these rows reach: a window's parts lie within the window.
-    first_tile = near_low // tile.kv * tile.kv
-    per_part = tl.cdiv(tl.cdiv(tl.maximum(near_high - first_tile, 0), tile.kv), splits) * tile.kv
+    first_tile = near[0] // tile.kv * tile.kv
+    per_part = tl.cdiv(tl.cdiv(tl.maximum(near[1] - first_tile, 0), tile.kv), splits) * tile.kv
     begin = first_tile + part * per_part
-    finish = tl.minimum(begin + per_part, near_high)
-    shift = query_shift(mask, b)
+    finish = tl.minimum(begin + per_part, near[1])
+    interval, place = (start, end), (b, h, q_idx, query_shift(mask, b), kv_h, live)
     q_source = (q, b, h, q_idx, live & (start < end))
     q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
     acc = tl.zeros([tile.q, tile.dv], tl.float32)
     m = tl.full([tile.q], float("-inf"), tl.float32)
     l = tl.zeros([tile.q], tl.float32)
     for first in tl.range(begin, finish, tile.kv, disable_licm=True):
-        kv_idx = first + tl.arange(0, tile.kv)
-        kv_ok = (kv_idx >= near_low) & (kv_idx < near_high)
-        page, row, found = _places(pages, b, kv_idx, kv_ok)
-        of_rows = page
-        if pages.table is not None:
-            of_rows = page[:, None]
-        k_tile = load_rows(k, of_rows, kv_h, row, found, tile.head_dim, tile.d)
-        if score.by_columns:
-            scores = product(q_rows, k_tile, q_source, (k, page, kv_h, row, found), score, tile)
-        else:
-            scores = product(q_rows, k_tile, q_source, (k, of_rows, kv_h, row, found), score, tile)
-        inside = live[:, None] & kv_ok[None, :]
-        at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
-        scores = apply(scores, score, at, len(score.functions))
-        ok = inside & allowed(mask, b, h, q_idx[:, None], kv_idx[None, :], start[:, None], end[:, None], 1)
-        if pages.table is not None:
-            # What has no page shows where it is attended to.
-            scores = tl.where(found[None, :], scores, float("nan"))
-        scores = tl.where(ok, scores, float("-inf"))
+        scores, ok, of_rows, row, found = _tile_scores(first, q_rows, q_source, k, pages, near, interval, place, mask, score, tile)
         if score.sigmoid is None:
             m_new = tl.maximum(m, tl.max(scores, 1))
             bases = base_of(m_new, score)
@@ -125,14 +146,12 @@ def _split_kernel(q, k, v, sums, outs, splits, total, pages, mask, score, sizes,
             p = sigmoid(scores, score)
             l = tl.maximum(l, tl.max(tl.where(ok & (scores != float("-inf")), 1.0, 0.0), 1))
         v_tile = load_rows(v, of_rows, kv_h, row, found, tile.value_dim, tile.dv)
-        if mask.restricts:
-            # 0 * NaN is NaN: a broken value would reach rows of the tile that may not attend to it. Where all rows may there are none.
-            mixed = (tl.maximum(first, near_low) < full_low) | (tl.minimum(first + tile.kv, near_high) > full_high)
-            if mixed | mask.dense:
-                if any_true(tl.where(is_finite(v_tile), 0, 1)):
-                    acc = _attended(acc, ok, p, v_tile)
-                    v_tile = cleaned(v_tile)
         acc = dot(p.to(v_tile.dtype), v_tile, acc, score.precision)
+    if mask.restricts:
+        # It is rare, so look only afterwards, as far as this part goes.
+        if any_true((acc != acc) & (live & (l == l))[:, None]):
+            until = (near[0], finish)
+            acc = _mended(acc, m, begin, finish, q_rows, q_source, k, v, pages, until, interval, place, mask, score, small)
     if score.sigmoid is None:
         if q_rows.dtype != tl.float16:
             top = tl.where(m == float("-inf"), 0.0, m)
