@@ -130,7 +130,9 @@ class PagedKV:
         _require_counts("block_table", self.block_table, self.k)
         _require_counts("seqused_k", self.seqused_k, self.k)
         if self.block_table.dim() != 2:
-            raise ValueError(f"block_table must be [batch, most pages]; got {described(self.block_table)}. Give each sequence a row of pages.")
+            raise ValueError(
+                f"block_table must be [batch, most pages]; got {described(self.block_table)}. Give each sequence a row of pages."
+            )
         require_shape("seqused_k", self.seqused_k, ((self.block_table.shape[0],),), self.k.device)
 
     @property
@@ -169,14 +171,18 @@ def _require_pair(k: object, v: object, layout: str) -> None:
     for name, tensor in (("k", k), ("v", v)):
         found = require_tensor(f"a cache's {name}", tensor, FLOATS, f"a floating-point tensor {layout}", "Write KVCache.empty((...)).")
         if found.dim() != 4:
-            raise ValueError(f"a cache's {name} must be 4-D {layout}; got {described(found)}. Insert the missing dimensions with unsqueeze.")
+            raise ValueError(
+                f"a cache's {name} must be 4-D {layout}; got {described(found)}. Insert the missing dimensions with unsqueeze."
+            )
     assert isinstance(k, Tensor)
     assert isinstance(v, Tensor)
     if k.dtype != v.dtype:
         raise TypeError(f"a cache's k and v must share one dtype; got {k.dtype} and {v.dtype}. Convert one with .to({k.dtype}).")
     require_device("a cache's v", v, k.device)
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"a cache's k and v must agree but in their last dimension; got {list(k.shape)} and {list(v.shape)}. Make them alike.")
+        raise ValueError(
+            f"a cache's k and v must agree but in their last dimension; got {list(k.shape)} and {list(v.shape)}. Make them alike."
+        )
 
 
 def _require_counts(name: str, value: object, k: Tensor) -> None:

@@ -181,7 +181,9 @@ def _checked(q: Tensor, cache: KVCache | PagedKV, options: dict[str, Any]) -> At
     if late:  # indices that lie on a device are checked there
         for indices, size in ((request.rows, problem.shape[2]), (request.heads, problem.shape[1])):
             if indices is not None:
-                torch._assert_async(((indices >= -size) & (indices < size)).all(), f"AuxRequest's rows and heads must lie in [-{size}, {size})")
+                torch._assert_async(
+                    ((indices >= -size) & (indices < size)).all(), f"AuxRequest's rows and heads must lie in [-{size}, {size})"
+                )
         problem = replace(problem, aux=request)
     _require_forward_alone(problem, cache)
     _require_held(problem, cache)
@@ -262,7 +264,9 @@ def _in_one_piece(call: LoweredPaged, problem: AttentionProblem, cache: KVCache 
         return _marked(cache, *autograd.attended(whole, request or NOTHING, backend, requires_grad=False))
     rest = replace(request, probs=False, scores=False, scores_dtype=None, rows=None, heads=None)
     out, aux = autograd.attended(whole, rest if rest.names else NOTHING, backend, requires_grad=False)
-    picked = AuxRequest(probs=request.probs, scores=request.scores, scores_dtype=request.scores_dtype, rows=request.rows, heads=request.heads)
+    picked = AuxRequest(
+        probs=request.probs, scores=request.scores, scores_dtype=request.scores_dtype, rows=request.rows, heads=request.heads
+    )
     found = paged.attention_aux(call, picked)
     return _marked(cache, out, replace(aux, probs=found.probs, scores=found.scores))
 
@@ -276,4 +280,6 @@ def _marked(cache: KVCache | PagedKV, out: Tensor, aux: AuxOutput) -> tuple[Tens
     def marked(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.masked_fill(over.view(-1, *[1] * (tensor.dim() - 1)), torch.nan)
 
-    return marked(out), AuxOutput(*[marked(getattr(aux, name)) for name in ("probs", "scores", "lse", "max_scores", "column_sums", "entropy")])
+    return marked(out), AuxOutput(
+        *[marked(getattr(aux, name)) for name in ("probs", "scores", "lse", "max_scores", "column_sums", "entropy")]
+    )

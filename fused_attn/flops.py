@@ -60,4 +60,9 @@ def _paged(q: Shape, k: Shape, v: Shape, table: Shape | None, *_: Any, **__: Any
     return _forward(q, (*k[:2], keys, k[3]), v)
 
 
-_FORMULAS: dict[str, Callable[..., int]] = {"attention_fwd": _forward, "attention_aux": _aux, "attention_bwd": _backward, "paged_attention_fwd": _paged}
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "attention_fwd": _forward,
+    "attention_aux": _aux,
+    "attention_bwd": _backward,
+    "paged_attention_fwd": _paged,
+}

@@ -167,6 +167,7 @@ def explain(
 
 
 def is_autocast(tensor: Any) -> bool:
+    """Whether autocast is in force where the tensor is."""
     return (
         torch._C._is_any_autocast_enabled()
         and isinstance(tensor, Tensor)

@@ -67,6 +67,7 @@ def filled(like: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
 
 
 def optional(tensors: Any, wanted: Any) -> Gradients:
+    """The inverse of ``filled``."""
     return tuple(t if want else None for t, want in zip(tensors, wanted, strict=True))
 
 
@@ -203,7 +204,9 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     if not captured(call.q):
         return backends.get(backend).attention_aux(call, forward, request)
     call, flags = _storable(call), request.flags
-    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), traced_name(backend))
+    tensors = _counted("attention_aux")(
+        call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), traced_name(backend)
+    )
     return AuxTensors(*optional(tensors, (*flags[:2], *flags[3:])))
 
 

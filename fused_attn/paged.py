@@ -88,7 +88,7 @@ def _merged(call: LoweredPaged, backend: str) -> Merged:
         merged.add(call.q.new_zeros((*rows, call.v.shape[-1])), lse)
     for keys in parts:
         region = (*((0, n) for n in call.shape[:3]), keys)
-        terms = bare if keys == (0, call.shape[3]) else terms_of(bare, call.grid, region)  # type: ignore[arg-type]
+        terms = bare if keys == (0, call.shape[3]) else terms_of(bare, call.grid, region)
         q, k, v = (t.to(dtype) for t in (call.q, call.of_keys(call.k, keys), call.of_keys(call.v, keys)))
         forward = backends.get(backend).attention_fwd(LoweredAttention(q, k, v, terms))
         merged.add(forward.out, None if bare.normalizer is not None else forward.lse)

@@ -28,7 +28,11 @@ def steps(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, LoweredPaged]]:
     used = torch.tensor([100, 2000], dtype=torch.int32)
     for name, q_len in (("plain", 1), ("everything", 8)):
         q, k = torch.zeros(2, 8, q_len, dim, dtype=dtype), torch.zeros(2, 2, CAPACITY, dim, dtype=dtype)
-        options = dict.fromkeys(("scale", "sinks", "dropout", "return_aux")) | {"mask": fa.Causal(), "score_mods": (), "q_offset": used - q_len}
+        options = dict.fromkeys(("scale", "sinks", "dropout", "return_aux")) | {
+            "mask": fa.Causal(),
+            "score_mods": (),
+            "q_offset": used - q_len,
+        }
         if name == "everything":
             mods = (fa.SoftCap(30.0), fa.ALiBi(torch.ones(8)), fa.Bias(torch.zeros(1, 8, 1, CAPACITY, dtype=dtype)))
             mask = fa.Causal() & fa.Dense(torch.ones(q_len, CAPACITY, dtype=torch.bool))

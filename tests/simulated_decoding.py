@@ -6,7 +6,6 @@ an access outside a tensor.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 
 import fused_attn as fa
 from fused_attn import decoding
-from fused_attn.backends.triton.decoding import tiles
+from fused_attn.backends.triton.decoding import forward  # its kernels are compiled functions from here on
 from fused_attn.decoding import Filled, PagedKV
+from fused_attn.paged_call import LoweredPaged
 from fused_attn.testing import inputs_of, violations
 from tests.simulated import simulate
 
@@ -25,9 +25,7 @@ def in_pages(k: Tensor, v: Tensor, used: Tensor, size: int) -> PagedKV:
     """Pages in reverse order; what no key stands in is NaN, and entries that no key needs are none."""
     batch, _, capacity, _ = k.shape
     beyond = (torch.arange(capacity) >= used[:, None])[:, None, :, None]
-    pages = [
-        t.masked_fill(beyond, torch.nan).unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1).flip(0).contiguous() for t in (k, v)
-    ]
+    pages = [t.masked_fill(beyond, torch.nan).unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1).flip(0).contiguous() for t in (k, v)]
     table = torch.arange(batch * capacity // size - 1, -1, -1, dtype=torch.int32).view(batch, -1)
     return PagedKV(pages[0], pages[1], table.masked_fill(torch.arange(capacity // size) * size >= used[:, None], -1), used)
 
@@ -47,17 +45,17 @@ def hold(title: str, tensors: tuple[Tensor, Tensor, Tensor], used: Tensor, mask:
 if __name__ == "__main__":
     torch.manual_seed(0)
     simulate(int(sys.argv[1]))
-    importlib.import_module("fused_attn.backends.triton.decoding.forward")
     dtype, used = getattr(torch, sys.argv[2]), torch.tensor([136, 61], dtype=torch.int32)
     q, k, v = (torch.randn(2, h, n, 32).to(dtype) for h, n in ((4, 2), (2, 144), (2, 144)))
     hold("plain", (q, k, v), used, fa.Causal())
     hold("window", (q, k, v), used, fa.Causal() & fa.SlidingWindow(50, 0), score_mods=(fa.SoftCap(2.0),), sinks=torch.randn(4))
     keep = torch.rand(1, 4, 2, 144) < 0.4
     hold("dense", (q, k, v), used, fa.Dense(keep), score_mods=(fa.ALiBi(torch.rand(4)), fa.Bias(torch.randn(1, 4, 1, 144))))
-    tiles.parts = lambda kv_len: 2  # type: ignore[assignment]
-    additive, one = fa.Additive(torch.randn(4, 32)), torch.randn(2, 2, 512, 32).to(dtype)
+    additive, one = fa.Additive(torch.randn(4, 32)), torch.randn(2, 2, 144, 32).to(dtype)
     inputs = inputs_of(q, one, one, scoring=additive)
-    broken = violations(inputs, {"out": fa.attention(q, one, one, scoring=additive, backend="triton")})
+    lowered = inputs.problem.lower()
+    out, lse = forward.attention_paged(LoweredPaged(lowered.q, lowered.k, lowered.v, None, lowered.terms, 3))
+    broken = violations(inputs, {"out": out, "lse": lse})
     assert not broken, broken
     print("additive")
     clean = decoding.attention(q, in_pages(k, v, used, 8), backend="triton")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -57,10 +58,15 @@ def in_pages(k: Tensor, v: Tensor, used: Tensor, size: int) -> PagedKV:
 
 def both(k: Tensor, v: Tensor, used: Tensor, size: int) -> dict[str, KVCache | PagedKV]:
     beyond = (torch.arange(k.shape[2], device=k.device) >= used[:, None])[:, None, :, None]
-    return {"in one piece": KVCache(k.masked_fill(beyond, torch.nan), v.masked_fill(beyond, torch.inf), used), "pages": in_pages(k, v, used, size)}
+    return {
+        "in one piece": KVCache(k.masked_fill(beyond, torch.nan), v.masked_fill(beyond, torch.inf), used),
+        "pages": in_pages(k, v, used, size),
+    }
 
 
-def step(sizes: tuple[int, int, int, int], dims: tuple[int, int], capacity: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def step(
+    sizes: tuple[int, int, int, int], dims: tuple[int, int], capacity: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v for (batch, heads, kv_heads, q_len)."""
     batch, heads, kv_heads, q_len = sizes
     shapes = ((heads, q_len, dims[0]), (kv_heads, capacity, dims[0]), (kv_heads, capacity, dims[1]))
@@ -393,7 +399,7 @@ def test_refusals() -> None:
     for splits, error in ((0, ValueError), (300, ValueError), ("2", TypeError)):
         with pytest.raises(error, match="num_splits must be"):
             decoding.attention(q, cache, num_splits=splits)
-    with pytest.raises(TypeError, match="cache must be a KVCache or a PagedKV; got torch.float32"):
+    with pytest.raises(TypeError, match="cache must be a KVCache or a PagedKV; got torch"):
         decoding.attention(q, k)
     with pytest.raises(TypeError, match="seqused_k must be an int32 or int64 tensor"):
         KVCache(k, v, torch.tensor([4.0]))
@@ -444,8 +450,57 @@ def test_attention_of_few_queries_runs_on_the_same_kernels(dtype: torch.dtype, m
     assert len(calls) == 1, "few keys are one program's work"
 
 
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of ``attention`` that the split-key kernels ran, for which two keys are many here."""
+    from fused_attn.backends import triton
+    from fused_attn.backends.triton.decoding import forward
+
+    calls, original = [], forward.attention_fwd
+    monkeypatch.setattr(forward, "attention_fwd", lambda call, shape: calls.append(call) or original(call, shape))
+    monkeypatch.setattr(triton, "MANY_KEYS", 2)
+    return calls
+
+
+@pytest.mark.quick
+def test_the_cache_of_x_transformers_layers(reached: list[Any]) -> None:
+    from fused_attn.nn.x_transformers import Decoder
+
+    stack = Decoder(dim=32, depth=2, heads=4, attn_dim_head=8, attn_kv_heads=2, rotary_pos_emb=True, backend="triton").eval()
+    x = torch.randn(2, 6, 32)
+    with torch.no_grad():
+        out, cache = stack(x[:, :3], return_hiddens=True)
+        outs, before = [out], len(reached)
+        for n in range(3, 6):
+            out, cache = stack(x[:, n : n + 1], cache=cache, return_hiddens=True)
+            outs.append(out)
+        assert [call.shape[2:] for call in reached[before:]] == [(1, n) for n in (4, 5, 6) for _ in range(2)]
+        torch.testing.assert_close(torch.cat(outs, 1), stack(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed (make demo installs it)")
+@pytest.mark.parametrize("implementation", [None, "static"], ids=["dynamic", "static"])
+def test_the_caches_of_transformers(implementation: str | None, reached: list[Any]) -> None:
+    from fused_attn.integrations.transformers import NAME, register, unregister
+    from tests.transformers_families import FAMILIES
+
+    family = FAMILIES["llama"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    register(backend="triton")
+    try:
+        model = family.model(NAME)
+        want = model.generate(**family.inputs(), **options, use_cache=False)
+        before = len(reached)
+        got = model.generate(**family.inputs(), **options, cache_implementation=implementation)
+    finally:
+        unregister()
+    assert torch.equal(got, want)
+    assert sum(call.shape[2] == 1 for call in reached[before:]) == 4 * 2, "every step but the prompt's, in both layers"
+
+
 @pytest.mark.slow
-@pytest.mark.skipif("triton" not in sys.modules and __import__("importlib").util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("chip", [90, *(pytest.param(c, marks=pytest.mark.peers) for c in (80, 100, 120))])
 def test_compiles_without_spills(chip: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -168,7 +168,9 @@ def _split_kernel(q, k, v, sums, outs, splits, total, pages, small, mask, score,
 
 
 @triton.jit
-def _combine_kernel(sums, outs, out, lse, stats, sinks, splits, mask, score, sizes, tile, PARTS: tl.constexpr, STRICT: tl.constexpr, WIDE: tl.constexpr):
+def _combine_kernel(
+    sums, outs, out, lse, stats, sinks, splits, mask, score, sizes, tile, PARTS: tl.constexpr, STRICT: tl.constexpr, WIDE: tl.constexpr
+):
     """One program per row of out [batch, heads, q_len, value_dim], a matrix; lse and stats [2 or more, batch, heads, q_len] are contiguous.
 
     PARTS is a power of two not below ``splits``. STRICT: rows whose keys end beyond those that there are get NaN. WIDE: the output in

@@ -11,9 +11,10 @@ _INTERPRETER = TileConfig(32, 32, 4, 1)
 # By bits per element, for HEAD_SIZES: packed query rows at most, keys, warps, stages. 32 rows at most, so that products are mma.sync's on every
 # chip: warpgroups and tensor memory want 64, which a decoding step rarely has, and their operands through shared memory in whole words,
 # which a cache of any strides may not have (see ``_placed`` in the package above). The keys' loads bound the kernel.
-# On four warps the widest rows spilled 80 bytes with modifications on sm_120, float32 rows of 128 columns 56 (Triton 3.7.1).
+# On four warps rows of 256 columns spilled 80 bytes with modifications on sm_120, and 32 of them on eight warps 88; float32 rows of 128
+# columns 56 on four (Triton 3.7.1).
 _TABLE: dict[int, tuple[TileConfig, TileConfig, TileConfig]] = {
-    16: (TileConfig(32, 64, 4, 2), TileConfig(32, 64, 4, 2), TileConfig(32, 32, 8, 2)),
+    16: (TileConfig(32, 64, 4, 2), TileConfig(32, 64, 4, 2), TileConfig(16, 32, 8, 2)),
     32: (TileConfig(32, 32, 4, 1), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 1)),
 }
 # What single chips need differently: (chip, bits, head size).
