@@ -6,6 +6,7 @@ of their own (``parts``) and put together by their lse (``merging``); what lies 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +50,7 @@ def attention_fwd(call: LoweredPaged, backend: str) -> tuple[Tensor, Tensor]:
 def attention_aux(call: LoweredPaged, request: AuxRequest) -> AuxTensors:
     """What is asked for besides, of the rows and heads asked for: by the definition in parts of the keys, whatever the backend."""
     if not captured(call.q):
-        return attention_aux_of_keys(call, request, _reach(call))
+        return _auxiliary(call, request)
     flags, terms = request.flags, _storable(call).flatten()
     op, numbers = torch.ops.fused_attn.paged_attention_aux, list(request.numbers)
     tensors = op(call.q, call.k, call.block_table, *terms, request.rows, request.heads, numbers, traced_name(backends.EAGER))
@@ -71,9 +72,35 @@ def _forward(call: LoweredPaged, backend: str) -> tuple[Tensor, Tensor]:
     if call.block_table is None:
         forward = backends.get(backend).attention_fwd(LoweredAttention(call.q, call.k, call.v, call.terms))
         return marked(call, forward.out, forward.lse)
-    merged = _merged(call, backend)
-    out = empty_out(call.q, call.v.shape[-1]).copy_(merged.out)  # type: ignore[arg-type]
-    return marked(call, out, call.q.new_zeros(call.shape[:3], dtype=stat_dtype(call.q.dtype)) if merged.lse is None else merged.lse)
+    out, lse = empty_out(call.q, call.v.shape[-1]), call.q.new_zeros(call.shape[:3], dtype=stat_dtype(call.q.dtype))
+    for batches, part in _sequences(call):
+        merged = _merged(part, backend)
+        out[batches] = merged.out  # type: ignore[assignment]
+        if merged.lse is not None:
+            lse[batches] = merged.lse
+    return marked(call, out, lse)
+
+
+def _auxiliary(call: LoweredPaged, request: AuxRequest) -> AuxTensors:
+    found = [attention_aux_of_keys(part, request, _reach(part)) for _, part in _sequences(call)]
+    return AuxTensors(*(None if ts[0] is None else torch.cat(ts) if len(ts) > 1 else ts[0] for ts in zip(*found, strict=True)))
+
+
+def _sequences(call: LoweredPaged) -> Iterator[tuple[slice, LoweredPaged]]:
+    """On the CPU each sequence by itself: it gathers what it reaches, whatever others do, and has the bits of a batch of one.
+
+    All at once on devices, whose launches are what costs, and where a user's code wants its tensors whole.
+    """
+    batch, *rest = call.shape
+    if not can_look(call.q) or batch < 2 or any(mod.layout is not None for mod in call.terms.mods):
+        yield slice(0, batch), call
+        return
+    heads, queries, keys = ((0, n) for n in rest)
+    for b in range(batch):
+        one, table = slice(b, b + 1), call.block_table
+        k, v = (call.k[one], call.v[one]) if table is None else (call.k, call.v)
+        terms = terms_of(call.terms, call.grid, ((b, b + 1), heads, queries, keys))
+        yield one, replace(call, q=call.q[one], k=k, v=v, block_table=None if table is None else table[one], terms=terms)
 
 
 def _merged(call: LoweredPaged, backend: str) -> Merged:
@@ -145,7 +172,7 @@ def _paged_attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tu
 def _paged_attention_aux_impl(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     call, (rows, heads, numbers, _) = _call(q, k, k, rest)
     request = replace(AuxRequest.from_numbers(numbers), rows=rows, heads=heads)
-    return tuple(filled(q, attention_aux_of_keys(call, request, _reach(call))))
+    return tuple(filled(q, _auxiliary(call, request)))
 
 
 def _paged_attention_aux_fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:

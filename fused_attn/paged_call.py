@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fused_attn.lowering import Grid, Range, Terms
 
-# Elements of keys that are gathered from pages at a time: 8 MB in float32.
-GATHERED = 1 << 21
-# Keys at least, so that a large batch makes no parts of a page of one key.
+# Elements of keys that are gathered from a sequence's pages at a time: 2 MB in float32, which a core's caches hold beside the values.
+GATHERED = 1 << 19
+# Keys at least, so that wide rows make no parts of a page of one key.
 _FEWEST = 128
 
 
@@ -55,10 +55,13 @@ class LoweredPaged:
         return Grid(self.shape, self.q.device, self.terms.q_offset)
 
     def parts_of_keys(self, keys: Range, most: int = GATHERED) -> Iterator[Range]:
-        """A range of keys in parts of whole pages, each of at most ``most`` elements of k or v, or of 128 keys."""
+        """A range of keys in parts of whole pages, each of at most ``most`` elements of k or v per sequence, or of 128 keys.
+
+        It depends on no other sequence, so that a batch's slice is a batch of one.
+        """
         first, end = keys
         page = 1 if self.block_table is None else self.k.shape[2]
-        row = self.shape[0] * self.k.shape[1] * max(1, self.q.shape[3], self.v.shape[3])
+        row = self.k.shape[1] * max(1, self.q.shape[3], self.v.shape[3])
         step = -(-max(_FEWEST, most // max(1, row)) // page) * page
         first, last = first // page * page, -(-end // page) * page
         for start in range(first, last, step):

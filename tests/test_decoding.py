@@ -142,7 +142,9 @@ def test_rows_and_heads_of_the_probabilities(chosen: str) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("num_splits", [None, 1, 3, 7])
 @pytest.mark.parametrize("chosen", ["cpu", "triton"])
-def test_batch_slices_equal_batches_of_one(chosen: str, num_splits: int | None) -> None:
+def test_batch_slices_equal_batches_of_one(chosen: str, num_splits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_call, "_FEWEST", 16)
+    monkeypatch.setattr(paged_call.LoweredPaged.parts_of_keys, "__defaults__", (512,))
     q, k, v = step((3, 4, 2, 2), (16, 16), 96)
     used = torch.tensor([96, 5, 60], dtype=torch.int32)
     options: dict[str, Any] = {"num_splits": num_splits, "backend": chosen, "return_aux": fa.AuxRequest(lse=True, probs=True)}
