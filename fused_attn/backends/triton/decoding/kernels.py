@@ -42,9 +42,9 @@ def _tile_scores(first, q_rows, q_source, k, pages, near, interval, place, mask,
         of_rows = page[:, None]
     k_tile = load_rows(k, of_rows, kv_h, row, found, tile.head_dim, tile.d)
     if score.by_columns:
-        scores = product(q_rows, k_tile, q_source, (k, page, kv_h, row, found), score, tile)
+        scores = product(q_rows, k_tile, q_source, (k, page, kv_h, row, found, None), score, tile)
     else:
-        scores = product(q_rows, k_tile, q_source, (k, of_rows, kv_h, row, found), score, tile)
+        scores = product(q_rows, k_tile, q_source, (k, of_rows, kv_h, row, found, None), score, tile)
     inside = live[:, None] & kv_ok[None, :]
     at = (b, h, q_idx[:, None], (q_idx + shift)[:, None], kv_idx[None, :], inside)
     scores = apply(scores, score, at, len(score.functions))
@@ -120,7 +120,8 @@ def _split_kernel(q, k, v, sums, outs, splits, total, pages, small, mask, score,
     begin = first_tile + part * per_part
     finish = tl.minimum(begin + per_part, near[1])
     interval, place = (start, end), (b, h, q_idx, query_shift(mask, b), kv_h, live)
-    q_source = (q, b, h, q_idx, live & (start < end))
+    # None comes last for Triton 3.6, as in ``arguments.MaskArgs``: products in slices loop over their sources.
+    q_source = (q, b, h, q_idx, live & (start < end), None)
     q_rows = load_rows(q, b, h, q_idx, q_source[4], tile.head_dim, tile.d)
     acc = tl.zeros([tile.q, tile.dv], tl.float32)
     m = tl.full([tile.q], float("-inf"), tl.float32)
