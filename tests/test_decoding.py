@@ -24,7 +24,7 @@ from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
 from fused_attn.score_mods import ScoreMod
 from fused_attn.testing import EVERYTHING, inputs_of, violations, vocabulary
-from tests import native
+from tests import native, simulated_cuda
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ["eager", "cpu", "blocked", "triton"]
@@ -96,6 +96,15 @@ def test_error_rule(q_len: int, group: int, dims: tuple[int, int], size: int, dt
     q, k, v = step((4, 2 * group, 2, q_len), dims, capacity, dtype)
     used = torch.tensor([0, 1, capacity // 2 + 3, capacity], dtype=torch.int32)
     hold(q, k, v, used, size, chosen, sinks=torch.randn(2 * group) if size == 3 else None)
+
+
+@pytest.mark.skipif(bool(simulated_cuda.missing()), reason=simulated_cuda.missing() or "never")
+def test_cuda_kernels_on_parts_of_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they lie in one piece, and gathered a part at a time."""
+    monkeypatch.setattr(paged_call, "_FEWEST", 16)
+    monkeypatch.setattr(paged_call.LoweredPaged.parts_of_keys, "__defaults__", (512,))
+    q, k, v = step((2, 4, 2, 2), (16, 16), 72, torch.bfloat16)
+    hold(q, k, v, torch.tensor([72, 9], dtype=torch.int32), 8, "cuda", score_mods=(fa.SoftCap(2.0),), sinks=torch.randn(4))
 
 
 GRID = Grid((2, 4, 3, 48), torch.device("cpu"), torch.tensor([45, 14]))
