@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import backends
+from fused_attn import backends, flops
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends.base import AuxTensors
 from fused_attn.batching import vmap_rule
@@ -41,6 +41,7 @@ def attention_fwd(call: LoweredPaged, backend: str) -> tuple[Tensor, Tensor]:
     Where values may be looked at the caller has looked, so that there are none such.
     """
     if captured(call.q):
+        flops.announce()
         op = torch.ops.fused_attn.paged_attention_fwd
         out, lse = op(call.q, call.k, call.v, call.block_table, *_storable(call).flatten(), call.num_splits, traced_name(backend))
         return out, lse

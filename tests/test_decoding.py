@@ -354,6 +354,16 @@ def test_fake_tensors_show_that_no_value_is_looked_at(function: Any) -> None:
 
 
 @pytest.mark.quick
+def test_operations_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v, _, used, table = _graph_arguments()[decode_pages]
+    with FlopCounterMode(display=False) as counter:
+        decoding.attention(q, PagedKV(k, v, table, used), backend="cpu")
+    assert counter.get_total_flops() == 2 * 2 * 4 * 12 * (8 + 8)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("with_table", [True, False])
 def test_the_ops(with_table: bool) -> None:
     q, k, v, _, used, table = _graph_arguments()[decode_pages]
