@@ -153,7 +153,7 @@ def _attention(q: Tensor, cache: KVCache | PagedKV, options: dict[str, Any], spl
         return _marked(cache, out, aux)
     call = LoweredPaged(problem.q, cache.k, cache.v, cache.block_table, _terms(problem, cache), splits)
     reads_pages = hasattr(backends.get(name), "attention_paged")
-    if call.block_table is None and not reads_pages:
+    if call.block_table is None and not reads_pages and not paged.chooses_by_values(call, name):
         return _in_one_piece(call, problem, cache, name)
     out, lse = paged.attention_fwd(call, name)
     request = problem.aux or NOTHING

@@ -70,7 +70,7 @@ def _forward(call: LoweredPaged, backend: str) -> tuple[Tensor, Tensor]:
     if own is not None:
         out, lse = own(call)
         return out, lse
-    if call.block_table is None:
+    if call.block_table is None and not chooses_by_values(call, backend):
         forward = backends.get(backend).attention_fwd(LoweredAttention(call.q, call.k, call.v, call.terms))
         return marked(call, forward.out, forward.lse)
     out, lse = empty_out(call.q, call.v.shape[-1]), call.q.new_zeros(call.shape[:3], dtype=stat_dtype(call.q.dtype))
@@ -80,6 +80,14 @@ def _forward(call: LoweredPaged, backend: str) -> tuple[Tensor, Tensor]:
         if merged.lse is not None:
             lse[batches] = merged.lse
     return marked(call, out, lse)
+
+
+def chooses_by_values(call: LoweredPaged, backend: str) -> bool:
+    """Whether a call runs in plain torch operations on the CPU, which take another way where anything that they are given is not finite.
+
+    What lies behind one sequence's keys would then change the last bits of the others. Such a backend keeps no row statistics.
+    """
+    return can_look(call.q) and backends.get(backend).stats_shape(LoweredAttention(call.q, call.k, call.v, call.terms)) == (0,)
 
 
 def _auxiliary(call: LoweredPaged, request: AuxRequest) -> AuxTensors:
