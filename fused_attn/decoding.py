@@ -146,7 +146,8 @@ def _as_splits(value: object) -> int:
 
 def _attention(q: Tensor, cache: KVCache | PagedKV, options: dict[str, Any], splits: int, backend: str) -> tuple[Tensor, AuxOutput]:
     problem = _checked(q, cache, options)
-    name = backends.resolve(problem, backend)
+    # On the CPU "auto" goes by size and by what is asked for besides; asking for more must not change out.
+    name = backends.resolve(replace(problem, aux=None) if problem.device.type == "cpu" else problem, backend)
     if name == backends.EAGER:
         k, v = (cache.k, cache.v) if isinstance(cache, KVCache) else cache.gathered()
         out, aux = composed.attention(replace(problem, k=k, v=v), name, is_free=backend == "auto")
