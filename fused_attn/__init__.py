@@ -9,6 +9,7 @@ Example:
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fused_attn import decoding as decoding
 from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.dropout import Dropout
 from fused_attn.functional import attention, explain, masked_softmax, scaled_dot_product_attention

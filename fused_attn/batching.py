@@ -19,13 +19,13 @@ _BROADCAST = ("kv_start", "kv_end", "keep", "mod_tensors")
 _OUTSIDE_THE_BATCH = ("seed", "sinks", "mod_tensors")
 
 
-def vmap_rule(op: Any) -> Callable[..., Any]:
-    """The rule that ``torch.library.register_vmap`` wants for one of the package's ops."""
+def vmap_rule(op: Any, folds: bool = True) -> Callable[..., Any]:
+    """The rule that ``torch.library.register_vmap`` wants for one of the package's ops; without ``folds`` it runs once per slice."""
     names = tuple(argument.name for argument in op._schema.arguments)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         given = {name: (value, dim) for name, value, dim in zip(names, args, in_dims, strict=True)}
-        if _is_foldable(given):
+        if folds and _is_foldable(given):
             return _folded(op, given, info.batch_size)
         return _looped(op, given, info.batch_size)
 

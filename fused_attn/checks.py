@@ -34,6 +34,11 @@ def captured(tensor: Tensor) -> bool:
     )
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Whether looking at values waits for no device and breaks no graph."""
+    return tensor.device.type == "cpu" and not captured(tensor)
+
+
 def has_finite_products(a: Tensor, b: Tensor, factor: float = 1.0) -> bool:
     """Whether no product of rows of a and b, times a factor, is NaN or overflows: none exceeds that of the norms (Cauchy and Schwarz).
 

@@ -54,4 +54,15 @@ def _backward(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     return 2 * scores * (3 * head_dim + 2 * value_dim)
 
 
-_FORMULAS: dict[str, Callable[..., int]] = {"attention_fwd": _forward, "attention_aux": _aux, "attention_bwd": _backward}
+def _paged(q: Shape, k: Shape, v: Shape, table: Shape | None, *_: Any, **__: Any) -> int:
+    """Of all keys that a sequence has room for."""
+    keys = k[2] * (1 if table is None else table[1])
+    return _forward(q, (*k[:2], keys, k[3]), v)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "attention_fwd": _forward,
+    "attention_aux": _aux,
+    "attention_bwd": _backward,
+    "paged_attention_fwd": _paged,
+}

@@ -107,7 +107,7 @@ def attention(
         "empty_rows": empty_rows,
         "return_aux": return_aux,
     }
-    if _is_autocast(q):
+    if is_autocast(q):
         with torch.autocast(q.device.type, enabled=False):  # the products inside choose their own precision
             q, k, v = _autocast(q, k, v)
             out, aux = _attention(AttentionProblem.check(q, k, v, options), backend)
@@ -162,11 +162,12 @@ def explain(
         "empty_rows": empty_rows,
         "return_aux": return_aux,
     }
-    q, k, v = _autocast(q, k, v) if _is_autocast(q) else (q, k, v)
+    q, k, v = _autocast(q, k, v) if is_autocast(q) else (q, k, v)
     return backends.explain(replace(AttentionProblem.check(q, k, v, options), target=as_target(on)))
 
 
-def _is_autocast(tensor: Any) -> bool:
+def is_autocast(tensor: Any) -> bool:
+    """Whether autocast is in force where the tensor is."""
     return (
         torch._C._is_any_autocast_enabled()
         and isinstance(tensor, Tensor)

@@ -22,7 +22,7 @@ from fused_attn.checks import captured
 from fused_attn.layout import empty_out
 from fused_attn.lowering import LoweredAttention, LoweredSoftmax, Terms, stat_dtype
 
-_N_TERMS = 10
+N_TERMS = 10
 # Switches are int[]: torch.jit.trace takes no list of bool.
 library = torch.library.Library("fused_attn", "DEF")
 library.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {Terms.SCHEMA}, str backend) -> (Tensor out, Tensor lse, Tensor stats)")
@@ -41,7 +41,7 @@ library.define(
 )
 
 
-def _traced(backend: str) -> str:
+def traced_name(backend: str) -> str:
     """A backend's name as a graph holds it: with the code that captured it, so that no cache on disk gives other code's graph to this."""
     return f"{backend}@{fingerprint.PACKAGE}"
 
@@ -53,20 +53,21 @@ def backend_name(traced: str) -> str:
 
 def _attention(args: tuple[Any, ...]) -> tuple[LoweredAttention, tuple[Any, ...]]:
     q, k, v, *rest, backend = args
-    call = LoweredAttention(q, k, v, Terms.unflatten(tuple(rest[:_N_TERMS])))
-    return call, (*rest[_N_TERMS:], backend_name(backend))
+    call = LoweredAttention(q, k, v, Terms.unflatten(tuple(rest[:N_TERMS])))
+    return call, (*rest[N_TERMS:], backend_name(backend))
 
 
 def _softmax(args: tuple[Any, ...], switches: Any) -> LoweredSoftmax:
-    return LoweredSoftmax(args[0], Terms.unflatten(args[1 : 1 + _N_TERMS]), *map(bool, switches))
+    return LoweredSoftmax(args[0], Terms.unflatten(args[1 : 1 + N_TERMS]), *map(bool, switches))
 
 
-def _filled(like: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+def filled(like: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Op results cannot be None; a size-0 tensor stands for it."""
     return [like.new_empty(0) if t is None else t for t in tensors]
 
 
-def _optional(tensors: Any, wanted: Any) -> Gradients:
+def optional(tensors: Any, wanted: Any) -> Gradients:
+    """The inverse of ``filled``."""
     return tuple(t if want else None for t, want in zip(tensors, wanted, strict=True))
 
 
@@ -85,7 +86,7 @@ def _attention_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _attention_aux_impl(*args: Any) -> tuple[Tensor, ...]:
     call, (out, lse, stats, request, backend) = _attention(args)
-    return tuple(_filled(call.q, backends.get(backend).attention_aux(call, Forward(out, lse, stats), AuxRequest.from_numbers(request))))
+    return tuple(filled(call.q, backends.get(backend).attention_aux(call, Forward(out, lse, stats), AuxRequest.from_numbers(request))))
 
 
 def _attention_aux_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -93,7 +94,7 @@ def _attention_aux_fake(*args: Any) -> tuple[Tensor, ...]:
     (batch, heads, q_len, kv_len), wanted = call.shape, AuxRequest.from_numbers(request)
     rows = stat_dtype(call.q.dtype)
     return tuple(
-        _filled(
+        filled(
             call.q,
             AuxTensors(
                 call.q.new_empty(call.shape) if wanted.probs else None,
@@ -116,7 +117,7 @@ def _differentiable() -> Iterator[None]:
 def _attention_bwd_impl(*args: Any) -> list[Tensor]:
     call, (out, lse, stats, *arriving, needs, backend) = _attention(args)
     with _differentiable():
-        return _filled(call.q, _gradients(call, Forward(out, lse, stats), Incoming(*arriving), tuple(map(bool, needs)), backend))
+        return filled(call.q, _gradients(call, Forward(out, lse, stats), Incoming(*arriving), tuple(map(bool, needs)), backend))
 
 
 def _gradients(call: LoweredAttention, forward: Forward, incoming: Incoming, needs: tuple[bool, ...], backend: str) -> Gradients:
@@ -133,12 +134,12 @@ def _gradients(call: LoweredAttention, forward: Forward, incoming: Incoming, nee
 def _attention_bwd_fake(*args: Any) -> list[Tensor]:
     call, (*_, needs, _) = _attention(args)
     inputs = (call.q, call.k, call.v, *call.terms.parameters)
-    return _filled(call.q, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)))
+    return filled(call.q, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)))
 
 
 def _softmax_fwd_impl(*args: Any) -> tuple[Tensor, ...]:
     call = _softmax(args, args[-2])
-    return tuple(_filled(call.scores, backends.get(backend_name(args[-1])).softmax_fwd(call)))
+    return tuple(filled(call.scores, backends.get(backend_name(args[-1])).softmax_fwd(call)))
 
 
 def _softmax_fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -150,14 +151,14 @@ def _softmax_bwd_impl(*args: Any) -> list[Tensor]:
     result, dout, switches, needs, backend = args[-5:]
     call = _softmax(args, switches)
     with _differentiable():
-        return _filled(call.scores, backends.get(backend_name(backend)).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
+        return filled(call.scores, backends.get(backend_name(backend)).softmax_bwd(call, result, dout, tuple(map(bool, needs))))
 
 
 def _softmax_bwd_fake(*args: Any) -> list[Tensor]:
     _, _, switches, needs, _ = args[-5:]
     call = _softmax(args, switches)
     inputs = (call.scores, *call.terms.parameters[1:])
-    return _filled(
+    return filled(
         call.scores, tuple(torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))
     )
 
@@ -194,7 +195,7 @@ def attention_fwd(call: LoweredAttention, backend: str) -> Forward:
     """Output, lse and row statistics."""
     if captured(call.q):
         call = _storable(call)
-        return Forward(*_counted("attention_fwd")(call.q, call.k, call.v, *call.terms.flatten(), _traced(backend)))
+        return Forward(*_counted("attention_fwd")(call.q, call.k, call.v, *call.terms.flatten(), traced_name(backend)))
     return backends.get(backend).attention_fwd(call)
 
 
@@ -203,8 +204,10 @@ def attention_aux(call: LoweredAttention, forward: Forward, request: AuxRequest,
     if not captured(call.q):
         return backends.get(backend).attention_aux(call, forward, request)
     call, flags = _storable(call), request.flags
-    tensors = _counted("attention_aux")(call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), _traced(backend))
-    return AuxTensors(*_optional(tensors, (*flags[:2], *flags[3:])))
+    tensors = _counted("attention_aux")(
+        call.q, call.k, call.v, *call.terms.flatten(), *forward, list(request.numbers), traced_name(backend)
+    )
+    return AuxTensors(*optional(tensors, (*flags[:2], *flags[3:])))
 
 
 def attention_out(call: LoweredAttention, backend: str) -> Tensor:
@@ -233,9 +236,9 @@ def attention_bwd(call: LoweredAttention, forward: Forward, incoming: Incoming, 
         return _gradients(call, forward, incoming, needs, backend)
     call = _storable(call)
     tensors = _counted("attention_bwd")(
-        call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), _traced(backend)
+        call.q, call.k, call.v, *call.terms.flatten(), *forward, *arriving, list(map(int, needs)), traced_name(backend)
     )
-    return _optional(tensors, needs)
+    return optional(tensors, needs)
 
 
 def softmax_fwd(call: LoweredSoftmax, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -243,7 +246,7 @@ def softmax_fwd(call: LoweredSoftmax, backend: str) -> tuple[Tensor, Tensor | No
     if not captured(call.scores):
         return backends.get(backend).softmax_fwd(call)
     call, switches = _storable(call), [int(call.log), int(call.uniform_empty)]
-    out, probs = torch.ops.fused_attn.softmax_fwd(call.scores, *call.terms.flatten(), switches, _traced(backend))
+    out, probs = torch.ops.fused_attn.softmax_fwd(call.scores, *call.terms.flatten(), switches, traced_name(backend))
     return out, probs if call.terms.dropout else None
 
 
@@ -253,6 +256,6 @@ def softmax_bwd(call: LoweredSoftmax, result: Tensor, dout: Tensor, needs: tuple
         return backends.get(backend).softmax_bwd(call, result, dout, needs)
     call, switches = _storable(call), [int(call.log), int(call.uniform_empty)]
     tensors = torch.ops.fused_attn.softmax_bwd(
-        call.scores, *call.terms.flatten(), result, dout, switches, list(map(int, needs)), _traced(backend)
+        call.scores, *call.terms.flatten(), result, dout, switches, list(map(int, needs)), traced_name(backend)
     )
-    return _optional(tensors, needs)
+    return optional(tensors, needs)

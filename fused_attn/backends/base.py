@@ -82,7 +82,8 @@ class Backend(Protocol):
     ``attention_fwd_aux(call, request) -> (Forward, AuxTensors)`` besides, and one to which it matters that nobody wants lse and statistics
     ``attention_out(call) -> Tensor``. ``attention_picked(call, lse, request) -> AuxTensors | None`` computes the rows and heads of probabilities
     and scores that a request picks, or leaves them to the definition; there is nothing to differentiate then. A backend that has ``evaluates_rules = True`` gets masks with rules, evaluated
-    region by region; any other gets them as ``keep``. What one that has ``notes(problem)`` says there, ``explain`` repeats.
+    region by region; any other gets them as ``keep``. One that reads keys in pages has ``attention_paged(call) -> (out, lse)`` for a
+    ``paged_call.LoweredPaged``; for others ``paged`` gathers parts of them. What one that has ``notes(problem)`` says there, ``explain`` repeats.
     """
 
     name: str

@@ -25,6 +25,7 @@ from fused_attn.backends.base import (
 from fused_attn.backends.triton.hopper import eligible
 from fused_attn.layout import copied_in_rows, empty_out, laid_out_like
 from fused_attn.lowering import KernelMask, LoweredAttention, LoweredSoftmax, Terms
+from fused_attn.paged_call import LoweredPaged
 from fused_attn.problem import AttentionProblem, SoftmaxProblem
 
 MAX_HEAD_DIM = 256
@@ -107,6 +108,10 @@ class TritonBackend:
         return found
 
     def attention_fwd(self, call: LoweredAttention) -> Forward:
+        if _has_few_queries(call):
+            from fused_attn.backends.triton.decoding import forward
+
+            return forward.attention_fwd(call, self.stats_shape(call))
         placed, unit = _placed(call)
         if unit == eligible.UNIT:
             from fused_attn.backends.triton.hopper.forward import attention_fwd
@@ -116,6 +121,11 @@ class TritonBackend:
         if placed is not call:
             out = laid_out_like(out, empty_out(call.q.to("meta"), out.shape[-1]))
         return Forward(out, lse, stats)
+
+    def attention_paged(self, call: LoweredPaged) -> tuple[Tensor, Tensor]:
+        from fused_attn.backends.triton.decoding.forward import attention_paged
+
+        return attention_paged(call)
 
     def attention_aux(self, call: LoweredAttention, forward: Forward, request: AuxRequest) -> AuxTensors:
         placed, unit = _placed(call)
@@ -156,6 +166,21 @@ class TritonBackend:
         from fused_attn.backends.triton.softmax import softmax_bwd
 
         return softmax_bwd(call, result, dout, needs)
+
+
+# Calls of at most so many queries and at least so many keys go to the split-key kernels: where those make two parts, and a tile's worth of rows.
+FEW_QUERIES, MANY_KEYS = 16, 512
+
+
+def _has_few_queries(call: LoweredAttention) -> bool:
+    """Whether the plain kernels would leave most of a chip idle, and read each key once per query head: decoding, whoever holds the cache."""
+    _, _, q_len, kv_len = call.shape
+    if q_len > FEW_QUERIES or kv_len < MANY_KEYS or call.terms.dropout is not None or 0 in call.shape:
+        return False
+    from fused_attn.backends.triton import config, launch
+
+    chip = launch.target_chip or (0 if _interpreted() else config.chip_of(call.q.device))
+    return chip != eligible.CHIP or bool(eligible.reasons((call.q, call.k, call.v), call.terms))
 
 
 def _placed(call: LoweredAttention) -> tuple[LoweredAttention, int]:
