@@ -12,7 +12,6 @@ from types import ModuleType
 
 from fused_attn_bench.codes import CRASHED, INTERRUPTED, USAGE
 from fused_attn_bench.commands import outputs
-from fused_attn_bench.operation import load
 from fused_attn_bench.project import Project
 
 COMMANDS = {
@@ -55,18 +54,23 @@ def parser(project: Project) -> tuple[argparse.ArgumentParser, dict[str, ModuleT
 def main(argv: Sequence[str] | None = None, project: Project | None = None) -> int:
     """Runs a command of a project; the exit codes are those of ``fused_attn_bench.codes``."""
     project = project or Project()
-    made, found = parser(project)
-    args = made.parse_args(argv)
+    command = project.program
     try:
-        for path in (*project.files, *args.load) if hasattr(args, "load") else ():
-            load(path)
+        made, found = parser(project)
+        args = made.parse_args(argv)
+        command = f"{project.program} {args.command}"
+        if hasattr(args, "load"):
+            from fused_attn_bench.operation import load
+
+            for path in (*project.files, *args.load):
+                load(path)
         # What a command opens is closed however it ends: an open history has files beside it.
         with ExitStack() as args.opened:
             code = int(found[args.command].run(args))
         outputs.flush()
         return code
     except ValueError as error:
-        print(f"{project.program} {args.command}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
         if outputs.unwritten(error):
             remedy = "Whoever reads it must read all" if isinstance(error, BrokenPipeError) else "Make room for it"
             print(
-                f"{project.program} {args.command}: all of the output must be written; got: {error}. {remedy}, and repeat the command.",
+                f"{command}: all of the output must be written; got: {error}. {remedy}, and repeat the command.",
                 file=sys.stderr,
             )
         else:

@@ -21,6 +21,8 @@ from fused_attn_bench.problem import FORWARD, MODES, DeclarationError, Function,
 
 # The provider that every operation has: its reference at the case's own dtype.
 REFERENCE = "eager"
+# Of a result, as the terminal and the page show it; an operation's own metrics follow.
+COLUMNS = ("case", "provider", "backend", "time", "±", "host", f"vs {REFERENCE}", "TFLOP/s", "GB/s", "of roof", "faults", "peak", "error")
 T = TypeVar("T", bound=Function)
 
 
@@ -119,6 +121,9 @@ class Operation:
                 raise DeclarationError(f"{self.name}: {what} must be a function of the problem; got {getattr(self, what)!r}")
         if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
             raise DeclarationError(f"{self.name}: metrics must be functions by name; got {self.metrics!r}")
+        taken = [name for name in self.metrics if name in (*COLUMNS, "status")]
+        if taken:
+            raise DeclarationError(f"{self.name}: metrics must not be named as a column that every result has; got {', '.join(taken)}")
         if not isinstance(self.gradients, bool):
             raise DeclarationError(f"{self.name}: gradients must be True or False; got {self.gradients!r}")
         unknown = {axis for axis in self.options.values() if axis not in self.axes}

@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fused_attn_bench.compare import Comparison
-from fused_attn_bench.operation import REFERENCE
+from fused_attn_bench.operation import COLUMNS, REFERENCE
 from fused_attn_bench.quiet import doubts
 from fused_attn_bench.results import Result
 from fused_attn_bench.significance import SAME
 from fused_attn_bench.text import ratio, seconds, size, table
 
-# Of a result, as the terminal and the page show it; an operation's own metrics follow.
-COLUMNS = ("case", "provider", "backend", "time", "±", "host", f"vs {REFERENCE}", "TFLOP/s", "GB/s", "of roof", "faults", "peak", "error")
 # Before a time that is no plain fact.
 DOUBT = "?"
 

@@ -29,6 +29,7 @@ from fused_attn_bench.results import Result, load
 from fused_attn_bench.timers import Sample, WallTimer
 
 pytestmark = pytest.mark.quick
+ROOT = Path(__file__).parents[1]
 CASE = Case.parse("attention/causal/fwd+bwd/float32/1x2x16x8")
 SOON = Setup(seconds=0.0, rounds=2, sample=0.0)
 RIGHT, WRONG = Verdict(1e-7, 1e-7, ()), Verdict(0.5, 1e-7, ("out", "dq"))
@@ -234,6 +235,20 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cli.main(arguments("--case", *names, "--provider", "eager", "--db", str(tmp_path / "h.sqlite"))) == 130
     assert "interrupted after 1 of 3 cases" in capsys.readouterr().out
     assert [r.case for r in History(tmp_path / "h.sqlite").results()] == [CASE.name]
+
+
+def test_ctrl_c_is_answered_before_torch_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Importing torch takes seconds; the command line stands before it, and an import that is interrupted is no traceback."""
+    code = "import sys, benchmarks.__main__, fused_attn_bench.__main__; print('torch' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert loaded.strip() == "False"
+
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert cli.main(["cases"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_provider_that_changes_folders_moves_no_output(

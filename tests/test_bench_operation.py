@@ -195,6 +195,7 @@ DECLARATIONS = {
     "flops are a number": (lambda: scaled(flops=3), "flops must be a function of the problem; got 3"),
     "flops raise": (lambda: measured(scaled(flops=lambda problem: {}["n"])), "flops must be a function of the problem; it raised KeyError"),
     "a tolerance is a number": (lambda: measured(scaled(tolerance=lambda problem: 1e-3)), "tolerance must return a Tolerance; got float"),
+    "a metric is named as a column": (lambda: scaled(metrics={"time": max}), "metrics must not be named as a column"),
     "metrics are a list": (lambda: scaled(metrics=[1]), "metrics must be functions by name"),
     "there are no cases": (lambda: scaled(cases=None).defaults(CPU), "cases must be names, or a function"),
     "cases raise": (

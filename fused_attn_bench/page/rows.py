@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fused_attn_bench import tables
 from fused_attn_bench.case import parsed
+from fused_attn_bench.operation import COLUMNS as OF_A_RESULT
 from fused_attn_bench.operation import REFERENCE
 from fused_attn_bench.results import Result
 from fused_attn_bench.tables import reference_median
@@ -23,7 +24,7 @@ class Cell:
     value: float | None = None
 
 
-COLUMNS = (*tables.COLUMNS, f"2 × {REFERENCE}'s", "status")
+COLUMNS = (*OF_A_RESULT, f"2 × {REFERENCE}'s", "status")
 FILTERS = ("op", "variant", "mode", "dtype", "provider", "status")
 
 
