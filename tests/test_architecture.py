@@ -207,7 +207,13 @@ def test_function_lengths():
 
 
 def test_at_most_six_parameters_after_functional():
-    exempt = ("functional.py", "fused_attn/decoding.py", "integrations/", "nn/")  # public functions, and other libraries' signatures
+    exempt = (
+        "functional.py",
+        "fused_attn/decoding.py",
+        "distributed/__init__.py",
+        "integrations/",
+        "nn/",
+    )  # public functions, and other libraries' signatures
     crowded = []
     for name, path in zip(BOTH_NAMES, BOTH, strict=True):
         for node in functions(path):
