@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from fused_attn_bench.case import Case
-from fused_attn_bench.harness import About, Local, Setup, first_line, line_of
+from fused_attn_bench.harness import About, Local, Setup
 from fused_attn_bench.judge import Verdict
 from fused_attn_bench.operation import case_of, load, operation, problem_of
-from fused_attn_bench.problem import Refusal
+from fused_attn_bench.problem import DeclarationError, Refusal
 from fused_attn_bench.project import Project, git
+from fused_attn_bench.text import first_line, line_of
 from fused_attn_bench.timers import Sample
 
 ENGINE = Path(__file__).resolve().parent
@@ -64,7 +65,7 @@ class Process:
     """
 
     def __init__(self, tree: Path, name: str, project: Project, files: Sequence[Path] = ()) -> None:
-        self.name = name
+        self.name, self.here = name, tree == project.repository
         packages = [ENGINE, *project.packages]
         loaded = [*project.files, *(_within(tree, project.repository, path) for path in files)]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
@@ -85,6 +86,7 @@ class Process:
 
         Raises:
             Refusal: the provider cannot compute the case.
+            DeclarationError: the working copy's operation is not declared as it must be.
             RuntimeError: it failed, or its process ended.
         """
         assert self.process.stdin is not None
@@ -100,8 +102,11 @@ class Process:
         answer = json.loads(line)
         if "refused" in answer:
             raise Refusal(answer["refused"])
-        if "failed" in answer:
-            raise RuntimeError(answer["failed"])
+        if "declared" in answer and self.here:
+            raise DeclarationError(answer["declared"])
+        # An earlier commit's declaration cannot be mended: that side has failed, and the others are measured.
+        if "failed" in answer or "declared" in answer:
+            raise RuntimeError(answer.get("failed") or answer["declared"])
         return answer["value"]
 
     def _last_words(self) -> str:
@@ -175,6 +180,8 @@ def serve(tree: Path, repository: Path, packages: Sequence[str], files: Sequence
             answer = {"value": _answer(request, held)}
         except _refusals(request, held) as refusal:
             answer = {"refused": line_of(refusal)}
+        except DeclarationError as error:
+            answer = {"declared": str(error)}
         except BaseException as error:  # the other side decides what a failure means
             answer = {"failed": first_line(error)}
         answers.write(json.dumps(answer) + "\n")

@@ -74,7 +74,7 @@ def flush() -> None:
 
 
 def begin(args: argparse.Namespace, *paths: Path | None) -> None:
-    """Before anything is measured or read: ``--json`` and other files that will be written are tried, and tables go where they belong until the command ends.
+    """Before anything is measured or read: ``--json`` and other files that will be written are tried.
 
     Raises:
         ValueError: one cannot be written.
@@ -83,7 +83,6 @@ def begin(args: argparse.Namespace, *paths: Path | None) -> None:
         args.json = args.json.absolute()  # what is measured may go to another folder
     for path in (args.json, *paths):
         writable(path)
-    args.opened.enter_context(table_of(args.json))
 
 
 def writable(path: Path | None) -> None:

@@ -194,8 +194,10 @@ def add_providers(parser: argparse.ArgumentParser) -> None:
 def chosen_providers(args: argparse.Namespace) -> list[str]:
     """As given, or the device's defaults."""
     where = torch.device(args.device)
-    ours = dict.fromkeys(n for op in OPERATIONS.values() for n, p in op.providers.items() if p.runs_by_default(where) and n != REFERENCE)
-    return [planted.known(name) for name in args.provider or (*ours, REFERENCE)]
+    if args.provider:
+        return [planted.known(name) for name in args.provider]
+    ours = dict.fromkeys(name for op in OPERATIONS.values() for name in op.runs(where) if name != REFERENCE)
+    return [*ours, REFERENCE]
 
 
 def watched(args: argparse.Namespace) -> str:
