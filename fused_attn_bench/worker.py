@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -30,9 +30,13 @@ ENGINE = Path(__file__).resolve().parent
 # The code under test comes from the commit's tree, and nothing of it from the working copy; the engine, which measures, and the packages that
 # declare what is measured come from where they were started, so that both sides are measured alike. Their folders are no path to import from:
 # the packages' own code could come from there as well.
+# Whatever else prints or reads, at import already and from C, must not mix with questions and answers.
 BOOT = r"""
-import importlib.util, sys
+import importlib.util, os, sys
 from pathlib import Path
+questions, answers = os.dup(0), os.dup(1)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(2, 1)
 tree, repository, *packages = sys.argv[1].split("\n")
 sys.path[:1] = [str(Path(tree) / "src"), tree]
 for path in packages:
@@ -40,8 +44,9 @@ for path in packages:
     spec = importlib.util.spec_from_file_location(name, Path(path) / "__init__.py", submodule_search_locations=[path])
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-from fused_attn_bench.worker import serve
-serve(Path(tree), Path(repository), packages, sys.argv[2:])
+from fused_attn_bench.worker import loaded, serve
+loaded(Path(tree), Path(repository), packages, sys.argv[2:])
+serve(os.fdopen(questions), os.fdopen(answers, "w"))
 """
 
 # Alike on both sides, against what makes one process on a CPU slower than its twin. Memory stays in the heap instead of being given back
@@ -67,19 +72,31 @@ class Process:
     def __init__(self, tree: Path, name: str, project: Project, files: Sequence[Path] = ()) -> None:
         self.name, self.here = name, tree == project.repository
         packages = [ENGINE, *project.packages]
-        loaded = [*project.files, *(_within(tree, project.repository, path) for path in files)]
+        files = [*project.files, *(_within(tree, project.repository, path) for path in files)]
+        places = "\n".join(map(str, (tree, project.repository, *packages)))
+        self.command, self.tree, self.starts = [sys.executable, "-c", BOOT, places, *map(str, files)], tree, 0
+        self._start()
+
+    def _start(self) -> None:
+        self.starts, self.ready = self.starts + 1, False
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | CALM
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, "\n".join(map(str, (tree, project.repository, *packages))), *map(str, loaded)],
-            cwd=tree,
-            env=environment,
+            self.command,
+            cwd=self.tree,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | CALM,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
             start_new_session=True,  # Ctrl-C is for who measures: a worker that it ended would look like a commit that crashed
         )
+
+    def revived(self) -> int:
+        """How often it was started, now that it runs: what a provider ended goes on without it. One that could not begin is left as it is."""
+        if self.ready and self.process.poll() is not None:
+            self.close()
+            self._start()
+        return self.starts
 
     def ask(self, what: str, **arguments: Any) -> Any:
         """The worker's answer.
@@ -89,17 +106,10 @@ class Process:
             DeclarationError: the working copy's operation is not declared as it must be.
             RuntimeError: it failed, or its process ended.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait()}: {self._last_words()}")
-        answer = json.loads(line)
+        if not self.ready:
+            self._answered({"what": "begin"})
+            self.ready = True
+        answer = self._answered({"what": what, **arguments})
         if "refused" in answer:
             raise Refusal(answer["refused"])
         if "declared" in answer and self.here:
@@ -108,6 +118,20 @@ class Process:
         if "failed" in answer or "declared" in answer:
             raise RuntimeError(answer.get("failed") or answer["declared"])
         return answer["value"]
+
+    def _answered(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait()}: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _last_words(self) -> str:
         self.errors.seek(0)
@@ -125,22 +149,33 @@ class Process:
 
 
 class Remote:
-    """A provider in a worker's process, which holds one for each place."""
+    """A provider in a worker's process, which holds one for each place. Where another one ended the process, a new one goes on with it."""
 
     def __init__(self, process: Process, case: Case, provider: str, setup: Setup, place: int = 0) -> None:
         self.process, self.place = process, place
         options = {"device": str(setup.device), "sample": setup.sample, "timer": setup.timer, "cold": setup.cold}
-        process.ask("bind", place=place, case=case.name, provider=provider, setup=options)
+        self.about = {"case": case.name, "provider": provider, "setup": options}
+        self._bind()
+
+    def _bind(self) -> None:
+        self.start = self.process.revived()
+        self.process.ask("bind", place=self.place, **self.about)
 
     def prepare(self) -> About:
         verdict, *rest = self.process.ask("prepare", place=self.place)
         return About(_verdict(verdict), *rest)
 
+    def _ask(self, what: str) -> Any:
+        if self.start != self.process.revived():
+            self._bind()
+            self.prepare()
+        return self.process.ask(what, place=self.place)
+
     def sample(self) -> Sample:
-        return Sample(*self.process.ask("sample", place=self.place))
+        return Sample(*self._ask("sample"))
 
     def check(self) -> Verdict:
-        return _verdict(self.process.ask("check", place=self.place))
+        return _verdict(self._ask("check"))
 
 
 def _within(tree: Path, repository: Path, path: Path) -> Path:
@@ -163,18 +198,20 @@ def _verdict(values: list[Any]) -> Verdict:
     return Verdict(error, plain_error, tuple(broken), reason)
 
 
-def serve(tree: Path, repository: Path, packages: Sequence[str], files: Sequence[str]) -> None:
-    """Runs files that declare operations, then answers until standard input ends, or whoever asks has gone: a provider may never return."""
+def loaded(tree: Path, repository: Path, packages: Sequence[str], files: Sequence[str]) -> None:
+    """Runs files that declare operations, in a process that ends when whoever asks has gone: a provider may never return."""
     threading.Thread(target=_outlive, args=(os.getppid(),), daemon=True).start()
     for path in files:
         load(Path(path))
     strays = _strays(tree, repository, [Path(path) for path in (*packages, *files)])
     if strays:
         sys.exit(f"{strays[0]} would be measured instead of the commit's: it is imported from the working copy, and {tree} has none")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints must not mix with the answers
+
+
+def serve(questions: TextIO, answers: TextIO) -> None:
+    """Answers until there are no more questions."""
     held: dict[int, Local] = {}
-    for line in sys.stdin:
+    for line in questions:
         request = json.loads(line)
         try:
             answer = {"value": _answer(request, held)}
@@ -208,12 +245,14 @@ def _strays(tree: Path, repository: Path, declared: Sequence[Path]) -> list[str]
 
 
 def _refusals(request: dict[str, Any], held: dict[int, Local]) -> tuple[type[BaseException], ...]:
-    local = held.get(request["place"])
+    local = held.get(request.get("place", 0))
     return (Refusal, *(operation(local.problem.case.op).refusals if local is not None else ()))
 
 
 def _answer(request: dict[str, Any], held: dict[int, Local]) -> Any:
-    what, place = request["what"], request["place"]
+    what, place = request["what"], request.get("place", 0)
+    if what == "begin":
+        return None
     if what == "bind":
         held.pop(place, None)
         options = request["setup"]

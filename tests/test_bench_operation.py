@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness
+from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, compare, harness
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.operation import OPERATIONS, load
+from fused_attn_bench.project import Project
 from fused_attn_bench.results import Result
+from fused_attn_bench.sides import Separate
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")
@@ -378,3 +380,50 @@ def test_what_a_file_prints_is_in_no_json(tmp_path: Path, capsys: pytest.Capture
     assert main(["cases", "--load", str(tmp_path / "mine.py"), "--json", "-"]) == 0
     out, err = capsys.readouterr()
     assert "hello" in err and "hello" not in out and "said/plain" in out
+
+
+CRASHES = """
+import os
+import traceback
+from pathlib import Path
+
+from fused_attn_bench import Operation
+
+print("said while it is imported", flush=True)
+os.write(1, b"said beside Python\\n")
+twice = Operation(
+    "twice", ("n",), lambda make, sizes: {"x": make.normal(sizes["n"])}, lambda x: 2 * x, cases=[f"plain/fwd/float32/{n}" for n in (3, 4, 5, 6)]
+)
+
+
+@twice.provider("mine")
+def mine(x):
+    begun = Path(__file__).with_name("begun")
+    timed = len(x) == 5 and any(frame.name == "sample" for frame in traceback.extract_stack())
+    if len(x) == 4 or timed:  # at once, and while it is timed
+        os._exit(7)
+    if len(x) == 6 and begun.is_file():  # in the second launch, which it begins
+        os._exit(8)
+    if len(x) == 6:
+        begun.touch()
+    return x + x
+"""
+
+
+def test_who_crashes_its_process_ends_its_case_only(tmp_path: Path) -> None:
+    """Of commits and of check, which measure in processes of their own: a new one goes on with the others, whatever the file prints."""
+    (tmp_path / "mine.py").write_text(CRASHES)
+    project = Project(root=tmp_path)
+    load(tmp_path / "mine.py")
+    sides = Separate(("eager", "mine"), SOON, project, [tmp_path / "mine.py"])
+    cases = OPERATIONS["twice"].defaults(CPU)
+    found = {c.case: c for c in compare.compare(sides, cases, SOON, compare.Plan(2, 2))}
+    assert [(c.a.status, c.b.status) for c in found.values()] == [("ok", "ok"), *[("ok", "failed")] * 3]
+    codes = [c.reason.partition("ended with code ")[2][:1] for c in found.values()]
+    assert codes == ["", "7", "7", "8"] and all(c.reason.startswith("mine: ") for c in list(found.values())[1:])
+    assert found[cases[2].name].b.reason.startswith("while timed")
+    (tmp_path / "mine.py").write_text("import os\nos._exit(3)")
+    with sides.launch() as make:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the process of the measuring ended with code 3"):
+                make(cases[0], 0)
