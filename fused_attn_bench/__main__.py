@@ -12,6 +12,7 @@ from types import ModuleType
 
 from fused_attn_bench.codes import CRASHED, INTERRUPTED, USAGE
 from fused_attn_bench.commands import outputs
+from fused_attn_bench.files import unwritten
 from fused_attn_bench.project import Project
 
 COMMANDS = {
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
         return INTERRUPTED
     except Exception as error:
         # Also a full disk or a damaged file: whatever it was, it is no verdict on what was measured.
-        if outputs.unwritten(error):
+        if unwritten(error):
             remedy = "Whoever reads it must read all" if isinstance(error, BrokenPipeError) else "Make room for it"
             print(
                 f"{command}: all of the output must be written; got: {error}. {remedy}, and repeat the command.",

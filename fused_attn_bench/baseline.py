@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fused_attn_bench.case import Case
 from fused_attn_bench.compare import Comparison, Launches, Plan, later, ratio, timed, typical
+from fused_attn_bench.files import replacing
 from fused_attn_bench.results import Result, ResultsError, machine
 from fused_attn_bench.significance import differences, group, of_change
 
@@ -56,8 +57,9 @@ class Entry:
 
 
 def write(entries: Sequence[Entry], path: Path) -> None:
-    """One JSON object per line."""
-    path.write_text("".join(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in entries))
+    """One JSON object per line; an old file stays until all of them are written."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in entries)
 
 
 def read(path: Path) -> list[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import random
@@ -266,6 +267,19 @@ def test_a_baseline_of_a_busy_machine_says_so(tmp_path: Path, monkeypatch: pytes
     assert cli.main(["check", str(path), "--update", "--case", *CASES, *QUICK]) == 0
     assert "The machine was not quiet: write the baseline again" in capsys.readouterr().out
     assert all(entry.marks == ("other processes used 1.3 cores",) for entry in baseline.read(path))
+
+
+def test_a_baseline_without_room_stays_the_old_one(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = drawn.read_text()
+    measures(monkeypatch, change=0.5)
+    monkeypatch.setattr("fused_attn_bench.files.os.fsync", full)
+    assert cli.main(["check", str(drawn), "--update", "--case", *CASES, "--device", "cpu"]) == 4 and drawn.read_text() == before
+    assert CASES[0] in capsys.readouterr().out
 
 
 def test_a_baseline_is_of_one_provider(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
