@@ -7,7 +7,7 @@ import datetime
 import fnmatch
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from fused_attn_bench import planted, timers
 from fused_attn_bench.case import FORM, Case
 from fused_attn_bench.database import default_path
+from fused_attn_bench.files import unwritten
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import Filter, History
 from fused_attn_bench.operation import OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
 from fused_attn_bench.problem import MODES
+from fused_attn_bench.results import ResultsError
 
 
 def add_history(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,21 @@ def history(args: argparse.Namespace, writes: bool = False) -> History:
     if writes:
         opened.must_be_writable()
     return opened
+
+
+def unkept(keep: Callable[[], None]) -> str:
+    """Keeps what was measured; why it could not be, or nothing. What it says is shown all the same.
+
+    Raises:
+        OSError: something else than a disk that is full or fails.
+    """
+    try:
+        keep()
+    except (OSError, ResultsError) as error:
+        if isinstance(error, OSError) and not unwritten(error):
+            raise
+        return f"results could not be kept ({error})"
+    return ""
 
 
 def add_filter(parser: argparse.ArgumentParser, runs: bool = True) -> None:
