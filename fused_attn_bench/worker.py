@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,10 +68,11 @@ class Process:
         name: of the commit, for messages.
         project: whose declarations are loaded as they are here.
         files: Python files that declare more; one that the tree has is taken from it.
+        absent: submodules that the tree lacks, named where something cannot be found.
     """
 
-    def __init__(self, tree: Path, name: str, project: Project, files: Sequence[Path] = ()) -> None:
-        self.name, self.here = name, tree == project.repository
+    def __init__(self, tree: Path, name: str, project: Project, files: Sequence[Path] = (), absent: Sequence[str] = ()) -> None:
+        self.name, self.here, self.absent = name, tree == project.repository, absent
         packages = [ENGINE, *project.packages]
         files = [*project.files, *(_within(tree, project.repository, path) for path in files)]
         places = "\n".join(map(str, (tree, project.repository, *packages)))
@@ -116,7 +118,7 @@ class Process:
             raise DeclarationError(answer["declared"])
         # An earlier commit's declaration cannot be mended: that side has failed, and the others are measured.
         if "failed" in answer or "declared" in answer:
-            raise RuntimeError(answer.get("failed") or answer["declared"])
+            raise RuntimeError(self._explained(answer.get("failed") or answer["declared"]))
         return answer["value"]
 
     def _answered(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -129,9 +131,15 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait()}: {self._last_words()}")
+            raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait()}: {self._explained(self._last_words())}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _explained(self, said: str) -> str:
+        if not self.absent or not re.search(r"ModuleNotFoundError|ImportError|FileNotFoundError", said):
+            return said
+        names = " ".join(self.absent)
+        return f"{said}; submodules of {self.name} must be in the working copy's repository, which lacks {names}. Run git submodule update --init --recursive."
 
     def _last_words(self) -> str:
         self.errors.seek(0)

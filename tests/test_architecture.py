@@ -124,7 +124,7 @@ ENGINE_RANKS = (
     ("environment", "roofs", "problem", "quick"),
     ("clocks",),
     ("operation",),
-    ("planted", "project", "results"),
+    ("planted", "project", "results", "submodules"),
     ("database", "quiet"),
     ("changes",),
     ("harness", "history", "limits"),
