@@ -12,6 +12,7 @@ from types import ModuleType
 
 from fused_attn_bench.codes import CRASHED, INTERRUPTED, USAGE
 from fused_attn_bench.commands import outputs
+from fused_attn_bench.files import unwritten
 from fused_attn_bench.project import Project
 
 COMMANDS = {
@@ -59,14 +60,7 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
         made, found = parser(project)
         args = made.parse_args(argv)
         command = f"{project.program} {args.command}"
-        if hasattr(args, "load"):
-            from fused_attn_bench.operation import load
-
-            for path in (*project.files, *args.load):
-                load(path)
-        # What a command opens is closed however it ends: an open history has files beside it.
-        with ExitStack() as args.opened:
-            code = int(found[args.command].run(args))
+        code = _ran(found[args.command], args)
         outputs.flush()
         return code
     except ValueError as error:
@@ -77,7 +71,7 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
         return INTERRUPTED
     except Exception as error:
         # Also a full disk or a damaged file: whatever it was, it is no verdict on what was measured.
-        if outputs.unwritten(error):
+        if unwritten(error):
             remedy = "Whoever reads it must read all" if isinstance(error, BrokenPipeError) else "Make room for it"
             print(
                 f"{command}: all of the output must be written; got: {error}. {remedy}, and repeat the command.",
@@ -86,6 +80,27 @@ def main(argv: Sequence[str] | None = None, project: Project | None = None) -> i
         else:
             traceback.print_exc()
         return CRASHED
+
+
+def _ran(module: ModuleType, args: argparse.Namespace) -> int:
+    """A command's exit code; an exit of code that it measures is never it.
+
+    Raises:
+        RuntimeError: what it measures ended Python.
+    """
+    try:
+        # What a command opens is closed however it ends: an open history has files beside it.
+        with ExitStack() as args.opened:
+            # Files of operations may print, which belongs to no JSON.
+            args.opened.enter_context(outputs.table_of(getattr(args, "json", None)))
+            if hasattr(args, "load"):
+                from fused_attn_bench.operation import load
+
+                for path in (*args.project.files, *args.load):
+                    load(path)
+            return int(module.run(args))
+    except SystemExit as error:
+        raise RuntimeError(f"what is measured must not end Python; it raised SystemExit: {error}") from error
 
 
 if __name__ == "__main__":

@@ -8,11 +8,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from fused_attn_bench.case import Case
 from fused_attn_bench.compare import Comparison, Launches, Plan, later, ratio, timed, typical
+from fused_attn_bench.files import replacing
+from fused_attn_bench.operation import case_of
 from fused_attn_bench.results import Result, ResultsError, machine
 from fused_attn_bench.significance import differences, group, of_change
+from fused_attn_bench.text import first_line
+
+# Beyond these a number of a baseline is none that was measured, and would overflow on the way.
+MOST = {"ratios": 100.0, "hosts": 1e9, "peak": 2.0**63, "error": 1e300, "plain_error": 1e300}
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ class Entry:
 
 
 def write(entries: Sequence[Entry], path: Path) -> None:
-    """One JSON object per line."""
-    path.write_text("".join(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in entries))
+    """One JSON object per line; an old file stays until all of them are written."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in entries)
 
 
 def read(path: Path) -> list[Entry]:
@@ -70,23 +78,64 @@ def read(path: Path) -> list[Entry]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path} must be a baseline; got: {error}. Write one with --update.") from None
-    entries = []
+    entries: list[Entry] = []
     for number, line in enumerate(lines, 1):
         try:
-            known = json.loads(line)
-            needed = {f.name: known[f.name] for f in fields(Entry) if f.name in known or f.default is f.default_factory is MISSING}
-            entry = Entry(**needed | {name: tuple(known.get(name, ())) for name in ("ratios", "hosts", "marks")})
-            Case.parse(entry.case)
-            if len(entry.ratios) < 2 or not all(isinstance(x, float) and math.isfinite(x) for x in (*entry.ratios, *entry.hosts)):
-                raise ValueError("ratios must be two numbers or more")
-            if not all(x is None or isinstance(x, (int, float)) for x in (entry.peak, entry.error, entry.plain_error)):
-                raise ValueError("peak memory and errors must be numbers")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ResultsError(f"{path}, line {number} must hold one entry of a baseline; got {line[:60]!r} ({error}).") from None
+            entry = _entry(json.loads(line))
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+            raise ResultsError(
+                f"{path}, line {number} must hold one entry of a baseline; got {line[:60]!r} ({first_line(error)}). Write it anew with --update."
+            ) from None
+        first = entries[0] if entries else entry
+        if (entry.provider, entry.reference) != (first.provider, first.reference):
+            raise ResultsError(
+                f"{path}, line {number} must be of {first.provider} as a multiple of {first.reference}, as line 1 is; got {entry.provider} as a multiple of "
+                f"{entry.reference}. Give each provider a baseline of its own."
+            )
+        if any(entry.case == other.case for other in entries):
+            raise ResultsError(
+                f"{path}, line {number} must be of another case than the lines before; got {entry.case} again. Leave one of them."
+            )
         entries.append(entry)
     if not entries:
         raise ResultsError(f"{path} must hold at least one entry; it is empty. Write one with --update.")
     return entries
+
+
+def _entry(known: Any) -> Entry:
+    """A line of a baseline.
+
+    Raises:
+        ValueError, TypeError, KeyError, ArithmeticError: it is none; the message says in what.
+    """
+    if not isinstance(known, dict):
+        raise TypeError("it must be a JSON object")
+    needed = {f.name: known[f.name] for f in fields(Entry) if f.name in known or f.default is f.default_factory is MISSING}
+    lists = {name: tuple(_list(name, known.get(name, []))) for name in ("ratios", "hosts", "marks")}
+    entry = Entry(**needed | lists)
+    texts = {name: getattr(entry, name) for name in ("case", "provider", "reference", "timer")}
+    for name, value in (*texts.items(), *(("marks", mark) for mark in entry.marks)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be text")
+    if not isinstance(entry.environment, dict) or not all(isinstance(value, str) for value in entry.environment.values()):
+        raise TypeError("environment must be texts by name")
+    case_of(entry.case)
+    if len(entry.ratios) < 2:
+        raise ValueError("ratios must be two numbers or more")
+    for name, most in MOST.items():
+        values = getattr(entry, name)
+        for value in values if isinstance(values, tuple) else () if values is None else (values,):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
+                raise ValueError(f"{name} must be finite numbers, of at most {most:g}")
+    if any(value is not None and value < 0 for value in (entry.peak, entry.error, entry.plain_error)):
+        raise ValueError("peak memory and errors must not be negative")
+    return entry
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list")
+    return value
 
 
 def watched(found: Launches) -> dict[Case, Result]:

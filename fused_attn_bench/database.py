@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fused_attn_bench.environment import KEY
+from fused_attn_bench.files import unwritten
 from fused_attn_bench.results import ResultsError
 
 FORMAT = 2
@@ -69,6 +70,7 @@ class Database:
 
     Raises:
         ResultsError: the file is damaged, something else, or of a newer version. It is left as it is.
+        OSError: the disk is full or fails.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None] = lambda text: None) -> None:
@@ -83,6 +85,9 @@ class Database:
                 self.connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
             self._open()
         except (sqlite3.Error, OSError) as error:
+            full = _full(error, path)
+            if full is not None:
+                raise full from None
             raise ResultsError(
                 f"{path} must be a benchmark history that can be read{'' if self.read_only else ' and written'}; got: {error}. "
                 "Move it away or name another with --db."
@@ -176,9 +181,9 @@ class Database:
                 raise ResultsError(
                     f"{self.path} must be free within {PATIENCE} s; another process is writing to it. Repeat the command when that has ended."
                 ) from None
-            code = UNWRITTEN.get(str(error)) if isinstance(error, sqlite3.OperationalError) else None
-            if code is not None:
-                raise OSError(code, os.strerror(code), str(self.path)) from None
+            full = _full(error, self.path)
+            if full is not None:
+                raise full from None
             raise
 
     def shrink(self) -> None:
@@ -191,3 +196,11 @@ class Database:
         """Ends the connection; what was added is on disk already."""
         self.connection.close()
         self.cleanup.close()
+
+
+def _full(error: BaseException, path: Path) -> OSError | None:
+    """What the system says where a disk is full or fails; None for anything else."""
+    if isinstance(error, OSError):
+        return error if unwritten(error) else None
+    code = UNWRITTEN.get(str(error)) if isinstance(error, sqlite3.OperationalError) else None
+    return None if code is None else OSError(code, os.strerror(code), str(path))

@@ -22,6 +22,7 @@ from fused_attn_bench.problem import DeclarationError, Problem, Refusal
 from fused_attn_bench.quiet import Watch, disturbed, marked
 from fused_attn_bench.results import Result
 from fused_attn_bench.roofs import Roofs
+from fused_attn_bench.text import first_line, line_of
 from fused_attn_bench.timers import Sample
 
 # Seconds that a provider runs before it is timed: clocks rise, allocators and caches fill.
@@ -307,17 +308,3 @@ def shortage(problem: Problem) -> str:
     """Why the exact result cannot be computed here; empty when it fits."""
     needed, free = problem.needed, free_bytes(problem.device)
     return "" if needed < 0.8 * free else f"the check needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's class and the first line of its message."""
-    return f"{type(error).__name__}: {line_of(error) or 'no message'}"
-
-
-def line_of(error: BaseException) -> str:
-    """The first line of a message, for a table: nothing in it moves a cursor or changes a colour."""
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # a message is code as well
-        return "a message that cannot be read"
-    return "".join(letter for letter in lines[0] if letter.isprintable()) if lines else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_attn_bench.case import Case
 from fused_attn_bench.judge import Results, Tolerance
-from fused_attn_bench.problem import FORWARD, MODES, DeclarationError, Function, Make, Problem, Refusal, dtype_of
+from fused_attn_bench.problem import FORWARD, MODES, DeclarationError, Function, Make, Problem, Refusal, declared, dtype_of
 
 # The provider that every operation has: its reference at the case's own dtype.
 REFERENCE = "eager"
@@ -204,13 +204,22 @@ class Operation:
 
     def defaults(self, device: torch.device) -> list[Case]:
         """The cases of a plain run."""
-        try:
+        with declared(f"{self.name}: cases must be names, or a function from a device to them; got "):
             names = list(self.cases(device) if callable(self.cases) else self.cases)
-        except Exception as error:
-            raise DeclarationError(
-                f"{self.name}: cases must be names, or a function from a device to them; got {type(error).__name__}: {error}"
-            ) from error
         return list(dict.fromkeys(self.case(f"{self.name}/{name}") for name in names))
+
+    def runs(self, device: torch.device) -> list[str]:
+        """The providers of a plain run.
+
+        Raises:
+            DeclarationError: one's ``default`` raised.
+        """
+        found = []
+        for name, provider in self.providers.items():
+            with declared(f"{self.name}: default of provider {name} must be a function from a device to True or False; it raised "):
+                if provider.runs_by_default(device):
+                    found.append(name)
+        return found
 
     def of(self, case: Case, device: torch.device) -> Problem:
         """A case's problem."""
@@ -282,19 +291,18 @@ def load(path: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     try:
-        if len(names) > 1:
-            importlib.import_module(".".join(names))
+        with declared(f"{path} must run; it raised "):
+            if len(names) > 1:
+                importlib.import_module(".".join(names))
+                _LOADED.add(path.resolve())
+                return
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            # Triton and torch.compile look a function's source up through its module.
+            sys.modules.setdefault(path.stem, module)
+            spec.loader.exec_module(module)
             _LOADED.add(path.resolve())
-            return
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Triton and torch.compile look a function's source up through its module.
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
-        _LOADED.add(path.resolve())
     except DeclarationError as error:
         raise DeclarationError(f"{path}: {error}") from None
-    except Exception as error:
-        raise DeclarationError(f"{path} must run; it raised {type(error).__name__}: {error}") from error

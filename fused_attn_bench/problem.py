@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_attn_bench.case import Case
 from fused_attn_bench.judge import Judge, Results, Tolerance
+from fused_attn_bench.text import first_line
 
 if TYPE_CHECKING:
     from fused_attn_bench.operation import Operation
@@ -30,6 +31,28 @@ class DeclarationError(ValueError):
 
 class Refusal(Exception):
     """Why a provider cannot compute a case: ``raise Refusal("has no backward")``."""
+
+
+@contextmanager
+def declared(said: str) -> Iterator[None]:
+    """What runs a function of a declaration: what it raises is a mistake of the declaration, an exit too.
+
+    Args:
+        said: what the function must be; what it raised follows.
+
+    Raises:
+        DeclarationError: it raised; the message is one sentence.
+        MemoryError, RuntimeError: there is not enough memory, which is no mistake of the declaration.
+    """
+    try:
+        yield
+    except (DeclarationError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        # On a CPU torch has no class of its own for it.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first_line(error):
+            raise
+        raise DeclarationError(f"{said}{first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -84,10 +107,8 @@ class Problem:
     def __init__(self, operation: Operation, case: Case, device: torch.device) -> None:
         self.operation, self.case, self.device = operation, case, device
         self.sizes = operation.sizes(case)
-        try:
+        with declared(f"{case.op}: inputs must be a function from (make, sizes) to tensors by name; for {case.name} it raised "):
             made = operation.inputs(self._make(case.name), self.sizes)
-        except Exception as error:
-            raise RuntimeError(f"inputs raised {type(error).__name__}: {error}") from error
         if not isinstance(made, Mapping) or not made or not all(isinstance(t, Tensor) for t in made.values()):
             raise DeclarationError(f"{case.op}: inputs must return tensors by name; got {_shown(made)}")
         needs = case.mode != FORWARD
@@ -244,25 +265,20 @@ class Problem:
 
     def _declared(self, what: str) -> Any:
         """What the operation's function of that name says of this problem."""
-        try:
+        with declared(f"{self.case.op}: {what} must be a function of the problem; it raised "):
             return getattr(self.operation, what)(self)
-        except Exception as error:
-            raise DeclarationError(
-                f"{self.case.op}: {what} must be a function of the problem; it raised {type(error).__name__}: {error}"
-            ) from error
 
     def metrics(self, results: Results) -> dict[str, float]:
         """The operation's own figures.
 
         Raises:
-            RuntimeError: one is no number; the message names it.
+            DeclarationError: one raised, or gave something else than a number.
+            RuntimeError: one is not finite, as the provider's result may make it; the message names it.
         """
         found = {}
         for name, function in self.operation.metrics.items():
-            try:
+            with declared(f"{self.case.op}: metric {name} must be a function from (problem, results) to a number; it raised "):
                 value = float(function(self, results))
-            except Exception as error:
-                raise RuntimeError(f"metric {name} raised {type(error).__name__}: {error}") from error
             if not math.isfinite(value):
                 raise RuntimeError(f"metric {name} must be a finite number; got {value}")
             found[name] = value

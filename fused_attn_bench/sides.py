@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from fused_attn_bench import submodules
 from fused_attn_bench.case import Case
 from fused_attn_bench.harness import Contestant, Local, Setup
 from fused_attn_bench.judge import Judge
@@ -124,6 +125,7 @@ class Commits:
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")))
         try:
             self.trees = [self.stack.enter_context(_worktree(root, commit, folder / str(i))) for i, commit in enumerate(self.commits)]
+            self.absent = [[] if tree == root else submodules.check_out(root, tree) for tree in self.trees]
             for tree in self.trees:
                 self.project.build(tree, self.build)
         except BaseException:
@@ -138,7 +140,8 @@ class Commits:
     def launch(self) -> Iterator[Callable[[Case, int], Contestant]]:
         """Two new processes."""
         with ExitStack() as stack:
-            processes = [Process(tree, label, self.project, self.load) for tree, label in zip(self.trees, self.labels, strict=True)]
+            sides = zip(self.trees, self.labels, self.absent, strict=True)
+            processes = [Process(tree, label, self.project, self.load, absent) for tree, label, absent in sides]
             for process in processes:
                 stack.callback(process.close)
             yield lambda case, side: Remote(processes[side], case, self.provider, self.setup)

@@ -69,3 +69,17 @@ def ratio(value: float) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's class and the first line of its message."""
+    return f"{type(error).__name__}: {line_of(error) or 'no message'}"
+
+
+def line_of(error: BaseException) -> str:
+    """The first line of a message, for a table: nothing in it moves a cursor or changes a colour."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a message is code as well
+        return "a message that cannot be read"
+    return "".join(letter for letter in lines[0] if letter.isprintable()) if lines else ""

@@ -120,11 +120,11 @@ def test_import_arrows(path):
 
 # Of fused_attn_bench: a module may import those of its own rank or below. What measures knows nothing of what keeps and shows.
 ENGINE_RANKS = (
-    ("case", "codes", "text", "judge", "measure", "timers", "busy", "sass", "significance"),
+    ("case", "codes", "files", "text", "judge", "measure", "timers", "busy", "sass", "significance"),
     ("environment", "roofs", "problem", "quick"),
     ("clocks",),
     ("operation",),
-    ("planted", "project", "results"),
+    ("planted", "project", "results", "submodules"),
     ("database", "quiet"),
     ("changes",),
     ("harness", "history", "limits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import random
@@ -219,6 +220,23 @@ BAD = {
     "one ratio": json.dumps({**GOOD, "ratios": [0.1]}),
     "text for memory": json.dumps({**GOOD, "peak": "1 MB"}),
     "text for host time": json.dumps({**GOOD, "hosts": ["x"]}),
+    "many ratios": json.dumps({**GOOD, "ratios": "12"}),
+    "a ratio that overflows": json.dumps({**GOOD, "ratios": [1e308, 1e308]}),
+    "a ratio that no float holds": json.dumps(GOOD).replace("0.1", "1" + 400 * "0"),
+    "a list for the environment": json.dumps({**GOOD, "environment": []}),
+    "text for the environment": json.dumps({**GOOD, "environment": "x"}),
+    "numbers in the environment": json.dumps({**GOOD, "environment": {"device": 1}}),
+    "a number for the reference": json.dumps({**GOOD, "reference": 5}),
+    "a list for the provider": json.dumps({**GOOD, "provider": ["p"]}),
+    "a number for the timer": json.dumps({**GOOD, "timer": 1}),
+    "numbers for marks": json.dumps({**GOOD, "marks": [1, 2]}),
+    "text for marks": json.dumps({**GOOD, "marks": "busy"}),
+    "NaN for memory": json.dumps({**GOOD, "peak": math.nan}),
+    "negative memory": json.dumps({**GOOD, "peak": -1}),
+    "infinite error": json.dumps({**GOOD, "error": math.inf}),
+    "too deep": "[" * 100_000,
+    "an unknown operation": json.dumps({**GOOD, "case": "nothing/plain/fwd/float32/8"}),
+    "another shape": json.dumps({**GOOD, "case": "softmax/masked/fwd/float32/8"}),
     "bad case": json.dumps({**GOOD, "case": "nonsense"}),
 }
 
@@ -226,11 +244,29 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_an_unreadable_baseline(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "b.jsonl"
-    path.write_text(BAD[kind])
+    path.write_text(json.dumps({**GOOD, "case": CASES[1]}) + "\n" + BAD[kind] if BAD[kind] else "")
     with pytest.raises(ResultsError):
         baseline.read(path)
     assert check(path) == 2
-    assert str(path) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (f"{path}, line 2 must hold one entry" if BAD[kind] else str(path)) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"provider": "q"}, "line 2 must be of p as a multiple of r, as line 1 is; got q as a multiple of r"),
+        ({"reference": "q"}, "line 2 must be of p as a multiple of r, as line 1 is; got p as a multiple of q"),
+        ({"case": CASES[0]}, f"line 2 must be of another case than the lines before; got {CASES[0]} again"),
+    ],
+)
+def test_a_baseline_s_lines_are_of_one_pair_and_different_cases(
+    changed: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in (GOOD, {**GOOD, "case": CASES[1], **changed})))
+    assert check(path) == 2
+    assert f"{path}, {says}" in capsys.readouterr().err
 
 
 def test_bad_arguments(tmp_path: Path, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +302,19 @@ def test_a_baseline_of_a_busy_machine_says_so(tmp_path: Path, monkeypatch: pytes
     assert cli.main(["check", str(path), "--update", "--case", *CASES, *QUICK]) == 0
     assert "The machine was not quiet: write the baseline again" in capsys.readouterr().out
     assert all(entry.marks == ("other processes used 1.3 cores",) for entry in baseline.read(path))
+
+
+def test_a_baseline_without_room_stays_the_old_one(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = drawn.read_text()
+    measures(monkeypatch, change=0.5)
+    monkeypatch.setattr("fused_attn_bench.files.os.fsync", full)
+    assert cli.main(["check", str(drawn), "--update", "--case", *CASES, "--device", "cpu"]) == 4 and drawn.read_text() == before
+    assert CASES[0] in capsys.readouterr().out
 
 
 def test_a_baseline_is_of_one_provider(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

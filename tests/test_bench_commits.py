@@ -14,14 +14,15 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks.project import PROJECT
-from fused_attn_bench import bisection, project, worker
+from fused_attn_bench import bisection, compare, project, worker
 from fused_attn_bench.case import Case
 from fused_attn_bench.compare import Comparison
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import History
-from fused_attn_bench.operation import OPERATIONS
+from fused_attn_bench.operation import OPERATIONS, Operation
+from fused_attn_bench.project import Project
 from fused_attn_bench.results import Result
-from fused_attn_bench.sides import PREFIX, remove_leftovers
+from fused_attn_bench.sides import PREFIX, Commits, remove_leftovers
 from fused_attn_bench.significance import Difference
 
 CASES = [Case.parse(f"attention/plain/fwd/float32/1x1x{n}x8") for n in (8, 16, 32)]
@@ -205,3 +206,73 @@ def test_a_name_that_is_neither_provider_nor_commit(repository: Path, tmp_path: 
     assert "not a git repository" in project.why_no_commit(tmp_path / "folder", "one")
     monkeypatch.setenv("PATH", "")
     assert "git, which must be installed" in project.why_no_commit(repository, "one")
+
+
+USES = """
+from fused_attn_bench import Operation
+from vendored.factor import FACTOR
+
+twice = Operation("twice", ("n",), lambda make, sizes: {"x": make.normal(sizes["n"])}, lambda x: 2 * x, cases=["plain/fwd/float32/8"])
+twice.provider("mine")(lambda x: x * FACTOR)
+"""
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    """A repository whose code lies in a submodule, which has one itself; of two commits the second one's submodule is right."""
+
+    def git(folder: Path, *arguments: str) -> None:
+        options = ("-c", "user.name=n", "-c", "user.email=e", "-c", "protocol.file.allow=always")
+        subprocess.run(["git", *options, *arguments], cwd=folder, check=True, capture_output=True)
+
+    inner, vendored, root = (tmp_path / name for name in ("inner", "vendored", "root"))
+    for folder in (inner, vendored, root):
+        folder.mkdir()
+        git(folder, "init", "-q", "-b", "main")
+    (inner / "values.py").write_text("VALUE = 2\n")
+    git(inner, "add", "-A")
+    git(inner, "commit", "-qm", "values")
+    git(vendored, "submodule", "--quiet", "add", str(inner), "inner")
+    (root / "declared.py").write_text(USES)
+    for tag, text in (("wrong", "FACTOR = 3\n"), ("right", "from vendored.inner.values import VALUE as FACTOR\n")):
+        (vendored / "factor.py").write_text(text)
+        git(vendored, "add", "-A")
+        git(vendored, "commit", "-qm", tag)
+        if tag == "wrong":
+            git(root, "submodule", "--quiet", "add", str(vendored), "vendored")
+            git(root, "submodule", "--quiet", "update", "--init", "--recursive")
+        else:
+            git(root / "vendored", "pull", "-q", "origin", "main")
+        git(root, "add", "-A")
+        git(root, "commit", "-qm", tag)
+        git(root, "tag", tag)
+    for folder in (inner, vendored):
+        folder.rename(folder.with_name(f"{folder.name}, gone"))
+    return root
+
+
+@pytest.mark.quick
+def test_code_of_submodules_is_the_commit_s(nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the servers have gone: the repository has them."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = dict(OPERATIONS)
+    case, setup = Case.parse("twice/plain/fwd/float32/8"), Setup(seconds=0.0, rounds=2)
+    config = (nested / ".git" / "config").read_text()
+    try:
+        Operation("twice", ("n",), lambda make, sizes: {"x": make.normal(sizes["n"])}, lambda x: 2 * x)
+        with Commits(("wrong", "right"), "mine", setup, Project(root=nested), load=[nested / "declared.py"]) as two:
+            (found,) = compare.compare(two, [case], setup, compare.Plan(1, 1))
+        assert (found.a.status, found.b.status) == ("wrong", "ok"), found.reason
+        subprocess.run(["git", "submodule", "deinit", "-q", "--force", "--all"], cwd=nested, check=True)
+        with Commits(("wrong", "right"), "mine", setup, Project(root=nested)) as two:
+            assert two.absent == [[], []], "git has them although they are not checked out"
+        subprocess.run(["rm", "-r", str(nested / ".git" / "modules" / "vendored" / "modules")], check=True)
+        with Commits(("wrong", "right"), "mine", setup, Project(root=nested), load=[nested / "declared.py"]) as two:
+            (found,) = compare.compare(two, [case], setup, compare.Plan(1, 1))
+        assert (found.a.status, found.b.status) == ("wrong", "failed")
+        assert "which lacks vendored/inner. Run git submodule update --init --recursive." in found.b.reason
+    finally:
+        OPERATIONS.clear()
+        OPERATIONS.update(before)
+    listed = subprocess.run(["git", "worktree", "list"], cwd=nested, capture_output=True, text=True, check=True).stdout
+    assert listed.count("\n") == 1 and (nested / ".git" / "config").read_text() in (config, config.partition("[submodule")[0])

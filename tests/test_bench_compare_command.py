@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from fused_attn_bench import compare
 from fused_attn_bench.case import Case
 from fused_attn_bench.commands import outputs
 from fused_attn_bench.history import History
-from fused_attn_bench.results import Result
+from fused_attn_bench.results import Result, ResultsError
 
 CASES = [Case.parse(f"attention/plain/fwd/float32/1x1x{n}x8") for n in (8, 16, 32)]
 
@@ -144,3 +145,35 @@ def test_a_run_against_the_history(tmp_path: Path, capsys: pytest.CaptureFixture
     assert lines[-3].endswith("no change") and lines[-2].endswith("slower") and lines[-1].startswith("regression")
     assert cli.main(["compare", "history", "r8", *options]) == 0
     assert cli.main(["compare", "history", "r1", *options]) == 3 and "too few runs" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ResultsError("h must be free within 60 s")])
+def test_verdicts_that_cannot_be_kept_are_shown(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(History, "add", full)
+    monkeypatch.setattr(History, "set_floor", full)
+    made, old = tmp_path / "c.json", tmp_path / "c.md"
+    options = ["--device", "cpu", "--case", CASES[0].name, "--seconds", "0", "--launches", "3", "--db", str(tmp_path / "h.sqlite")]
+    assert cli.main(["compare", "eager", "eager+900%", *options, "--json", str(made), "--markdown", str(old)]) == 4
+    shown = capsys.readouterr().out
+    assert f"{CASES[0].name}: slower" in shown and shown.endswith(f"results could not be kept ({error})\n")
+    content = json.loads(made.read_text())
+    assert content["code"] == 4 and content["cases"][0]["verdict"] == "slower" and CASES[0].name in old.read_text()
+    assert cli.main(["calibrate", "eager", "--times", "2", *options, "--json", str(made)]) == 4
+    shown, content = capsys.readouterr().out, json.loads(made.read_text())
+    assert "2 comparisons with itself" in shown and f"results could not be kept ({error})" in shown
+    assert content["code"] == 4 and content["cases"][0]["comparisons"] == 2
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_json_without_room_takes_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--case", CASES[0].name, "--seconds", "0", "--launches", "3", "--db", str(tmp_path / "h.sqlite")]
+    made = tmp_path / "c.md"
+    assert cli.main(["compare", "eager", "eager+900%", *options, "--json", "/dev/full", "--markdown", str(made)]) == 4
+    assert f"regression: {CASES[0].name}" in capsys.readouterr().out and CASES[0].name in made.read_text()

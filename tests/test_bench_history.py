@@ -367,6 +367,66 @@ def test_a_full_disk_ends_a_run_as_ctrl_c_does(kind: str, says: str, tmp_path: P
     assert History(path).add([replace(RESULT, run="r2")]) == 1
 
 
+NARROW = """
+import resource, sys
+from benchmarks import __main__ as cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+sys.exit(cli.main(["run", "--device", "cpu", "--case", "softmax/masked/fwd/float32/1x1x4x8", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no limit to a file's size")
+def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = done("-c", NARROW, "--db", str(tmp_path / "h.sqlite"), stdout=subprocess.PIPE)
+    assert ended.returncode == 4 and "Traceback" not in ended.stderr, ended.stderr
+    assert f"all of the output must be written; got: [Errno {errno.EIO}]" in ended.stderr
+
+    def full(*arguments: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("fused_attn_bench.database.Database._execute", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        History(tmp_path / "new.sqlite")
+
+
+@pytest.mark.parametrize("command", ["report", "export", "runs"])
+def test_what_cannot_be_written_leaves_the_old_file(
+    command: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = tmp_path / "made" / "old"
+    old.parent.mkdir()
+    old.write_text("old")
+    old.chmod(0o640)
+    options = {"report": ["--out", str(old)], "export": [str(old)], "runs": ["--json", str(old)]}[command]
+    with monkeypatch.context() as broken:
+        broken.setattr("fused_attn_bench.files.os.fsync", full)
+        assert cli.main([command, *options, "--db", str(path)]) == 4
+    assert "all of the output must be written; got: [Errno 28]" in capsys.readouterr().err
+    assert old.read_text() == "old" and list(old.parent.iterdir()) == [old]
+    assert cli.main([command, *options, "--db", str(path)]) == 0
+    assert old.read_text() != "old" and list(old.parent.iterdir()) == [old] and old.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such files")
+def test_what_is_no_plain_file_is_written_to(tmp_path: Path) -> None:
+    """A pipe, a device and standard output stay what they are, and a link stays a link."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for place in (tmp_path / "pipe", Path("/dev/null"), tmp_path / "link"):
+        outputs.write(place, ["x"])
+    assert os.read(reader, 9) == b"x\n" and (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == "x\n"
+    os.close(reader)
+    code = "from pathlib import Path; from fused_attn_bench.commands import outputs; outputs.write(Path('/dev/stdout'), ['x']); print('y')"
+    with (tmp_path / "out").open("w") as out:
+        assert done("-c", code, stdout=out).returncode == 0
+    assert "y" in (tmp_path / "out").read_text(), "a new file would have left it behind"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 @pytest.mark.parametrize("command", [["cases"], ["cases", "--json", "/dev/full"], ["export", "/dev/full"]])
 def test_a_full_disk_under_any_output(command: list[str], path: Path) -> None:

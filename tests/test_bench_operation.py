@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness
+from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, compare, harness
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.operation import OPERATIONS, load
+from fused_attn_bench.project import Project
 from fused_attn_bench.results import Result
+from fused_attn_bench.sides import Separate
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")
@@ -190,6 +192,26 @@ DECLARATIONS = {
         "flops must return a number that is not negative; got 'many'",
     ),
     "bytes are negative": (lambda: measured(scaled(bytes=lambda problem: -1)), "bytes must return a number"),
+    "inputs raise": (
+        lambda: measured(scaled(inputs=lambda make, sizes: {"x": make.normal(sizes["no such size"])})),
+        "scaled: inputs must be a function from (make, sizes) to tensors by name; for scaled/plain/fwd/float32/4x8 it raised KeyError: 'no such size'",
+    ),
+    "inputs exit": (lambda: measured(scaled(inputs=lambda make, sizes: exit(0))), "it raised SystemExit: 0"),
+    "a metric raises": (
+        lambda: measured(scaled(metrics={"m": lambda problem, results: problem.sizes["n"]})),
+        "scaled: metric m must be a function from (problem, results) to a number; it raised KeyError: 'n'",
+    ),
+    "a metric is a text": (lambda: measured(scaled(metrics={"m": lambda problem, results: "x"})), "metric m must be a function"),
+    "a default raises": (
+        lambda: [op.provider("p", default=lambda device: 1 / 0)(print) and op.runs(CPU) for op in [scaled()]],
+        "scaled: default of provider p must be a function from a device to True or False; it raised ZeroDivisionError: division by zero",
+    ),
+    "a default is no function": (
+        lambda: [op.provider("p", default=True)(print) and op.runs(CPU) for op in [scaled()]],
+        "default of provider p must be a function",
+    ),
+    "cases exit": (lambda: scaled(cases=lambda device: exit(0)).defaults(CPU), "got SystemExit: 0"),
+    "bytes exit": (lambda: measured(scaled(bytes=lambda problem: exit(0))), "it raised SystemExit: 0"),
     "axes are a text": (lambda: scaled(axes="rows"), "axes must be a tuple of words; got 'rows'"),
     "gradients are a text": (lambda: scaled(gradients="yes"), "gradients must be True or False"),
     "flops are a number": (lambda: scaled(flops=3), "flops must be a function of the problem; got 3"),
@@ -215,7 +237,11 @@ def test_a_mistake_in_a_declaration_is_a_sentence(kind: str) -> None:
 
 def test_files_that_do_not_run(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    for text, sentence in (("import nothing_of_the_kind", "it raised ModuleNotFoundError"), ("x = (", "it raised SyntaxError")):
+    for text, sentence in (
+        ("import nothing_of_the_kind", "it raised ModuleNotFoundError"),
+        ("x = (", "it raised SyntaxError"),
+        ("exit(0)", "it raised SystemExit: 0"),
+    ):
         path.write_text(text)
         with pytest.raises(DeclarationError, match=sentence):
             load(path)
@@ -275,11 +301,19 @@ def test_metrics_and_tolerances_of_one_s_own() -> None:
     assert found["far"].status == "wrong"
 
 
-@pytest.mark.parametrize("value", [lambda problem, results: float("nan"), lambda problem, results: 1 / int(results["out"].isnan().all())])
+@pytest.mark.parametrize("value", [lambda problem, results: float("nan"), lambda problem, results: results["out"].sum() / 0])
 def test_a_metric_that_is_none_is_its_provider_s(value: object) -> None:
     operation = scaled(metrics={"m": value})
     found = measured(operation)
     assert found["eager"].status == "failed" and "metric m " in found["eager"].reason
+
+
+def test_where_memory_is_short_only_the_case_fails() -> None:
+    """torch on a CPU has a RuntimeError for it, a GPU a class of its own."""
+    for error in (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), MemoryError()):
+        OPERATIONS.clear()
+        found = measured(scaled(inputs=lambda make, sizes, error=error: throw(error)))
+        assert found["eager"].status == "failed" and type(error).__name__ in found["eager"].reason
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), GeneratorExit(), KeyError("x")])
@@ -288,11 +322,6 @@ def test_a_reference_that_raises_is_told(error: BaseException) -> None:
     operation.provider("mine")(lambda x, weight: x * weight)
     found = measured(operation)
     assert {r.status for r in found.values()} == {"failed"} and all(type(error).__name__ in r.reason for r in found.values())
-
-
-def test_inputs_that_raise_are_told_of() -> None:
-    found = measured(scaled(inputs=lambda make, sizes: {"x": make.normal(sizes["no such size"])}))
-    assert found["eager"].reason == "RuntimeError: inputs raised KeyError: 'no such size'"
 
 
 def test_exceptions_that_refuse() -> None:
@@ -324,3 +353,77 @@ def test_make_gives_the_case_s_dtype() -> None:
     operation = scaled()
     make = Make(operation.case("scaled/plain/fwd/bfloat16/4x8"), CPU, torch.Generator().manual_seed(0))
     assert make.normal(2, 3).dtype == torch.bfloat16 and make.integers(5, 7).max() < 5
+
+
+def test_an_exit_of_what_is_measured_is_no_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_attn_bench.__main__ import main
+
+    path = tmp_path / "mine.py"
+    for text in ("exit(0)", "import sys\nsys.exit()"):
+        path.write_text(text)
+        assert main(["cases", "--load", str(path)]) == 2
+        assert f"{path} must run; it raised SystemExit" in capsys.readouterr().err
+    monkeypatch.setattr("fused_attn_bench.commands.cases.run", lambda args: exit(0))
+    assert main(["cases"]) == 4
+    assert "what is measured must not end Python" in capsys.readouterr().err
+
+
+def test_what_a_file_prints_is_in_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_attn_bench.__main__ import main
+
+    (tmp_path / "mine.py").write_text(
+        "from fused_attn_bench import Operation\nprint('hello')\n"
+        "Operation('said', ('n',), lambda make, sizes: {'x': make.normal(sizes['n'])}, lambda x: 2 * x, cases=('plain/fwd/float32/8',))\n"
+    )
+    assert main(["cases", "--load", str(tmp_path / "mine.py"), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert "hello" in err and "hello" not in out and "said/plain" in out
+
+
+CRASHES = """
+import os
+import traceback
+from pathlib import Path
+
+from fused_attn_bench import Operation
+
+print("said while it is imported", flush=True)
+os.write(1, b"said beside Python\\n")
+twice = Operation(
+    "twice", ("n",), lambda make, sizes: {"x": make.normal(sizes["n"])}, lambda x: 2 * x, cases=[f"plain/fwd/float32/{n}" for n in (3, 4, 5, 6)]
+)
+
+
+@twice.provider("mine")
+def mine(x):
+    begun = Path(__file__).with_name("begun")
+    timed = len(x) == 5 and any(frame.name == "sample" for frame in traceback.extract_stack())
+    if len(x) == 4 or timed:  # at once, and while it is timed
+        os._exit(7)
+    if len(x) == 6 and begun.is_file():  # in the second launch, which it begins
+        os._exit(8)
+    if len(x) == 6:
+        begun.touch()
+    return x + x
+"""
+
+
+def test_who_crashes_its_process_ends_its_case_only(tmp_path: Path) -> None:
+    """Of commits and of check, which measure in processes of their own: a new one goes on with the others, whatever the file prints."""
+    (tmp_path / "mine.py").write_text(CRASHES)
+    project = Project(root=tmp_path)
+    load(tmp_path / "mine.py")
+    sides = Separate(("eager", "mine"), SOON, project, [tmp_path / "mine.py"])
+    cases = OPERATIONS["twice"].defaults(CPU)
+    found = {c.case: c for c in compare.compare(sides, cases, SOON, compare.Plan(2, 2))}
+    assert [(c.a.status, c.b.status) for c in found.values()] == [("ok", "ok"), *[("ok", "failed")] * 3]
+    codes = [c.reason.partition("ended with code ")[2][:1] for c in found.values()]
+    assert codes == ["", "7", "7", "8"] and all(c.reason.startswith("mine: ") for c in list(found.values())[1:])
+    assert found[cases[2].name].b.reason.startswith("while timed")
+    (tmp_path / "mine.py").write_text("import os\nos._exit(3)")
+    with sides.launch() as make:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the process of the measuring ended with code 3"):
+                make(cases[0], 0)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; prints each floor and keeps it in the history. 130 after Ctrl-C, with the comparisons that were complete."""
+    """0; prints each floor and keeps it in the history. 4 where the disk is full; 130 after Ctrl-C, with the comparisons that were complete."""
     outputs.begin(args)
     setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args, writes=True)
     if args.times < 2:
@@ -39,13 +39,20 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             code = codes.INTERRUPTED
     floors = {case: significance.noise_floor(seen) for case, seen in effects.items() if len(seen) > 1}
-    for case, floor in floors.items():
-        history.set_floor(machine(described, setup.timer), case, name, floor, len(effects[case]))
+
+    def keep() -> None:
+        for case, floor in floors.items():
+            history.set_floor(machine(described, setup.timer), case, name, floor, len(effects[case]))
+
+    lost = selection.unkept(keep)
+    code = codes.CRASHED if lost else code
     times = max(map(len, effects.values()), default=0)
     print(
         f"{planted.split(name)[0]}: {times} comparisons with itself; a change must exceed max(floor, {100 * significance.MIN_EFFECT:.0f}%)"
     )
     print(table(("case", "floor"), [(case, f"{100 * floor:.2f}%") for case, floor in floors.items()]))
+    if lost:
+        print(lost)
     cases_found = [{"case": case, "floor": floor, "comparisons": len(effects[case])} for case, floor in floors.items()]
     outputs.write(args.json, [outputs.line({"code": code, "environment": described, "cases": cases_found})])
     return code

@@ -17,6 +17,7 @@ from fused_attn_bench.case import Case
 from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.compare import Comparison, Interrupted, Plan
 from fused_attn_bench.environment import describe
+from fused_attn_bench.files import replacing
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import History
 from fused_attn_bench.limits import Limits, Rules
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """See the module's text."""
     outputs.begin(args, args.markdown)
     rules(args)
-    history, stopped = selection.history(args, writes=args.a != "history"), False
+    history, stopped, lost = selection.history(args, writes=args.a != "history"), False, ""
     if args.a == "history":
         compared = against_history(history, args.b, rules(args))
         described = next((c.b.environment for c in compared if c.b.environment), {})
@@ -98,24 +99,30 @@ def run(args: argparse.Namespace) -> int:
         setup, cases = selection.setup(args), selection.chosen_cases(args)
         described = describe(setup.device, args.project.repository)
         compared, stopped = measured(args, cases, setup, history)
+        lost = selection.unkept(lambda: keep(history, compared, setup))
     print(tables.environment(described))
     print(tables.comparisons(compared))
-    if args.markdown is not None:
-        args.markdown.write_text(tables.markdown(f"{args.b} against {args.a}", described, compared))
-    return finish(args, compared, stopped)
+    try:
+        return finish(args, compared, stopped, lost)
+    finally:  # also where there is no room for JSON
+        if args.markdown is not None:
+            with replacing(args.markdown) as file:
+                file.write(tables.markdown(f"{args.b} against {args.a}", described, compared))
 
 
-def finish(args: argparse.Namespace, compared: Sequence[Comparison], stopped: bool, **more: Any) -> int:
-    """Writes JSON, says what is worse and which limits were of no use, and gives the exit code."""
+def finish(args: argparse.Namespace, compared: Sequence[Comparison], stopped: bool, lost: str = "", **more: Any) -> int:
+    """Says what is worse, what was lost and which limits were of no use, writes JSON, and gives the exit code."""
     warn_of_idle(args, [c.case for c in compared])
-    code = codes.INTERRUPTED if stopped else compare.code(compared)
+    code = codes.CRASHED if lost else codes.INTERRUPTED if stopped else compare.code(compared)
     environment = next((dict(c.b.environment) for c in compared if c.b.environment), {})
-    outputs.write(args.json, [outputs.line({"code": code, "environment": environment, **more, "cases": tables.rows(compared)})])
     for c in compared:
         if c.code in (codes.WORSE, codes.CRASHED):
             print(f"{'regression' if c.code == codes.WORSE else 'failure'}: {c.case}: {c.words}")
     if stopped:
         print(f"interrupted; {len(compared)} of the cases have been measured")
+    if lost:
+        print(lost)
+    outputs.write(args.json, [outputs.line({"code": code, "environment": environment, **more, "cases": tables.rows(compared)})])
     return code
 
 
@@ -142,14 +149,12 @@ def sides(a: str, b: str, args: argparse.Namespace, setup: Setup) -> AbstractCon
 
 
 def measured(args: argparse.Namespace, cases: Sequence[Case], setup: Setup, history: History) -> tuple[list[Comparison], bool]:
-    """Both sides in turns, with the noise floors that are known; kept in the history. Whether Ctrl-C ended it."""
+    """Both sides in turns, with the noise floors that are known. Whether Ctrl-C ended it."""
     described = describe(setup.device, args.project.repository)
     with sides(args.a, args.b, args, setup) as two, progress(len(cases) * args.launches) as tell:
         floor = compare.floors(two, history, machine(described, setup.timer))
         compared, stopped = until_stopped(lambda: compare.compare(two, cases, setup, plan(args, floor), tell))
-    compared = compare.described(compared, described)
-    keep(history, compared, setup)
-    return compared, stopped
+    return compare.described(compared, described), stopped
 
 
 def until_stopped(measure: Callable[[], list[Comparison]]) -> tuple[list[Comparison], bool]:

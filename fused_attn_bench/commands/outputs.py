@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
+
+from fused_attn_bench.files import replacing, unwritten
 
 # As a path: standard output.
 STANDARD = Path("-")
@@ -47,16 +48,11 @@ def line(values: Mapping[str, Any]) -> str:
 
 
 def write(path: Path | None, lines: Iterable[str]) -> None:
-    """Lines of JSON, if a path is given."""
+    """Lines of JSON, if a path is given; an old file stays until all of them are written."""
     if path is None:
         return
-    with contextlib.nullcontext(_STANDARD.get() or sys.stdout) if path == STANDARD else path.open("w", encoding="utf-8") as file:
+    with contextlib.nullcontext(_STANDARD.get() or sys.stdout) if path == STANDARD else replacing(path) as file:
         file.writelines(f"{text}\n" for text in lines)
-
-
-def unwritten(error: BaseException) -> bool:
-    """Whether it says that a disk, a quota or a file's size is used up, that a disk fails, or that whoever read the output has gone."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 def flush() -> None:
@@ -74,7 +70,7 @@ def flush() -> None:
 
 
 def begin(args: argparse.Namespace, *paths: Path | None) -> None:
-    """Before anything is measured or read: ``--json`` and other files that will be written are tried, and tables go where they belong until the command ends.
+    """Before anything is measured or read: ``--json`` and other files that will be written are tried.
 
     Raises:
         ValueError: one cannot be written.
@@ -83,7 +79,6 @@ def begin(args: argparse.Namespace, *paths: Path | None) -> None:
         args.json = args.json.absolute()  # what is measured may go to another folder
     for path in (args.json, *paths):
         writable(path)
-    args.opened.enter_context(table_of(args.json))
 
 
 def writable(path: Path | None) -> None:
@@ -91,6 +86,7 @@ def writable(path: Path | None) -> None:
 
     Raises:
         ValueError: it cannot.
+        OSError: the disk is full or fails.
     """
     if path is None or path == STANDARD:
         return
@@ -99,6 +95,8 @@ def writable(path: Path | None) -> None:
         with path.open("a"):
             pass
     except OSError as error:
+        if unwritten(error):
+            raise
         raise ValueError(f"{path} must be a file that can be written; got: {error.strerror}. Name another, or make its folder.") from None
     if not there:
         os.unlink(path)

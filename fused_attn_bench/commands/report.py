@@ -8,6 +8,7 @@ from pathlib import Path
 from fused_attn_bench import plots, report
 from fused_attn_bench.codes import GOOD
 from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.files import replacing
 from fused_attn_bench.results import Result
 
 
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     # One at a time: raw samples of all runs together may not fit in memory.
     results = (record for record in history.each(only) if isinstance(record, Result))
     page = report.build(results, run_id, history.comparisons(only), title=args.title or project.title, program=project.program)
-    args.out.write_text(page, encoding="utf-8")
+    with replacing(args.out) as file:
+        file.write(page)
     figures = [] if args.plots is None else plots.save(history.results(run_id or history.runs()[-1]), args.plots)
     print(f"page written to {args.out}")
     for path in figures:

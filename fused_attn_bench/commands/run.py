@@ -14,9 +14,10 @@ from fused_attn_bench.clocks import locked
 from fused_attn_bench.codes import CRASHED, GOOD, INTERRUPTED, WORSE
 from fused_attn_bench.commands import outputs, selection
 from fused_attn_bench.environment import describe
+from fused_attn_bench.files import unwritten
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.problem import dtype_of
-from fused_attn_bench.results import Result, new_run, to_line
+from fused_attn_bench.results import Result, ResultsError, new_run, to_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
                 done += results
     except KeyboardInterrupt:
         code, ended = INTERRUPTED, "interrupted"
-    except OSError as error:
-        if not outputs.unwritten(error):
+    except (OSError, ResultsError) as error:
+        if isinstance(error, OSError) and not unwritten(error):
             raise
         code, ended = CRASHED, f"ended because results could not be written ({error})"
     print(tables.environment(described))

@@ -7,7 +7,7 @@ import datetime
 import fnmatch
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from fused_attn_bench import planted, timers
 from fused_attn_bench.case import FORM, Case
 from fused_attn_bench.database import default_path
+from fused_attn_bench.files import unwritten
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import Filter, History
 from fused_attn_bench.operation import OPERATIONS, REFERENCE, Operation, case_of, operation, provider_names
 from fused_attn_bench.problem import MODES
+from fused_attn_bench.results import ResultsError
 
 
 def add_history(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,21 @@ def history(args: argparse.Namespace, writes: bool = False) -> History:
     if writes:
         opened.must_be_writable()
     return opened
+
+
+def unkept(keep: Callable[[], None]) -> str:
+    """Keeps what was measured; why it could not be, or nothing. What it says is shown all the same.
+
+    Raises:
+        OSError: something else than a disk that is full or fails.
+    """
+    try:
+        keep()
+    except (OSError, ResultsError) as error:
+        if isinstance(error, OSError) and not unwritten(error):
+            raise
+        return f"results could not be kept ({error})"
+    return ""
 
 
 def add_filter(parser: argparse.ArgumentParser, runs: bool = True) -> None:
@@ -194,8 +211,10 @@ def add_providers(parser: argparse.ArgumentParser) -> None:
 def chosen_providers(args: argparse.Namespace) -> list[str]:
     """As given, or the device's defaults."""
     where = torch.device(args.device)
-    ours = dict.fromkeys(n for op in OPERATIONS.values() for n, p in op.providers.items() if p.runs_by_default(where) and n != REFERENCE)
-    return [planted.known(name) for name in args.provider or (*ours, REFERENCE)]
+    if args.provider:
+        return [planted.known(name) for name in args.provider]
+    ours = dict.fromkeys(name for op in OPERATIONS.values() for name in op.runs(where) if name != REFERENCE)
+    return [*ours, REFERENCE]
 
 
 def watched(args: argparse.Namespace) -> str:
