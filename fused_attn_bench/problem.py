@@ -90,9 +90,10 @@ class Problem:
             raise RuntimeError(f"inputs raised {type(error).__name__}: {error}") from error
         if not isinstance(made, Mapping) or not made or not all(isinstance(t, Tensor) for t in made.values()):
             raise DeclarationError(f"{case.op}: inputs must return tensors by name; got {_shown(made)}")
-        needs = case.mode != FORWARD
-        self.tensors: Results = {n: t.detach().requires_grad_(needs and t.is_floating_point()) for n, t in made.items()}
+        self.tensors: Results = self._leaves_of(made)
         self._originals = {name: t.detach().clone() for name, t in self.tensors.items()}
+        # What providers were given: views of the tensors, each provider's its own.
+        self._lent: list[Results] = []
 
     def _make(self, seed: str) -> Make:
         """The generator of values depends on the operation, variant and sizes, so that modes and dtypes have the same ones."""
@@ -100,10 +101,15 @@ class Problem:
         seeded = torch.Generator().manual_seed(zlib.crc32("/".join((*words[:2], *words[4:])).encode()))
         return Make(self.case, self.device, seeded)
 
+    def _leaves_of(self, tensors: Mapping[str, Tensor]) -> Results:
+        """Views that are leaves of a graph, with nothing on them that others left there; a write through one is seen by all."""
+        needs = self.case.mode != FORWARD
+        return {name: t.detach().requires_grad_(needs and t.is_floating_point()) for name, t in tensors.items()}
+
     @property
     def leaves(self) -> Results:
         """The tensors that have gradients."""
-        return {name: t for name, t in self.tensors.items() if t.is_floating_point()}
+        return _floating(self.tensors)
 
     @cached_property
     def incoming(self) -> tuple[Tensor, ...]:
@@ -133,7 +139,16 @@ class Problem:
                 written += self.restore()
 
     def restore(self) -> list[str]:
-        """Writes the original values into tensors that have others; returns their names."""
+        """Writes the original values into tensors that have others, and gives lent ones back what was taken from them; returns their names."""
+        changed = self._rewritten()
+        for lent in self._lent:
+            for name, tensor in lent.items():
+                if _place(tensor) != _place(self.tensors[name]):
+                    tensor.data = self.tensors[name].data
+                    changed.append(name)
+        return [name for name in self.tensors if name in changed]
+
+    def _rewritten(self) -> list[str]:
         changed = []
         for name, original in self._originals.items():
             tensor = self.tensors[name]
@@ -179,18 +194,22 @@ class Problem:
 
     def caller(self, forward: Function) -> Callable[[], Results]:
         """A forward function in the case's mode."""
-        tensors, leaves = tuple(self.tensors.values()), tuple(self.leaves.values())
+        # Of its own: a hook, a gradient or another requires_grad that one provider leaves on a tensor is not the others'.
+        lent = self._leaves_of(self.tensors)
+        self._lent.append(lent)
+        tensors, leaves = tuple(lent.values()), tuple(_floating(lent).values())
+        incoming = tuple(t.clone() for t in self.incoming)  # a backward pass may write into what arrives
         if self.case.mode == FORWARD:
             return lambda: self.results(self.outputs_of(forward(*tensors)))
         if self.case.mode == BOTH:
 
             def both() -> Results:
                 outputs = self.outputs_of(forward(*tensors))
-                return self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming))
+                return self.results(outputs, torch.autograd.grad(outputs, leaves, incoming))
 
             return both
         outputs = self.outputs_of(forward(*tensors))
-        return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming, retain_graph=True))
+        return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, incoming, retain_graph=True))
 
     def reference(self, dtype: torch.dtype) -> Results:
         """The definition's results, computed in ``dtype``."""
@@ -267,6 +286,15 @@ class Problem:
                 raise RuntimeError(f"metric {name} must be a finite number; got {value}")
             found[name] = value
         return found
+
+
+def _floating(tensors: Mapping[str, Tensor]) -> Results:
+    return {name: t for name, t in tensors.items() if t.is_floating_point()}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where and how a tensor lies in memory: what it has in common with a view of all of it."""
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _bits(tensor: Tensor) -> Tensor:

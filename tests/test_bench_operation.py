@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness
 from fused_attn_bench.harness import Setup, measure
-from fused_attn_bench.operation import OPERATIONS, load
+from fused_attn_bench.operation import OPERATIONS, Provider, load
 from fused_attn_bench.results import Result
 
 pytestmark = pytest.mark.quick
@@ -324,3 +324,37 @@ def test_make_gives_the_case_s_dtype() -> None:
     operation = scaled()
     make = Make(operation.case("scaled/plain/fwd/bfloat16/4x8"), CPU, torch.Generator().manual_seed(0))
     assert make.normal(2, 3).dtype == torch.bfloat16 and make.integers(5, 7).max() < 5
+
+
+def hooked(x: Tensor, weight: Tensor) -> Tensor:
+    x.register_hook(lambda gradient: 2 * gradient)
+    return x * weight
+
+
+def graded(x: Tensor, weight: Tensor) -> Tensor:
+    (x * weight).sum().backward()
+    return x.requires_grad_(False) * weight
+
+
+def arriving(x: Tensor, weight: Tensor) -> Tensor:
+    out = x * weight
+    out.register_hook(lambda gradient: gradient.mul_(2))
+    return out
+
+
+@pytest.mark.parametrize("mode", ["bwd", "fwd+bwd"])
+@pytest.mark.parametrize("provider", [hooked, graded, arriving])
+def test_what_a_provider_leaves_on_its_inputs_is_its_own(provider: Callable[..., Tensor], mode: str) -> None:
+    operation = scaled()
+    operation.providers = {"bad": Provider(lambda problem: provider, lambda device: True), **operation.providers}
+    operation.provider("turned")(lambda x, weight: weight * x)
+    found = measured(operation, mode)
+    assert found.pop("bad").status != "ok" and {r.status for r in found.values()} == {"ok"}
+
+
+def test_a_square_input_that_is_turned_is_told() -> None:
+    operation = Operation("square", ("rows",), lambda make, sizes: {"x": make.normal(sizes["rows"], sizes["rows"])}, lambda x: x + x.mT)
+    operation.provider("turns")(lambda x: x + x.t_())
+    operation.provider("after")(lambda x: x.mT + x)
+    found = measure(operation.case("square/plain/fwd/float32/4"), ("turns", "after"), SOON)
+    assert [r.status for r in found] == ["wrong", "ok"] and "writes into its inputs: x" in found[0].reason
