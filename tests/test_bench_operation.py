@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness
 from fused_attn_bench.harness import Setup, measure
+from fused_attn_bench.judge import Judge
 from fused_attn_bench.operation import OPERATIONS, Provider, load
 from fused_attn_bench.results import Result
 
@@ -358,3 +359,30 @@ def test_a_square_input_that_is_turned_is_told() -> None:
     operation.provider("after")(lambda x: x.mT + x)
     found = measure(operation.case("square/plain/fwd/float32/4"), ("turns", "after"), SOON)
     assert [r.status for r in found] == ["wrong", "ok"] and "writes into its inputs: x" in found[0].reason
+
+
+def test_truth_values_are_equal_or_wrong() -> None:
+    operation = scaled(reference=lambda x, weight: x > 0, gradients=False)
+    operation.provider("same")(lambda x, weight: ~(x <= 0))
+    operation.provider("one-off")(lambda x, weight: (x > 0).logical_xor(torch.arange(8) == 3))
+    found = measured(operation)
+    assert {name: r.status for name, r in found.items()} == {"eager": "ok", "same": "ok", "one-off": "wrong"}
+    assert "breaks the error rule in out" in found["one-off"].reason and found["eager"].error == 0.0
+
+
+def test_a_truth_value_that_rounding_turns_is_left_out_and_no_other() -> None:
+    exact, plain = torch.tensor([True, False, True]), torch.tensor([True, True, True])
+    judge = Judge({"out": exact}, {"out": plain})
+    assert not judge({"out": exact}).broken and not judge({"out": plain}).broken and judge({"out": ~exact}).broken == ("out",)
+
+
+def test_large_integers_are_held_exactly() -> None:
+    exact = torch.tensor([2**60, 1])
+    assert Judge({"out": exact}, {"out": exact})({"out": exact + torch.tensor([1, 0])}).broken == ("out",)
+
+
+def test_complex_results_are_held_with_both_parts() -> None:
+    operation = scaled(reference=lambda x, weight: torch.fft.fft(x * weight), gradients=False)
+    operation.provider("real")(lambda x, weight: torch.fft.fft(x * weight).real + 0j)
+    operation.provider("full")(lambda x, weight: torch.fft.fft(weight * x))
+    assert {name: r.status for name, r in measured(operation).items()} == {"eager": "ok", "real": "wrong", "full": "ok"}
