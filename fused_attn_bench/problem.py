@@ -113,17 +113,41 @@ class Problem:
 
     @cached_property
     def incoming(self) -> tuple[Tensor, ...]:
-        """Gradients that arrive at the outputs; none in a forward pass."""
+        """Gradients that arrive at the outputs that have one, in their order; none in a forward pass.
+
+        Raises:
+            DeclarationError: no output has one.
+        """
         if self.case.mode == FORWARD:
             return ()
+        if not any(self.differentiable):
+            raise DeclarationError(
+                f"{self.case.op}: with gradients=True an output must depend on a floating input so that it has a gradient; "
+                f"{', '.join(self.output_names)} has none. Leave gradients out."
+            )
         make = self._make(f"{self.case.name}/incoming")
-        return tuple(make.normal(*shape) for shape in self.output_shapes)
+        return tuple(make.normal(*shape) for shape, has in zip(self.output_shapes, self.differentiable, strict=True) if has)
 
     @cached_property
+    def _returned(self) -> tuple[tuple[tuple[int, ...], bool], ...]:
+        """Of what the reference returns, shapes and whether it has a gradient."""
+        with torch.set_grad_enabled(self.case.mode != FORWARD):
+            return tuple((tuple(t.shape), t.requires_grad) for t in self.outputs_of(self.plain(*self._leaves_of(self.tensors).values())))
+
+    @property
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of what the reference returns."""
-        with torch.no_grad():
-            return tuple(tuple(t.shape) for t in self.outputs_of(self.plain(*self.tensors.values())))
+        return tuple(shape for shape, _ in self._returned)
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Whether each output has a gradient; integers and what is detached have none."""
+        return tuple(has for _, has in self._returned)
+
+    def gradients(self, outputs: Sequence[Tensor], leaves: Sequence[Tensor], incoming: Sequence[Tensor], again: bool = False) -> Any:
+        """Of the leaves, through the outputs that have one; ``again`` keeps the graph."""
+        through = [t for t, has in zip(outputs, self.differentiable, strict=True) if has]
+        return torch.autograd.grad(through, leaves, incoming, retain_graph=again)
 
     @contextmanager
     def kept(self) -> Iterator[list[str]]:
@@ -205,18 +229,18 @@ class Problem:
 
             def both() -> Results:
                 outputs = self.outputs_of(forward(*tensors))
-                return self.results(outputs, torch.autograd.grad(outputs, leaves, incoming))
+                return self.results(outputs, self.gradients(outputs, leaves, incoming))
 
             return both
         outputs = self.outputs_of(forward(*tensors))
-        return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, incoming, retain_graph=True))
+        return lambda: self.results(outputs, self.gradients(outputs, leaves, incoming, again=True))
 
     def reference(self, dtype: torch.dtype) -> Results:
         """The definition's results, computed in ``dtype``."""
         tensors = [t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in self.tensors.values()]
         outputs = self.outputs_of(self.plain(*tensors))
         leaves = [t for t in tensors if t.is_floating_point()]
-        grads = torch.autograd.grad(outputs, leaves, [t.to(dtype) for t in self.incoming]) if self.incoming else ()
+        grads = self.gradients(outputs, leaves, [t.to(dtype) for t in self.incoming]) if self.incoming else ()
         return self.results(outputs, grads)
 
     def judge(self) -> Judge:

@@ -185,6 +185,10 @@ DECLARATIONS = {
     "a provider's name": (lambda: scaled().provider("a+5%")(print), "must be a word"),
     "a case of two sizes": (lambda: scaled(cases=("plain/fwd/float32/4",)).defaults(CPU), "a case of scaled is scaled/plain/"),
     "a mode that is not there": (lambda: scaled(gradients=False, cases=("plain/bwd/float32/4x8",)).defaults(CPU), "a case of scaled is"),
+    "no output has a gradient": (
+        lambda: measured(scaled(reference=lambda x, weight: (x * weight).argmax(-1)), "fwd+bwd"),
+        "with gradients=True an output must depend on a floating input so that it has a gradient; out has none. Leave gradients out.",
+    ),
     "inputs give a list": (lambda: measured(scaled(inputs=lambda make, sizes: [1])), "inputs must return tensors by name; got list '[1]'"),
     "flops are text": (
         lambda: measured(scaled(flops=lambda problem: "many")),
@@ -386,3 +390,20 @@ def test_complex_results_are_held_with_both_parts() -> None:
     operation.provider("real")(lambda x, weight: torch.fft.fft(x * weight).real + 0j)
     operation.provider("full")(lambda x, weight: torch.fft.fft(weight * x))
     assert {name: r.status for name, r in measured(operation).items()} == {"eager": "ok", "real": "wrong", "full": "ok"}
+
+
+@pytest.mark.parametrize("mode", ["bwd", "fwd+bwd"])
+def test_gradients_go_through_the_outputs_that_have_one(mode: str) -> None:
+    """Values and places of the largest three, and a figure that is detached."""
+
+    def largest(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        values, places = (x * weight).topk(3)
+        return places, values, values.detach().mean()
+
+    operation = scaled(reference=largest, outputs=("places", "values", "mean"))
+    operation.provider("again")(largest)
+    operation.provider("other")(lambda x, weight: largest(x, 1.001 * weight))
+    problem = operation.of(operation.case(f"scaled/plain/{mode}/float32/4x8"), CPU)
+    assert set(operation.bind("again", problem)()) == {"places", "values", "mean", "dx", "dweight"} and len(problem.incoming) == 1
+    found = measured(operation, mode)
+    assert {name: r.status for name, r in found.items()} == {"eager": "ok", "again": "ok", "other": "wrong"}
