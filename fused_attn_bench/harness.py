@@ -279,7 +279,7 @@ def _error(samples: Sequence[float]) -> float:
 def _judged(result: Result, verdict: Verdict, when: str) -> Result:
     """A wrong result has no speed."""
     if not verdict.broken:
-        return replace(result, error=_number(verdict.error))
+        return replace(result, error=_number(verdict.error), reason="; ".join(filter(None, (result.reason, verdict.reason))))
     reason = verdict.reason or f"error {verdict.error:.1e} breaks the error rule in {', '.join(verdict.broken)}"
     return _untimed(replace(result, error=_number(verdict.error)), "wrong", f"{when}: {reason}")
 

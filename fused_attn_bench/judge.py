@@ -35,7 +35,7 @@ class Verdict:
         error: the largest absolute error of any result; infinite where one is not finite and should be, or has another shape.
         plain_error: that of plain torch at the same dtype.
         broken: names of the results that break the rule.
-        reason: what is wrong with them, where a distance does not say it.
+        reason: what is wrong with them, where a distance does not say it; what is to be known of results that are right.
     """
 
     error: float
@@ -48,6 +48,12 @@ class Verdict:
 class Judge:
     """Holds results to the error rule; the exact and the plain ones are computed once per problem.
 
+    Args:
+        exact: the definition's results in float64.
+        plain: those of the definition at the case's dtype.
+        tolerance: how far a result may be from the exact one.
+        note: what is to be known of results that are right.
+
     Example:
         >>> x = torch.tensor([1.0, 3.0])
         >>> judge = Judge({"out": x.double()}, {"out": x})
@@ -58,6 +64,7 @@ class Judge:
     exact: Mapping[str, Tensor]
     plain: Mapping[str, Tensor]
     tolerance: Tolerance = field(default_factory=Tolerance)
+    note: str = ""
 
     def __call__(self, results: Mapping[str, Tensor]) -> Verdict:
         plain_errors = {n: distance(self.plain[n], exact) for n, exact in self.exact.items()}
@@ -68,7 +75,7 @@ class Judge:
         errors = {n: self._error(n, got) for n, got in results.items()}
         broken = tuple(n for n, error in errors.items() if not error <= self._bound(n, plain_errors[n]))
         odd = [n for n in broken if math.isinf(errors[n])]
-        reason = f"{', '.join(odd)} has NaN or infinity where float64 has none, or another value" if odd else ""
+        reason = f"{', '.join(odd)} has NaN or infinity where float64 has none, or another value" if odd else "" if broken else self.note
         return Verdict(max(errors.values()), worst, broken, reason)
 
     def _error(self, name: str, got: Tensor) -> float:

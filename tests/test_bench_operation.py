@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness
+from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, harness, tables
+from fused_attn_bench.compare import Comparison
 from fused_attn_bench.harness import Setup, measure
 from fused_attn_bench.judge import Judge
 from fused_attn_bench.operation import OPERATIONS, Provider, load
@@ -407,3 +408,20 @@ def test_gradients_go_through_the_outputs_that_have_one(mode: str) -> None:
     assert set(operation.bind("again", problem)()) == {"places", "values", "mean", "dx", "dweight"} and len(problem.incoming) == 1
     found = measured(operation, mode)
     assert {name: r.status for name, r in found.items()} == {"eager": "ok", "again": "ok", "other": "wrong"}
+
+
+def test_a_reference_that_is_nan_says_so() -> None:
+    """Whatever is NaN there counts as right, also a provider that computes nothing."""
+    operation = scaled(reference=lambda x, weight: (x * weight).log() * 0, gradients=False)
+    operation.provider("nothing")(lambda x, weight: (x * weight).log() * 0)
+    found = measured(operation)
+    for result in found.values():
+        assert result.status == "ok" and result.reason.startswith("the reference itself is NaN in ") and "% of out" in result.reason
+    assert "the reference itself is NaN" in tables.results(list(found.values()))
+    compared = Comparison("scaled/plain/fwd/float32/4x8", found["eager"], found["nothing"])
+    assert [remark.count("the reference itself") for remark in compared.remarks] == [1]
+
+
+def test_nan_that_an_input_has_needs_no_word() -> None:
+    inputs = {"inputs": lambda make, sizes: {"x": make.normal(4, 8).masked_fill(torch.arange(8) == 3, torch.nan), "weight": make.normal(8)}}
+    assert [(r.status, r.reason) for r in measured(scaled(**inputs)).values()] == [("ok", "")]
