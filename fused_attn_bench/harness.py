@@ -191,7 +191,7 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
         except (DeclarationError, KeyboardInterrupt):
             raise
         except refusals as refusal:
-            results[name] = Result(case.name, name, "refused", line_of(refusal))
+            results[name] = Result(case.name, name, "refused", line_of(refusal) or "no reason given")
             continue
         except BaseException as error:  # a provider may raise anything; the others are measured
             results[name] = Result(case.name, name, "failed", first_line(error))

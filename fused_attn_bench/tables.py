@@ -59,8 +59,8 @@ def results(measured: Sequence[Result]) -> str:
             shown = r.case
             peak, error = "-" if r.peak is None else size(r.peak), "-" if r.error is None else f"{r.error:.1e}"
             rows.append((name, r.provider, r.backend or "-", *figures(r, measured), peak, error, *(metric(r, name) for name in own)))
-        if r.reason:
-            grouped.setdefault((r.provider, r.status, r.reason), []).append(r.case)
+        if r.reason or r.status != "ok":
+            grouped.setdefault((r.provider, r.status, r.reason or "no reason given"), []).append(r.case)
         for doubt in doubts(r):
             grouped.setdefault((DOUBT, doubt), []).append(r.case)
     lines = [table((*COLUMNS, *own), rows, left=3)] if rows else []

@@ -108,6 +108,7 @@ BAD = {
     "exits": (lambda x, weight: exit(3), "failed", "SystemExit: 3"),
     "asserts": (lambda x, weight: throw(AssertionError()), "failed", "AssertionError: no message"),
     "refuses": (lambda x, weight: throw(Refusal("never")), "refused", "never"),
+    "refuses without a word": (lambda x, weight: throw(Refusal()), "refused", "no reason given"),
     "text": (lambda x, weight: "x", "failed", "must return 1 tensor(s); got str 'x'"),
     "two": (lambda x, weight: (x, x), "failed", "must return 1 tensor(s)"),
     "nan": (lambda x, weight: x * torch.nan, "wrong", "out has NaN or infinity where float64 has none"),

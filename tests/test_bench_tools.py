@@ -35,6 +35,10 @@ def test_a_provider_runs_once_for_a_profiler_around_it(capsys: pytest.CaptureFix
     ("arguments", "sentence"),
     [
         (["--provider", "nobody"], "a provider must be one of"),
+        (
+            ["--provider", "sdpa:cudnn", "--tool", "none"],
+            "sdpa:cudnn must be able to compute softmax/plain/fwd/float32/1x1x4x8; it refuses: has no softmax.",
+        ),
         (["--provider", "eager", "--calls", "0"], "--calls must be at least 1"),
         (["--provider", "eager", "--tool", "nsys"], "--tool nsys needs nsys on PATH"),
     ],

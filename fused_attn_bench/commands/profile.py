@@ -15,7 +15,9 @@ import torch
 from fused_attn_bench import planted
 from fused_attn_bench.codes import CRASHED, GOOD
 from fused_attn_bench.commands import selection
-from fused_attn_bench.operation import case_of, problem_of
+from fused_attn_bench.harness import line_of
+from fused_attn_bench.operation import case_of, operation, problem_of
+from fused_attn_bench.problem import Refusal
 
 # How each profiler is told to wait for torch.cuda.profiler.start. No GPU has shown yet that they do.
 TOOLS: dict[str, tuple[str, ...]] = {
@@ -66,9 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _record(args: argparse.Namespace, case: str, provider: str) -> int:
     device = selection.device(args)
-    call = planted.bind(provider, problem_of(case_of(case), device))
-    for _ in range(3):
-        call()
+    try:
+        call = planted.bind(provider, problem_of(case_of(case), device))
+        for _ in range(3):
+            call()
+    except (Refusal, *operation(case_of(case).op).refusals) as refusal:
+        raise ValueError(
+            f"{provider} must be able to compute {case}; it refuses: {line_of(refusal) or 'no reason given'}. Name another."
+        ) from None
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.synchronize(device)
