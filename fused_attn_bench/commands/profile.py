@@ -68,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _record(args: argparse.Namespace, case: str, provider: str) -> int:
     device = selection.device(args)
+    refusals: tuple[type[Exception], ...] = (Refusal, *operation(case_of(case).op).refusals)
     try:
         call = planted.bind(provider, problem_of(case_of(case), device))
         for _ in range(3):
             call()
-    except (Refusal, *operation(case_of(case).op).refusals) as refusal:
+    except refusals as refusal:
         raise ValueError(
             f"{provider} must be able to compute {case}; it refuses: {line_of(refusal) or 'no reason given'}. Name another."
         ) from None
