@@ -112,7 +112,7 @@ class Comparison:
         statuses = (self.a.status, self.b.status)
         if "failed" in statuses:
             return codes.CRASHED
-        if self.b.status == "wrong":
+        if "wrong" in statuses:  # undecided would promise that results were right
             return codes.WORSE
         if self.b.status == "refused":
             return codes.WORSE if self._one_provider and self.a.status == "ok" else codes.GOOD

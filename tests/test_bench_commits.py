@@ -145,13 +145,19 @@ def test_a_process_that_dies_says_its_last_words(tmp_path: Path) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("difference", "status", "code"),
-    [(Difference(0.01, -0.06, 0.08, 0.5, 8), "ok", 3), (None, "failed", 4), (Difference(0.0, -0.01, 0.01, 0.5, 8), "ok", 2)],
+    [
+        (Difference(0.01, -0.06, 0.08, 0.5, 8), "ok", 3),
+        (None, "failed", 4),
+        (None, "wrong", 1),
+        (None, "refused", 3),
+        (Difference(0.0, -0.01, 0.01, 0.5, 8), "ok", 2),
+    ],
 )
 def test_bisect_without_a_slow_end(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: Difference | None, status: str, code: int
 ) -> None:
-    """Undecided and failed are not the user's mistake; "no change" is."""
-    compared = [Comparison("c", Result("c", "p"), Result("c", "p", status), difference)]
+    """Undecided, wrong and failed are not the user's mistake; "no change" is."""
+    compared = [Comparison("c", Result("c", "p", "refused" if status == "refused" else "ok"), Result("c", "p", status), difference)]
     monkeypatch.setattr("fused_attn_bench.compare.compare", lambda *arguments: compared)
     monkeypatch.setattr("fused_attn_bench.sides.Commits.__enter__", lambda self: self)
     monkeypatch.setattr("fused_attn_bench.sides.Commits.__exit__", lambda *arguments: None)

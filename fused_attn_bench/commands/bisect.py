@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the commit was found; 3 where BAD cannot be told from GOOD, 4 where one of them fails."""
+    """0 when the commit was found; 3 where BAD cannot be told from GOOD, 1 where one of them is wrong, 4 where one fails."""
     outputs.begin(args)
     root = args.project.repository
     setup, cases, history = selection.setup(args), selection.chosen_cases(args), selection.history(args, writes=True)
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
     candidates = bisection.commits(root, args.good, args.bad)
     worst = measure(candidates[-1])
-    if worst.verdict != SLOWER and worst.code in (codes.UNDECIDED, codes.CRASHED):
+    if worst.verdict != SLOWER and (worst.difference is None or worst.code == codes.UNDECIDED):
         print(f"BAD must be slower than GOOD beyond the noise; the verdict is {worst.words}")
-        return worst.code
+        return worst.code or codes.UNDECIDED
     found = bisection.search(args.good, candidates, lambda commit: worst if commit == candidates[-1] else measure(commit))
     print(f"last good   {git(root, 'log', '-1', '--format=%h %s', found.last_good)}")
     print(f"first slow  {git(root, 'log', '-1', '--format=%h %an, %ad: %s', '--date=short', found.first_bad)}")
