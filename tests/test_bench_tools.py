@@ -28,6 +28,8 @@ CUDA = torch.device("cuda")
 def test_a_provider_runs_once_for_a_profiler_around_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", CASE, "--provider", "eager", "--tool", "none", "--device", "cpu", "--calls", "2"]) == 0
     assert capsys.readouterr().out == f"eager ran 2 times on {CASE}\n"
+    assert cli.main(["profile", CASE, "--provider", "eager", "--tool", "none", "--device", "cpu", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"code": 0, "case": CASE, "provider": "eager", "tool": "none", "calls": 1}
 
 
 @pytest.mark.quick
@@ -215,3 +217,28 @@ def test_what_has_no_instructions() -> None:
         sass.instructions(SimpleNamespace(device_caches={}))
     with pytest.raises(ValueError, match="counted in a cubin; nvdisasm says"):
         sass.instructions(b"no cubin")
+
+
+LOUD = """
+import os, torch
+from fused_attn_bench import Operation
+op = Operation("loud", ("n",), lambda make, sizes: {"x": make.normal(sizes["n"])}, lambda x: 2 * x, cases=("plain/fwd/float32/8",))
+@op.provider("raw")
+def raw(x):
+    os.write(1, b"raw words\\n")
+    print("printed words")
+    return x + x
+"""
+
+
+@pytest.mark.quick
+def test_json_on_standard_output_is_alone_there(tmp_path: Path) -> None:
+    """Whatever a provider writes to descriptor 1, past Python's own standard output, is for people."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    options = ["--load", "loud.py", "--device", "cpu", "--seconds", "0", "--rounds", "2", "--db", "h.sqlite", "--json", "-"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "fused_attn_bench", "run", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["provider"] for line in done.stdout.splitlines()] == ["raw", "eager"]
+    assert "raw words" in done.stderr and "printed words" in done.stderr and "vs eager" in done.stderr
