@@ -86,12 +86,13 @@ def _update(args: argparse.Namespace, setup: Setup, described: Mapping[str, str]
         {"case": c.case, "multiple": made[c.case].median if c.case in made else None, "status": c.b.status, "reason": c.b.reason}
         for c in compared
     ]
-    outputs.write(args.json, [outputs.line({"environment": dict(described), "cases": content})])
-    if stopped:
-        print(f"interrupted; {args.baseline} is left as it was")
-        return codes.INTERRUPTED
-    if len(made) < len(compared):
-        return codes.WORSE if any(c.b.status == "wrong" for c in compared) else codes.CRASHED
+    code = codes.INTERRUPTED if stopped else codes.GOOD
+    if not stopped and len(made) < len(compared):
+        code = codes.WORSE if any(c.b.status == "wrong" for c in compared) else codes.CRASHED
+    outputs.write(args.json, [outputs.line({"code": code, "environment": dict(described), "cases": content})])
+    if code != codes.GOOD:
+        print(f"{'interrupted; ' * stopped}{args.baseline} is left as it was")
+        return code
     baseline.write(list(made.values()), args.baseline)
     print(f"{len(made)} entries written to {args.baseline}")
     if any(entry.marks for entry in made.values()):
