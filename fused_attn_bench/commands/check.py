@@ -107,6 +107,8 @@ def _measured(
     for name in pair:
         planted.known(name)
     cases = selection.chosen_cases(args) if args.update else [case_of(e.case) for e in baseline.read(args.baseline)]
+    if args.update and not args.case:  # of the operations that have both; whoever names a case is told of a refusal
+        cases = [c for c in cases if len(selection.asked(c, pair, cases)) == len(pair)] or cases
     last: Launches = {}
 
     def judge(found: Launches) -> list[Comparison]:

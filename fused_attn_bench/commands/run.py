@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a result is wrong, 4 when what is watched failed or the disk is full; 130 after Ctrl-C; what was done is kept and shown."""
-    setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
+    setup, cases = selection.setup(args), selection.chosen_cases(args)
+    providers = selection.chosen_providers(args, cases)
     outputs.begin(args)
     history, done, code, ended = selection.history(args, writes=True), [], GOOD, ""
     described = describe(setup.device, args.project.repository, args.busy, args.lock_clocks)
@@ -82,7 +83,7 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, envi
     with tqdm(total=len(cases), unit="case", disable=None, leave=False) as bar:
         for case in cases:
             bar.set_description(case.name)
-            found = measure(case, providers, setup, limits[case.dtype])
+            found = measure(case, selection.asked(case, providers, cases), setup, limits[case.dtype])
             if any(r.limit and r.median and r.limit > r.median for r in found):
                 # A roof that something ran through was measured while the machine did something else.
                 limits[case.dtype] = limits[case.dtype].raised(measure_roofs(dtype_of(case.dtype)))
