@@ -17,7 +17,7 @@ from fused_attn_bench.commands.compare import add_launches, add_limits, add_most
 from fused_attn_bench.compare import Comparison, Launches, Plan
 from fused_attn_bench.environment import KEY, describe
 from fused_attn_bench.harness import Setup
-from fused_attn_bench.operation import case_of
+from fused_attn_bench.operation import case_of, operation
 from fused_attn_bench.results import machine
 from fused_attn_bench.sides import Separate
 from fused_attn_bench.text import ratio, table
@@ -108,7 +108,7 @@ def _measured(
         planted.known(name)
     cases = selection.chosen_cases(args) if args.update else [case_of(e.case) for e in baseline.read(args.baseline)]
     if args.update and not args.case:  # of the operations that have both; whoever names a case is told of a refusal
-        cases = [c for c in cases if len(selection.asked(c, pair, cases)) == len(pair)] or cases
+        cases = [c for c in cases if {planted.split(name)[0] for name in pair} <= {*operation(c.op).providers}] or cases
     last: Launches = {}
 
     def judge(found: Launches) -> list[Comparison]:

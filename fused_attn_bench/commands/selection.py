@@ -191,21 +191,11 @@ def add_providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", nargs="+", metavar="NAME", help=text)
 
 
-def chosen_providers(args: argparse.Namespace, cases: Sequence[Case]) -> list[str]:
-    """As given, or the device's defaults for the operations of the cases."""
+def chosen_providers(args: argparse.Namespace, case: Case) -> list[str]:
+    """As given, or the device's defaults for the case's operation: whoever names another's is told that it refuses."""
     where = torch.device(args.device)
-    ours = dict.fromkeys(n for op in _operations(cases) for n, p in op.providers.items() if p.runs_by_default(where) and n != REFERENCE)
+    ours = [n for n, p in operation(case.op).providers.items() if p.runs_by_default(where) and n != REFERENCE]
     return [planted.known(name) for name in args.provider or (*ours, REFERENCE)]
-
-
-def asked(case: Case, providers: Sequence[str], cases: Sequence[Case]) -> list[str]:
-    """Those of a case's operation; one that none of the cases' operations has is asked all the same, since its refusal says so."""
-    others = {name for op in _operations(cases) for name in op.providers} - {*operation(case.op).providers}
-    return [name for name in providers if planted.split(name)[0] not in others]
-
-
-def _operations(cases: Sequence[Case]) -> list[Operation]:
-    return [operation(name) for name in dict.fromkeys(case.op for case in cases)]
 
 
 def watched(args: argparse.Namespace) -> str:
