@@ -70,6 +70,10 @@ class ScoreProblem(Problem):
     def output_names(self) -> tuple[str, ...]:
         return ("out", "probs")[: 1 + self.variant.probs]
 
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        return (True,) * len(self.output_names)
+
     def reference(self, dtype: torch.dtype) -> Results:
         """Computed one head at a time, so that float64 fits; all at once where heads look at each other."""
         shapes = dict(zip(self.output_names, self.output_shapes, strict=True))

@@ -38,12 +38,14 @@ class Found:
         first_bad: the oldest with it.
         between: commits of which neither is known, since they could not be measured.
         steps: all that was measured, in order.
+        left: commits between the two that Ctrl-C left unmeasured; none at a search's own end.
     """
 
     last_good: str
     first_bad: str
     between: tuple[str, ...]
     steps: tuple[Step, ...]
+    left: tuple[str, ...] = ()
 
 
 def commits(root: Path, good: str, bad: str) -> list[str]:
@@ -58,7 +60,7 @@ def search(good: str, candidates: Sequence[str], measure: Measure) -> Found:
     """The first slow commit among the candidates, whose last one must be slow.
 
     A commit has the regression when it is slower than the good one by more than half of what the last one is: the middle between
-    "as fast as before" and "as slow as now".
+    "as fast as before" and "as slow as now". Ctrl-C ends the search with what is known so far.
 
     Raises:
         ValueError: the last candidate is not slower.
@@ -72,7 +74,10 @@ def search(good: str, candidates: Sequence[str], measure: Measure) -> Found:
     while pending:
         middle = len(pending) // 2
         commit = pending[middle]
-        comparison = measure(commit)
+        try:
+            comparison = measure(commit)
+        except KeyboardInterrupt:
+            break
         slow = None if comparison.difference is None else comparison.difference.effect > half
         steps.append(Step(commit, slow, comparison))
         if slow is None:
@@ -84,4 +89,4 @@ def search(good: str, candidates: Sequence[str], measure: Measure) -> Found:
             last_good, pending = commit, pending[middle + 1 :]
     order = [good, *candidates]
     between = order[order.index(last_good) + 1 : order.index(first_bad)]
-    return Found(last_good, first_bad, tuple(c for c in between if c in unknown), tuple(steps))
+    return Found(last_good, first_bad, tuple(c for c in between if c in unknown), tuple(steps), tuple(pending))

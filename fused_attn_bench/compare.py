@@ -91,8 +91,9 @@ class Comparison:
 
     @property
     def remarks(self) -> list[str]:
-        """What else is to be known: what B is worse in, what disturbed, and different backends of one provider, as when only one of two commits has its library built."""
+        """What else is to be known: what B is worse in, what is said of right results, what disturbed, and different backends of one provider, as when only one of two commits has its library built."""
         found = [f"{self.case}: {word}: {text}" for word, text in self.worse.items()]
+        found += [f"{self.case}: {reason}" for reason in dict.fromkeys(r.reason for r in (self.a, self.b) if r.status == "ok" and r.reason)]
         marks = dict.fromkeys((*self.a.marks, *self.b.marks))
         if marks:
             said = "not quiet" if self.difference is None or self.difference.trusted else "not quiet, so that no change is believed"
@@ -111,7 +112,7 @@ class Comparison:
         statuses = (self.a.status, self.b.status)
         if "failed" in statuses:
             return codes.CRASHED
-        if self.b.status == "wrong":
+        if "wrong" in statuses:  # undecided would promise that results were right
             return codes.WORSE
         if self.b.status == "refused":
             return codes.WORSE if self._one_provider and self.a.status == "ok" else codes.GOOD

@@ -192,7 +192,7 @@ def contest(case: Case, makers: Mapping[str, Callable[[], Contestant]], setup: S
         except (DeclarationError, KeyboardInterrupt):
             raise
         except refusals as refusal:
-            results[name] = Result(case.name, name, "refused", line_of(refusal))
+            results[name] = Result(case.name, name, "refused", line_of(refusal) or "no reason given")
             continue
         except BaseException as error:  # a provider may raise anything; the others are measured
             results[name] = Result(case.name, name, "failed", first_line(error))
@@ -280,7 +280,7 @@ def _error(samples: Sequence[float]) -> float:
 def _judged(result: Result, verdict: Verdict, when: str) -> Result:
     """A wrong result has no speed."""
     if not verdict.broken:
-        return replace(result, error=_number(verdict.error))
+        return replace(result, error=_number(verdict.error), reason="; ".join(filter(None, (result.reason, verdict.reason))))
     reason = verdict.reason or f"error {verdict.error:.1e} breaks the error rule in {', '.join(verdict.broken)}"
     return _untimed(replace(result, error=_number(verdict.error)), "wrong", f"{when}: {reason}")
 

@@ -111,9 +111,10 @@ class Problem:
             made = operation.inputs(self._make(case.name), self.sizes)
         if not isinstance(made, Mapping) or not made or not all(isinstance(t, Tensor) for t in made.values()):
             raise DeclarationError(f"{case.op}: inputs must return tensors by name; got {_shown(made)}")
-        needs = case.mode != FORWARD
-        self.tensors: Results = {n: t.detach().requires_grad_(needs and t.is_floating_point()) for n, t in made.items()}
+        self.tensors: Results = self._leaves_of(made)
         self._originals = {name: t.detach().clone() for name, t in self.tensors.items()}
+        # What providers were given: views of the tensors, each provider's its own.
+        self._lent: list[Results] = []
 
     def _make(self, seed: str) -> Make:
         """The generator of values depends on the operation, variant and sizes, so that modes and dtypes have the same ones."""
@@ -121,24 +122,53 @@ class Problem:
         seeded = torch.Generator().manual_seed(zlib.crc32("/".join((*words[:2], *words[4:])).encode()))
         return Make(self.case, self.device, seeded)
 
+    def _leaves_of(self, tensors: Mapping[str, Tensor]) -> Results:
+        """Views that are leaves of a graph, with nothing on them that others left there; a write through one is seen by all."""
+        needs = self.case.mode != FORWARD
+        return {name: t.detach().requires_grad_(needs and t.is_floating_point()) for name, t in tensors.items()}
+
     @property
     def leaves(self) -> Results:
         """The tensors that have gradients."""
-        return {name: t for name, t in self.tensors.items() if t.is_floating_point()}
+        return _floating(self.tensors)
 
     @cached_property
     def incoming(self) -> tuple[Tensor, ...]:
-        """Gradients that arrive at the outputs; none in a forward pass."""
+        """Gradients that arrive at the outputs that have one, in their order; none in a forward pass.
+
+        Raises:
+            DeclarationError: no output has one.
+        """
         if self.case.mode == FORWARD:
             return ()
+        if not any(self.differentiable):
+            raise DeclarationError(
+                f"{self.case.op}: with gradients=True an output must depend on a floating input so that it has a gradient; "
+                f"{', '.join(self.output_names)} has none. Leave gradients out."
+            )
         make = self._make(f"{self.case.name}/incoming")
-        return tuple(make.normal(*shape) for shape in self.output_shapes)
+        return tuple(make.normal(*shape) for shape, has in zip(self.output_shapes, self.differentiable, strict=True) if has)
 
     @cached_property
+    def _returned(self) -> tuple[tuple[tuple[int, ...], bool], ...]:
+        """Of what the reference returns, shapes and whether it has a gradient."""
+        with torch.set_grad_enabled(self.case.mode != FORWARD):
+            return tuple((tuple(t.shape), t.requires_grad) for t in self.outputs_of(self.plain(*self._leaves_of(self.tensors).values())))
+
+    @property
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of what the reference returns."""
-        with torch.no_grad():
-            return tuple(tuple(t.shape) for t in self.outputs_of(self.plain(*self.tensors.values())))
+        return tuple(shape for shape, _ in self._returned)
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Whether each output has a gradient; integers and what is detached have none."""
+        return tuple(has for _, has in self._returned)
+
+    def gradients(self, outputs: Sequence[Tensor], leaves: Sequence[Tensor], incoming: Sequence[Tensor], again: bool = False) -> Any:
+        """Of the leaves, through the outputs that have one; ``again`` keeps the graph."""
+        through = [t for t, has in zip(outputs, self.differentiable, strict=True) if has]
+        return torch.autograd.grad(through, leaves, incoming, retain_graph=again)
 
     @contextmanager
     def kept(self) -> Iterator[list[str]]:
@@ -154,7 +184,16 @@ class Problem:
                 written += self.restore()
 
     def restore(self) -> list[str]:
-        """Writes the original values into tensors that have others; returns their names."""
+        """Writes the original values into tensors that have others, and gives lent ones back what was taken from them; returns their names."""
+        changed = self._rewritten()
+        for lent in self._lent:
+            for name, tensor in lent.items():
+                if _place(tensor) != _place(self.tensors[name]):
+                    tensor.data = self.tensors[name].data
+                    changed.append(name)
+        return [name for name in self.tensors if name in changed]
+
+    def _rewritten(self) -> list[str]:
         changed = []
         for name, original in self._originals.items():
             tensor = self.tensors[name]
@@ -200,30 +239,45 @@ class Problem:
 
     def caller(self, forward: Function) -> Callable[[], Results]:
         """A forward function in the case's mode."""
-        tensors, leaves = tuple(self.tensors.values()), tuple(self.leaves.values())
+        # Of its own: a hook, a gradient or another requires_grad that one provider leaves on a tensor is not the others'.
+        lent = self._leaves_of(self.tensors)
+        self._lent.append(lent)
+        tensors, leaves = tuple(lent.values()), tuple(_floating(lent).values())
+        incoming = tuple(t.clone() for t in self.incoming)  # a backward pass may write into what arrives
         if self.case.mode == FORWARD:
             return lambda: self.results(self.outputs_of(forward(*tensors)))
         if self.case.mode == BOTH:
 
             def both() -> Results:
                 outputs = self.outputs_of(forward(*tensors))
-                return self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming))
+                return self.results(outputs, self.gradients(outputs, leaves, incoming))
 
             return both
         outputs = self.outputs_of(forward(*tensors))
-        return lambda: self.results(outputs, torch.autograd.grad(outputs, leaves, self.incoming, retain_graph=True))
+        return lambda: self.results(outputs, self.gradients(outputs, leaves, incoming, again=True))
 
     def reference(self, dtype: torch.dtype) -> Results:
         """The definition's results, computed in ``dtype``."""
         tensors = [t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in self.tensors.values()]
         outputs = self.outputs_of(self.plain(*tensors))
         leaves = [t for t in tensors if t.is_floating_point()]
-        grads = torch.autograd.grad(outputs, leaves, [t.to(dtype) for t in self.incoming]) if self.incoming else ()
+        grads = self.gradients(outputs, leaves, [t.to(dtype) for t in self.incoming]) if self.incoming else ()
         return self.results(outputs, grads)
 
     def judge(self) -> Judge:
         """Holds results to the error rule."""
-        return Judge(self.reference(torch.float64), self.reference(dtype_of(self.case.dtype)), self.tolerance)
+        exact = self.reference(torch.float64)
+        return Judge(exact, self.reference(dtype_of(self.case.dtype)), self.tolerance, self._unexplained(exact))
+
+    def _unexplained(self, exact: Results) -> str:
+        """What is said of NaN in the exact results that no input explains; empty where there is none."""
+        if not all(t.isfinite().all() for t in self.tensors.values()):
+            return ""
+        parts = {name: 100 * float(t.isnan().double().mean()) for name, t in exact.items() if t.numel()}
+        found = ", ".join(f"{part:.3g}% of {name}" for name, part in parts.items() if part)
+        return (
+            f"the reference itself is NaN in {found}, and every input is finite: who is NaN there as well counts as right" if found else ""
+        )
 
     @property
     def tolerance(self) -> Tolerance:
@@ -283,6 +337,15 @@ class Problem:
                 raise RuntimeError(f"metric {name} must be a finite number; got {value}")
             found[name] = value
         return found
+
+
+def _floating(tensors: Mapping[str, Tensor]) -> Results:
+    return {name: t for name, t in tensors.items() if t.is_floating_point()}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where and how a tensor lies in memory: what it has in common with a view of all of it."""
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _bits(tensor: Tensor) -> Tensor:

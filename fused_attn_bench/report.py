@@ -45,7 +45,7 @@ def build(
     import jinja2
     from markupsafe import Markup
 
-    devices, data = read(history, run, program), ""
+    devices, data = read(history, run, program, compared), ""
     for part in (1, 2, 4, 8, 16):  # names and messages may be longer than the limits allow for
         data = _json(contents(devices, compared, title=title, program=program, part=part))
         if len(data.encode()) < MOST:

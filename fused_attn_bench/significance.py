@@ -23,6 +23,8 @@ ENOUGH = 3
 TRIM = 1 / 8
 # A standard deviation of 1e-6: real times are never exactly equal, and without a spread any difference would be infinitely significant.
 LEAST_VARIANCE = 1e-12
+# Half of an interval, or a change that could have been found, beyond 100 % tells only that there were too few launches.
+TELLING = math.log(2)
 # A change of the size that is said to be findable is found so often.
 POWER = 0.95
 
@@ -88,8 +90,12 @@ class Difference:
         """The verdict; where nothing is decided, with half of the interval."""
         if self.verdict != UNDECIDED:
             return self.verdict
-        half = (self.high - self.low) / 2
-        return f"{UNDECIDED} (± {100 * math.expm1(half):.1f}%)" if math.isfinite(half) else f"{UNDECIDED} (too few runs)"
+        return f"{UNDECIDED} (± {100 * math.expm1(self.half):.1f}%)" if self.half <= TELLING else f"{UNDECIDED} (too few runs)"
+
+    @property
+    def half(self) -> float:
+        """Half of the interval, a log ratio."""
+        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fused_attn_bench.compare import Comparison
 from fused_attn_bench.operation import COLUMNS, REFERENCE
 from fused_attn_bench.quiet import doubts
 from fused_attn_bench.results import Result
-from fused_attn_bench.significance import SAME
+from fused_attn_bench.significance import SAME, TELLING, Difference
 from fused_attn_bench.text import ratio, seconds, size, table
 
 # Before a time that is no plain fact.
@@ -59,8 +59,8 @@ def results(measured: Sequence[Result]) -> str:
             shown = r.case
             peak, error = "-" if r.peak is None else size(r.peak), "-" if r.error is None else f"{r.error:.1e}"
             rows.append((name, r.provider, r.backend or "-", *figures(r, measured), peak, error, *(metric(r, name) for name in own)))
-        if r.reason:
-            grouped.setdefault((r.provider, r.status, r.reason), []).append(r.case)
+        if r.reason or r.status != "ok":
+            grouped.setdefault((r.provider, r.status, r.reason or "no reason given"), []).append(r.case)
         for doubt in doubts(r):
             grouped.setdefault((DOUBT, doubt), []).append(r.case)
     lines = [table((*COLUMNS, *own), rows, left=3)] if rows else []
@@ -104,8 +104,14 @@ def _cells(c: Comparison, words: Words) -> tuple[str, ...]:
     d = c.difference
     if d is None:
         return (c.case, *times, "-", "-", "-", "-", "-", c.words)
-    low, high = (_percent(x) for x in (d.low, d.high))
-    return (c.case, *times, _percent(d.effect), f"{low} … {high}", f"{d.p:.1g}", _percent(d.floor), _percent(d.smallest), c.words)
+    finds = _percent(d.smallest) if d.smallest <= TELLING else "too few launches"
+    return (c.case, *times, _percent(d.effect), _interval(d), f"{d.p:.1g}", _percent(d.floor), finds, c.words)
+
+
+def _interval(d: Difference) -> str:
+    """From … to; question marks where it is so wide that it says nothing."""
+    low, high = (_percent(x if d.half <= TELLING else math.inf) for x in (d.low, d.high))
+    return f"{low} … {high}"
 
 
 def _percent(effect: float) -> str:
@@ -122,8 +128,7 @@ def change(c: Comparison) -> str:
     """One line on a comparison."""
     if c.difference is None:
         return c.words
-    low, high = _percent(c.difference.low), _percent(c.difference.high)
-    return f"{_percent(c.difference.effect)} ({low} … {high}): {c.words}"
+    return f"{_percent(c.difference.effect)} ({_interval(c.difference)}): {c.words}"
 
 
 def comparisons(compared: Sequence[Comparison], words: Words | None = None) -> str:

@@ -199,7 +199,8 @@ def test_wrong(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     load, before = ("--load", str(tmp_path / "wrong.py")), stored.read_text()
     assert check(stored, *load) == 1
     assert "breaks the error rule in out" in capsys.readouterr().out
-    assert check(stored, *load, "--update", "--case", *CASES) == 1 and stored.read_text() == before
+    assert check(stored, *load, "--update", "--case", *CASES, "--json", str(tmp_path / "u.json")) == 1 and stored.read_text() == before
+    assert json.loads((tmp_path / "u.json").read_text())["code"] == 1
 
 
 def test_another_machine(drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from benchmarks import __main__ as cli
 from benchmarks.project import PROJECT
 from fused_attn_bench import bisection, compare, project, worker
 from fused_attn_bench.case import Case
-from fused_attn_bench.compare import Comparison
+from fused_attn_bench.compare import Comparison, Interrupted
 from fused_attn_bench.harness import Setup
 from fused_attn_bench.history import History
 from fused_attn_bench.operation import OPERATIONS, Operation
@@ -143,16 +143,70 @@ def test_a_process_that_dies_says_its_last_words(tmp_path: Path) -> None:
         process.close()
 
 
+SLOW_NOW = Comparison("c", Result("c", "p"), Result("c", "p"), Difference(0.1, 0.09, 0.11, 1e-6, 8))
+SAME_THEN = Comparison("c", Result("c", "p"), Result("c", "p"), Difference(0.0, -0.01, 0.01, 0.5, 8))
+
+
+@pytest.mark.quick
+def test_ctrl_c_leaves_what_a_search_knows() -> None:
+    commits, answers = [commit_of(i) for i in range(8)], iter([SLOW_NOW, SAME_THEN])
+
+    def measure(commit: str) -> Comparison:
+        for answer in answers:
+            return answer
+        raise KeyboardInterrupt
+
+    found = bisection.search("good", commits, measure)
+    assert (found.last_good, found.first_bad, found.left) == ("c003", "c007", ("c004", "c005", "c006")) and len(found.steps) == 2
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("at", [1, 2])
+def test_bisect_shows_what_ctrl_c_left(
+    at: int, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the comparison of BAD, or of the commit after it; the one under way is shown and kept too."""
+    calls = 0
+
+    def compared(*arguments: object) -> list[Comparison]:
+        nonlocal calls
+        calls += 1
+        found = replace(SLOW_NOW, case=CASES[0].name)
+        if calls == at:
+            raise Interrupted([found])
+        return [found]
+
+    monkeypatch.setattr("fused_attn_bench.compare.compare", compared)
+    monkeypatch.setattr("fused_attn_bench.sides.Commits.__enter__", lambda self: self)
+    monkeypatch.setattr("fused_attn_bench.sides.Commits.__exit__", lambda *arguments: None)
+    options = ["--device", "cpu", "--case", CASES[0].name, "--db", str(tmp_path / "h.sqlite"), "--json", str(tmp_path / "b.json")]
+    assert cli.main(["bisect", "one", "four", *options]) == 130
+    shown, written = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
+    assert shown.count(", interrupted") == 1 and written["code"] == 130
+    assert len(History(tmp_path / "h.sqlite").comparisons()) == len(written["steps"]) == at
+    if at == 1:
+        assert "interrupted; BAD is not judged yet, and 2 commits between GOOD and BAD are left" in shown and len(written["left"]) == 3
+    else:
+        assert "interrupted; 1 commits are judged, 2 are left: " in shown and "\nlast good " in shown and "\nfirst slow " in shown
+        assert len(written["left"]) == 2 and written["first_bad"]
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("difference", "status", "code"),
-    [(Difference(0.01, -0.06, 0.08, 0.5, 8), "ok", 3), (None, "failed", 4), (Difference(0.0, -0.01, 0.01, 0.5, 8), "ok", 2)],
+    [
+        (Difference(0.01, -0.06, 0.08, 0.5, 8), "ok", 3),
+        (None, "failed", 4),
+        (None, "wrong", 1),
+        (None, "refused", 3),
+        (Difference(0.0, -0.01, 0.01, 0.5, 8), "ok", 2),
+    ],
 )
 def test_bisect_without_a_slow_end(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: Difference | None, status: str, code: int
 ) -> None:
-    """Undecided and failed are not the user's mistake; "no change" is."""
-    compared = [Comparison("c", Result("c", "p"), Result("c", "p", status), difference)]
+    """Undecided, wrong and failed are not the user's mistake; "no change" is."""
+    compared = [Comparison("c", Result("c", "p", "refused" if status == "refused" else "ok"), Result("c", "p", status), difference)]
     monkeypatch.setattr("fused_attn_bench.compare.compare", lambda *arguments: compared)
     monkeypatch.setattr("fused_attn_bench.sides.Commits.__enter__", lambda self: self)
     monkeypatch.setattr("fused_attn_bench.sides.Commits.__exit__", lambda *arguments: None)

@@ -220,7 +220,7 @@ BESIDE = (Result("c", "p", peak=2**20), Result("c", "p", peak=2**26))
         (codes.WORSE, Comparison("c", *BESIDE, Difference(0.0, -0.05, 0.05, 0.5, 8))),
         (codes.WORSE, Comparison("c", OK, Result("c", "p", "wrong", "error"))),
         (codes.WORSE, Comparison("c", Result("c", "p", "wrong"), Result("c", "p", "wrong"))),
-        (codes.UNDECIDED, Comparison("c", Result("c", "p", "wrong"), OK)),
+        (codes.WORSE, Comparison("c", Result("c", "p", "wrong"), OK)),
         (codes.CRASHED, Comparison("c", OK, Result("c", "p", "failed", "no"))),
         (codes.CRASHED, Comparison("c", Result("c", "p@a", "failed"), Result("c", "p@b"))),
         (codes.WORSE, Comparison("c", Result("c", "p@a"), Result("c", "p@b", "refused", "no longer"))),

@@ -17,14 +17,14 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import providers
-from fused_attn_bench import harness, planted, roofs, tables, timers
+from fused_attn_bench import compare, harness, planted, roofs, tables, timers
 from fused_attn_bench.case import Case
 from fused_attn_bench.commands import run, selection
 from fused_attn_bench.harness import About, Setup, contest, measure
 from fused_attn_bench.history import History
 from fused_attn_bench.judge import Results, Verdict
 from fused_attn_bench.operation import OPERATIONS, Provider
-from fused_attn_bench.problem import Problem
+from fused_attn_bench.problem import Problem, Refusal
 from fused_attn_bench.results import Result, load
 from fused_attn_bench.timers import Sample, WallTimer
 
@@ -101,6 +101,17 @@ def test_what_cannot_be_checked_is_not_run(monkeypatch: pytest.MonkeyPatch) -> N
     results = measure(CASE, ["fused_attn", "eager"], SOON)
     assert [r.status for r in results] == ["failed", "failed"]
     assert "the check needs about" in results[0].reason
+
+
+def test_a_refusal_without_a_word_is_shown(extra: Callable[[str, providers.Maker], None]) -> None:
+    def refuse(problem: Problem) -> providers.Forward:
+        raise Refusal
+
+    extra("silent", refuse)
+    (silent,) = measure(CASE, ["silent"], SOON)
+    assert "silent refused" in (shown := tables.results([silent])) and shown.endswith(": no reason given")
+    assert tables.results([replace(silent, reason="")]) == shown, "as an earlier version kept it"
+    assert compare.Comparison(CASE.name, silent, silent).words == "refused: silent: no reason given; silent: no reason given"
 
 
 class Scripted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, compare, harness
+from fused_attn_bench import DeclarationError, Make, Operation, Problem, Refusal, Tolerance, compare, harness, tables
+from fused_attn_bench.compare import Comparison
 from fused_attn_bench.harness import Setup, measure
-from fused_attn_bench.operation import OPERATIONS, load
+from fused_attn_bench.judge import Judge
+from fused_attn_bench.operation import OPERATIONS, Provider, load
 from fused_attn_bench.project import Project
 from fused_attn_bench.results import Result
 from fused_attn_bench.sides import Separate
@@ -108,6 +110,7 @@ BAD = {
     "exits": (lambda x, weight: exit(3), "failed", "SystemExit: 3"),
     "asserts": (lambda x, weight: throw(AssertionError()), "failed", "AssertionError: no message"),
     "refuses": (lambda x, weight: throw(Refusal("never")), "refused", "never"),
+    "refuses without a word": (lambda x, weight: throw(Refusal()), "refused", "no reason given"),
     "text": (lambda x, weight: "x", "failed", "must return 1 tensor(s); got str 'x'"),
     "two": (lambda x, weight: (x, x), "failed", "must return 1 tensor(s)"),
     "nan": (lambda x, weight: x * torch.nan, "wrong", "out has NaN or infinity where float64 has none"),
@@ -186,6 +189,10 @@ DECLARATIONS = {
     "a provider's name": (lambda: scaled().provider("a+5%")(print), "must be a word"),
     "a case of two sizes": (lambda: scaled(cases=("plain/fwd/float32/4",)).defaults(CPU), "a case of scaled is scaled/plain/"),
     "a mode that is not there": (lambda: scaled(gradients=False, cases=("plain/bwd/float32/4x8",)).defaults(CPU), "a case of scaled is"),
+    "no output has a gradient": (
+        lambda: measured(scaled(reference=lambda x, weight: (x * weight).argmax(-1)), "fwd+bwd"),
+        "with gradients=True an output must depend on a floating input so that it has a gradient; out has none. Leave gradients out.",
+    ),
     "inputs give a list": (lambda: measured(scaled(inputs=lambda make, sizes: [1])), "inputs must return tensors by name; got list '[1]'"),
     "flops are text": (
         lambda: measured(scaled(flops=lambda problem: "many")),
@@ -427,3 +434,98 @@ def test_who_crashes_its_process_ends_its_case_only(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="the process of the measuring ended with code 3"):
                 make(cases[0], 0)
+
+
+def hooked(x: Tensor, weight: Tensor) -> Tensor:
+    x.register_hook(lambda gradient: 2 * gradient)
+    return x * weight
+
+
+def graded(x: Tensor, weight: Tensor) -> Tensor:
+    (x * weight).sum().backward()
+    return x.requires_grad_(False) * weight
+
+
+def arriving(x: Tensor, weight: Tensor) -> Tensor:
+    out = x * weight
+    out.register_hook(lambda gradient: gradient.mul_(2))
+    return out
+
+
+@pytest.mark.parametrize("mode", ["bwd", "fwd+bwd"])
+@pytest.mark.parametrize("provider", [hooked, graded, arriving])
+def test_what_a_provider_leaves_on_its_inputs_is_its_own(provider: Callable[..., Tensor], mode: str) -> None:
+    operation = scaled()
+    operation.providers = {"bad": Provider(lambda problem: provider, lambda device: True), **operation.providers}
+    operation.provider("turned")(lambda x, weight: weight * x)
+    found = measured(operation, mode)
+    assert found.pop("bad").status != "ok" and {r.status for r in found.values()} == {"ok"}
+
+
+def test_a_square_input_that_is_turned_is_told() -> None:
+    operation = Operation("square", ("rows",), lambda make, sizes: {"x": make.normal(sizes["rows"], sizes["rows"])}, lambda x: x + x.mT)
+    operation.provider("turns")(lambda x: x + x.t_())
+    operation.provider("after")(lambda x: x.mT + x)
+    found = measure(operation.case("square/plain/fwd/float32/4"), ("turns", "after"), SOON)
+    assert [r.status for r in found] == ["wrong", "ok"] and "writes into its inputs: x" in found[0].reason
+
+
+def test_truth_values_are_equal_or_wrong() -> None:
+    operation = scaled(reference=lambda x, weight: x > 0, gradients=False)
+    operation.provider("same")(lambda x, weight: ~(x <= 0))
+    operation.provider("one-off")(lambda x, weight: (x > 0).logical_xor(torch.arange(8) == 3))
+    found = measured(operation)
+    assert {name: r.status for name, r in found.items()} == {"eager": "ok", "same": "ok", "one-off": "wrong"}
+    assert "breaks the error rule in out" in found["one-off"].reason and found["eager"].error == 0.0
+
+
+def test_a_truth_value_that_rounding_turns_is_left_out_and_no_other() -> None:
+    exact, plain = torch.tensor([True, False, True]), torch.tensor([True, True, True])
+    judge = Judge({"out": exact}, {"out": plain})
+    assert not judge({"out": exact}).broken and not judge({"out": plain}).broken and judge({"out": ~exact}).broken == ("out",)
+
+
+def test_large_integers_are_held_exactly() -> None:
+    exact = torch.tensor([2**60, 1])
+    assert Judge({"out": exact}, {"out": exact})({"out": exact + torch.tensor([1, 0])}).broken == ("out",)
+
+
+def test_complex_results_are_held_with_both_parts() -> None:
+    operation = scaled(reference=lambda x, weight: torch.fft.fft(x * weight), gradients=False)
+    operation.provider("real")(lambda x, weight: torch.fft.fft(x * weight).real + 0j)
+    operation.provider("full")(lambda x, weight: torch.fft.fft(weight * x))
+    assert {name: r.status for name, r in measured(operation).items()} == {"eager": "ok", "real": "wrong", "full": "ok"}
+
+
+@pytest.mark.parametrize("mode", ["bwd", "fwd+bwd"])
+def test_gradients_go_through_the_outputs_that_have_one(mode: str) -> None:
+    """Values and places of the largest three, and a figure that is detached."""
+
+    def largest(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        values, places = (x * weight).topk(3)
+        return places, values, values.detach().mean()
+
+    operation = scaled(reference=largest, outputs=("places", "values", "mean"))
+    operation.provider("again")(largest)
+    operation.provider("other")(lambda x, weight: largest(x, 1.001 * weight))
+    problem = operation.of(operation.case(f"scaled/plain/{mode}/float32/4x8"), CPU)
+    assert set(operation.bind("again", problem)()) == {"places", "values", "mean", "dx", "dweight"} and len(problem.incoming) == 1
+    found = measured(operation, mode)
+    assert {name: r.status for name, r in found.items()} == {"eager": "ok", "again": "ok", "other": "wrong"}
+
+
+def test_a_reference_that_is_nan_says_so() -> None:
+    """Whatever is NaN there counts as right, also a provider that computes nothing."""
+    operation = scaled(reference=lambda x, weight: (x * weight).log() * 0, gradients=False)
+    operation.provider("nothing")(lambda x, weight: (x * weight).log() * 0)
+    found = measured(operation)
+    for result in found.values():
+        assert result.status == "ok" and result.reason.startswith("the reference itself is NaN in ") and "% of out" in result.reason
+    assert "the reference itself is NaN" in tables.results(list(found.values()))
+    compared = Comparison("scaled/plain/fwd/float32/4x8", found["eager"], found["nothing"])
+    assert [remark.count("the reference itself") for remark in compared.remarks] == [1]
+
+
+def test_nan_that_an_input_has_needs_no_word() -> None:
+    inputs = {"inputs": lambda make, sizes: {"x": make.normal(4, 8).masked_fill(torch.arange(8) == 3, torch.nan), "weight": make.normal(8)}}
+    assert [(r.status, r.reason) for r in measured(scaled(**inputs)).values()] == [("ok", "")]

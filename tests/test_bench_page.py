@@ -68,6 +68,15 @@ def browser(folder: Path) -> Iterator[Chrome]:
     driver.quit()
 
 
+@browser_test
+def test_a_page_of_comparisons_only(browser: Chrome, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(report.build([], compared=compared()), encoding="utf-8")
+    browser.get_log("browser")
+    opened(browser, tmp_path)
+    assert "slower" in find(browser, "#compared").text and "1 slower" in find(browser, "#verdicts").text
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
 @pytest.fixture
 def fresh(browser: Chrome, folder: Path) -> Chrome:
     browser.set_window_size(1200, 900)

@@ -101,7 +101,7 @@ def test_roofs_are_measured_again_when_something_passes_them(monkeypatch: pytest
     monkeypatch.setattr(harness, "WARM_UP", 0.0)
     found: Iterator[Roofs] = iter([Roofs(1e-3, 1e-3), Roofs(1e30, 1e30)])
     monkeypatch.setattr(roofs, "measure", lambda *args, **more: next(found))
-    ((kept,),) = run.measured([CASE], ["eager"], SOON, {})
+    ((kept,),) = run.measured([CASE], [["eager"]], SOON, {})
     assert kept.roofs == (1e30, 1e30) and "faster than the measured roofs allow" not in doubts(kept)
 
 

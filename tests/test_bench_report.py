@@ -123,7 +123,7 @@ def test_a_page_of_almost_nothing() -> None:
     odd = replace(blank, case="<b>no case", samples=(1.0,), status="ok", reason="", flops=1.0, bytes=1.0, roofs=(1.0, 1.0))
     assert data_of(report.build([odd]))["devices"][0]["rows"][0]["tags"] == ["", "", "", "", "sdpa", "ok"], "a name that is no case's"
     for run in (None, "nothing"):
-        with pytest.raises(ResultsError, match=r"It has none yet: measure run"):
+        with pytest.raises(ResultsError, match=r"(It has none yet|holds none. Measure some): measure run"):
             report.build([], run, program="measure")
 
 
@@ -194,6 +194,21 @@ def test_runs_are_told_apart() -> None:
     device = data_of(report.build(history(), "run03"))["devices"][0]
     assert device["runs"][device["run"]]["id"] == "run03"
     assert data_of(report.build(history(), "gpu0"))["devices"][0]["name"] == "another", "the run's device comes first"
+
+
+def test_a_history_of_comparisons_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = compared()
+    stamp = {"run": "c1", "time": "2026-02-01T00:00:00+00:00", "timer": "wall"}
+    History(tmp_path / "h.sqlite").add([replace(one, **stamp)])
+    paths = ["--db", str(tmp_path / "h.sqlite"), "--out", str(tmp_path / "p.html"), "--plots", str(tmp_path / "figures")]
+    assert cli.main(["report", *paths]) == 0
+    (device,) = data_of((tmp_path / "p.html").read_text())["devices"]
+    assert device["name"] == "a chip" and device["rows"] == [] and device["runs"][device["run"]]["id"] == "c1"
+    assert [c["verdict"] for c in device["comparisons"]] == ["slower"]
+    elsewhere = replace(one, **stamp, environment={"device": "a third"})
+    assert [d["name"] for d in data_of(report.build(history(), compared=[elsewhere]))["devices"]] == ["a chip", "another", "a third"]
+    assert cli.main(["report", *paths, "--since", "2027-01-01"]) == 2
+    assert "the history must hold results or comparisons" in capsys.readouterr().err
 
 
 def test_a_part_of_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,6 +158,15 @@ def test_a_second_writer_waits(tmp_path: Path) -> None:
     assert second.add([RESULT]) == 1
 
 
+def test_export_says_what_it_wrote_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    History(tmp_path / "a.sqlite").add([RESULT])
+    options = ["--db", str(tmp_path / "a.sqlite"), "--json", "-"]
+    assert cli.main(["export", str(tmp_path / "out.jsonl"), *options]) == 0
+    shown = {"file": str(tmp_path / "out.jsonl"), "results": 1, "comparisons": 0, "noise floors": 0}
+    assert json.loads(capsys.readouterr().out) == shown
+    assert cli.main(["export", "-", *options]) == 2 and "both are -" in capsys.readouterr().err
+
+
 def test_export_and_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     History(tmp_path / "a.sqlite").add([RESULT, replace(RESULT, run="r2")])
     lines = tmp_path / "out.jsonl"

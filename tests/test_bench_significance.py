@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import power_simulated
+from fused_attn_bench import tables
+from fused_attn_bench.compare import Comparison
+from fused_attn_bench.results import Result
 from fused_attn_bench.significance import (
     FASTER,
     SAME,
@@ -159,3 +162,14 @@ def test_the_promise_holds_on_simulated_noise(command: str, kind: str) -> None:
     assert tallies["nothing changed"].alarms <= 3, "one run in a hundred; four or more of a hundred are a chance of 2 %"
     if kind == "equal":
         assert tallies["8 % slower"].found >= 0.95 * 100
+
+
+def test_what_so_few_launches_could_find_is_no_number() -> None:
+    """Three launches with a spoiled one among them would find changes by a factor of millions."""
+    ((found,),) = differences([[of_mean([0.0, 0.1, 5.0])]])
+    assert found.smallest > math.log(2) and math.isfinite(found.high) and found.text == "undecided (too few runs)"
+    result = Result("softmax/plain/fwd/float32/8", "p")
+    shown = tables.comparisons([Comparison(result.case, result, result, found, (1.0, 1.0))])
+    assert "too few launches" in shown and "? … ?" in shown and "(? … ?)" in tables.change(Comparison(result.case, result, result, found))
+    ((steady,),) = differences([[of_mean([0.0, 0.001, 0.002])]])
+    assert "too few" not in tables.comparisons([Comparison(result.case, result, result, steady, (1.0, 1.0))])

@@ -28,6 +28,8 @@ CUDA = torch.device("cuda")
 def test_a_provider_runs_once_for_a_profiler_around_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", CASE, "--provider", "eager", "--tool", "none", "--device", "cpu", "--calls", "2"]) == 0
     assert capsys.readouterr().out == f"eager ran 2 times on {CASE}\n"
+    assert cli.main(["profile", CASE, "--provider", "eager", "--tool", "none", "--device", "cpu", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"code": 0, "case": CASE, "provider": "eager", "tool": "none", "calls": 1}
 
 
 @pytest.mark.quick
@@ -35,6 +37,10 @@ def test_a_provider_runs_once_for_a_profiler_around_it(capsys: pytest.CaptureFix
     ("arguments", "sentence"),
     [
         (["--provider", "nobody"], "a provider must be one of"),
+        (
+            ["--provider", "sdpa:cudnn", "--tool", "none"],
+            "sdpa:cudnn must be able to compute softmax/plain/fwd/float32/1x1x4x8; it refuses: has no softmax.",
+        ),
         (["--provider", "eager", "--calls", "0"], "--calls must be at least 1"),
         (["--provider", "eager", "--tool", "nsys"], "--tool nsys needs nsys on PATH"),
     ],
@@ -211,3 +217,67 @@ def test_what_has_no_instructions() -> None:
         sass.instructions(SimpleNamespace(device_caches={}))
     with pytest.raises(ValueError, match="counted in a cubin; nvdisasm says"):
         sass.instructions(b"no cubin")
+
+
+LOUD = """
+import os, torch
+from fused_attn_bench import Operation
+op = Operation("loud", ("n",), lambda make, sizes: {"x": make.normal(sizes["n"])}, lambda x: 2 * x, cases=("plain/fwd/float32/8",))
+@op.provider("raw")
+def raw(x):
+    os.write(1, b"raw words\\n")
+    print("printed words")
+    return x + x
+"""
+
+
+@pytest.mark.quick
+def test_json_on_standard_output_is_alone_there(tmp_path: Path) -> None:
+    """Whatever a provider writes to descriptor 1, past Python's own standard output, is for people."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    options = ["--load", "loud.py", "--device", "cpu", "--seconds", "0", "--rounds", "2", "--db", "h.sqlite", "--json", "-"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "fused_attn_bench", "run", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["provider"] for line in done.stdout.splitlines()] == ["raw", "eager"]
+    assert "raw words" in done.stderr and "printed words" in done.stderr and "vs eager" in done.stderr
+
+
+TWO = """
+import torch
+from fused_attn_bench import Operation
+make = lambda make, sizes: {"x": make.normal(sizes["n"])}
+for name, who in (("floats", "sum"), ("ints", "shift")):
+    op = Operation(name, ("n",), make, lambda x: 2 * x, cases=("plain/fwd/float32/8",))
+    op.provider(who)(lambda x: x + x)
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("more", [[], ["--op", "ints"], ["--op", "floats", "--provider", "shift"]])
+def test_providers_of_other_operations_are_not_asked(more: list[str], tmp_path: Path) -> None:
+    """Unless one is named: its refusal says so."""
+    (tmp_path / "two.py").write_text(TWO)
+    options = ["--load", "two.py", "--device", "cpu", "--seconds", "0", "--rounds", "2", "--db", "h.sqlite", "--json", "found.json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "fused_attn_bench", "run", *options, *more]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in (tmp_path / "found.json").read_text().splitlines()]
+    asked = [(r["case"].partition("/")[0], r["provider"]) for r in found]
+    if more[-2:] == ["--provider", "shift"]:
+        assert asked == [("floats", "shift")] and "shift refused (floats/plain/fwd/float32/8): has no floats" in done.stdout
+        return
+    every = [("floats", "sum"), ("floats", "eager"), ("ints", "shift"), ("ints", "eager")]
+    assert asked == [(op, who) for op, who in every if op == "ints" or not more]
+    assert "refused" not in done.stdout
+
+
+@pytest.mark.quick
+def test_a_baseline_is_of_the_operations_that_have_the_provider(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    options = ["--load", "two.py", "--of", "shift", "--update", "--device", "cpu", "--seconds", "0", "--rounds", "2", "--launches", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "fused_attn_bench", "check", "b.jsonl", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 entries written" in done.stdout, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from fused_attn_bench.commands.compare import add_launches, add_limits, add_most
 from fused_attn_bench.compare import Comparison, Launches, Plan
 from fused_attn_bench.environment import KEY, describe
 from fused_attn_bench.harness import Setup
-from fused_attn_bench.operation import case_of
+from fused_attn_bench.operation import case_of, operation
 from fused_attn_bench.results import machine
 from fused_attn_bench.sides import Separate
 from fused_attn_bench.text import ratio, table
@@ -86,12 +86,13 @@ def _update(args: argparse.Namespace, setup: Setup, described: Mapping[str, str]
         {"case": c.case, "multiple": made[c.case].median if c.case in made else None, "status": c.b.status, "reason": c.b.reason}
         for c in compared
     ]
-    outputs.write(args.json, [outputs.line({"environment": dict(described), "cases": content})])
-    if stopped:
-        print(f"interrupted; {args.baseline} is left as it was")
-        return codes.INTERRUPTED
-    if len(made) < len(compared):
-        return codes.WORSE if any(c.b.status == "wrong" for c in compared) else codes.CRASHED
+    code = codes.INTERRUPTED if stopped else codes.GOOD
+    if not stopped and len(made) < len(compared):
+        code = codes.WORSE if any(c.b.status == "wrong" for c in compared) else codes.CRASHED
+    outputs.write(args.json, [outputs.line({"code": code, "environment": dict(described), "cases": content})])
+    if code != codes.GOOD:
+        print(f"{'interrupted; ' * stopped}{args.baseline} is left as it was")
+        return code
     baseline.write(list(made.values()), args.baseline)
     print(f"{len(made)} entries written to {args.baseline}")
     if any(entry.marks for entry in made.values()):
@@ -106,6 +107,8 @@ def _measured(
     for name in pair:
         planted.known(name)
     cases = selection.chosen_cases(args) if args.update else [case_of(e.case) for e in baseline.read(args.baseline)]
+    if args.update and not args.case:  # of the operations that have both; whoever names a case is told of a refusal
+        cases = [c for c in cases if {planted.split(name)[0] for name in pair} <= {*operation(c.op).providers}] or cases
     last: Launches = {}
 
     def judge(found: Launches) -> list[Comparison]:

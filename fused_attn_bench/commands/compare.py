@@ -117,7 +117,8 @@ def finish(args: argparse.Namespace, compared: Sequence[Comparison], stopped: bo
     environment = next((dict(c.b.environment) for c in compared if c.b.environment), {})
     for c in compared:
         if c.code in (codes.WORSE, codes.CRASHED):
-            print(f"{'regression' if c.code == codes.WORSE else 'failure'}: {c.case}: {c.words}")
+            what = "failure" if c.code == codes.CRASHED else "wrong" if "wrong" in (c.a.status, c.b.status) else "regression"
+            print(f"{what}: {c.case}: {c.words}")
     if stopped:
         print(f"interrupted; {len(compared)} of the cases have been measured")
     if lost:

@@ -19,11 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="- for standard output")
     selection.add_filter(parser)
     selection.add_history(parser)
+    outputs.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0."""
-    outputs.writable(args.file)
+    if args.file == args.json == outputs.STANDARD:
+        raise ValueError("standard output must be for one of FILE and --json; both are -. Name a file for the other.")
+    outputs.begin(args, args.file)
     only = selection.filtered(args)
     records = selection.history(args).each(only)
     first = next(records, None)
@@ -41,4 +44,5 @@ def run(args: argparse.Namespace) -> int:
     kinds = ((results.Result, "results"), (results.Compared, "comparisons"), (results.Floor, "noise floors"))
     with outputs.table_of(args.file):
         print(f"{', '.join(f'{written[kind]} {name}' for kind, name in kinds)} written to {args.file}")
+    outputs.write(args.json, [outputs.line({"file": str(args.file), **{name: written[kind] for kind, name in kinds}})])
     return GOOD

@@ -30,12 +30,37 @@ def table_of(path: Path | None) -> Iterator[None]:
     if path != STANDARD:
         yield
         return
-    token = _STANDARD.set(sys.stdout)
+    with _set_aside() as kept:
+        token = _STANDARD.set(kept)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _STANDARD.reset(token)
+
+
+@contextlib.contextmanager
+def _set_aside() -> Iterator[TextIO]:
+    """Standard output, which within the block nobody else reaches: what libraries and child processes write to descriptor 1 goes to standard error."""
+    if _descriptor(sys.stdout) != 1:  # a test's, or a file that somebody put in its place
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stream:
+            yield stream
     finally:
-        _STANDARD.reset(token)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 # Standard output itself, while what is printed goes elsewhere.
@@ -53,6 +78,7 @@ def write(path: Path | None, lines: Iterable[str]) -> None:
         return
     with contextlib.nullcontext(_STANDARD.get() or sys.stdout) if path == STANDARD else replacing(path) as file:
         file.writelines(f"{text}\n" for text in lines)
+        file.flush()
 
 
 def flush() -> None:

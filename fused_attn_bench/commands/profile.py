@@ -14,8 +14,10 @@ import torch
 
 from fused_attn_bench import planted
 from fused_attn_bench.codes import CRASHED, GOOD
-from fused_attn_bench.commands import selection
-from fused_attn_bench.operation import case_of, problem_of
+from fused_attn_bench.commands import outputs, selection
+from fused_attn_bench.operation import case_of, operation, problem_of
+from fused_attn_bench.problem import Refusal
+from fused_attn_bench.text import line_of
 
 # How each profiler is told to wait for torch.cuda.profiler.start. No GPU has shown yet that they do.
 TOOLS: dict[str, tuple[str, ...]] = {
@@ -35,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--options", default="", metavar="TEXT", help='more for the profiler, as one text: "--set full -o out"')
     selection.add_device(parser)
     selection.add_files(parser)
+    outputs.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0; 4 when the profiler failed."""
     if args.calls < 1:
         raise ValueError(f"--calls must be at least 1; got {args.calls}")
+    outputs.begin(args)
     case, provider = case_of(args.case), planted.known(args.provider)
     if args.tool == "none":
         return _record(args, case.name, provider)
@@ -61,14 +65,26 @@ def run(args: argparse.Namespace) -> int:
     ]
     files = ["--load", *map(str, args.load)] if args.load else []
     done = subprocess.run([*command, *args.options.split(), *here, "--device", args.device, *files], check=False)
-    return CRASHED if done.returncode else GOOD
+    code = CRASHED if done.returncode else GOOD
+    _write(args, case.name, provider, code)
+    return code
+
+
+def _write(args: argparse.Namespace, case: str, provider: str, code: int) -> None:
+    outputs.write(args.json, [outputs.line({"code": code, "case": case, "provider": provider, "tool": args.tool, "calls": args.calls})])
 
 
 def _record(args: argparse.Namespace, case: str, provider: str) -> int:
     device = selection.device(args)
-    call = planted.bind(provider, problem_of(case_of(case), device))
-    for _ in range(3):
-        call()
+    refusals: tuple[type[Exception], ...] = (Refusal, *operation(case_of(case).op).refusals)
+    try:
+        call = planted.bind(provider, problem_of(case_of(case), device))
+        for _ in range(3):
+            call()
+    except refusals as refusal:
+        raise ValueError(
+            f"{provider} must be able to compute {case}; it refuses: {line_of(refusal) or 'no reason given'}. Name another."
+        ) from None
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.synchronize(device)
@@ -79,4 +95,5 @@ def _record(args: argparse.Namespace, case: str, provider: str) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.profiler.stop()
     print(f"{provider} ran {args.calls} time{'s' * (args.calls > 1)} on {case}")
+    _write(args, case, provider, GOOD)
     return GOOD

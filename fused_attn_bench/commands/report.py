@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     page = report.build(results, run_id, history.comparisons(only), title=args.title or project.title, program=project.program)
     with replacing(args.out) as file:
         file.write(page)
-    figures = [] if args.plots is None else plots.save(history.results(run_id or history.runs()[-1]), args.plots)
+    newest = (run_id,) if run_id else history.runs()[-1:]  # none where there are comparisons only
+    figures = [] if args.plots is None else [path for name in newest for path in plots.save(history.results(name), args.plots)]
     print(f"page written to {args.out}")
     for path in figures:
         print(f"figure written to {path}")

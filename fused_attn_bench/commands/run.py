@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a result is wrong, 4 when what is watched failed or the disk is full; 130 after Ctrl-C; what was done is kept and shown."""
-    setup, cases, providers = selection.setup(args), selection.chosen_cases(args), selection.chosen_providers(args)
+    setup, cases = selection.setup(args), selection.chosen_cases(args)
+    providers = [selection.chosen_providers(args, case) for case in cases]
     outputs.begin(args)
     history, done, code, ended = selection.history(args, writes=True), [], GOOD, ""
     described = describe(setup.device, args.project.repository, args.busy, args.lock_clocks)
@@ -67,8 +68,10 @@ def outcome(results: Sequence[Result], watched: str) -> int:
     return CRASHED if any(r.status == "failed" and r.provider.startswith(watched) for r in results) else GOOD
 
 
-def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, environment: Mapping[str, str]) -> Iterator[list[Result]]:
-    """The results of each case as soon as it is done, stamped with the run and the environment."""
+def measured(
+    cases: Sequence[Case], providers: Sequence[Sequence[str]], setup: Setup, environment: Mapping[str, str]
+) -> Iterator[list[Result]]:
+    """The results of each case, by its providers, as soon as it is done, stamped with the run and the environment."""
     from tqdm import tqdm
 
     run, time = new_run()
@@ -81,9 +84,9 @@ def measured(cases: Sequence[Case], providers: Sequence[str], setup: Setup, envi
     measure_roofs = functools.partial(roofs.measure, setup.device, timer=timers.make(setup.timer, setup.device))
     limits = {dtype: measure_roofs(dtype_of(dtype)) for dtype in dict.fromkeys(case.dtype for case in cases)}
     with tqdm(total=len(cases), unit="case", disable=None, leave=False) as bar:
-        for case in cases:
+        for case, asked in zip(cases, providers, strict=True):
             bar.set_description(case.name)
-            found = measure(case, providers, setup, limits[case.dtype])
+            found = measure(case, asked, setup, limits[case.dtype])
             if any(r.limit and r.median and r.limit > r.median for r in found):
                 # A roof that something ran through was measured while the machine did something else.
                 limits[case.dtype] = limits[case.dtype].raised(measure_roofs(dtype_of(case.dtype)))

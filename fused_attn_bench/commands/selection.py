@@ -208,13 +208,11 @@ def add_providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", nargs="+", metavar="NAME", help=text)
 
 
-def chosen_providers(args: argparse.Namespace) -> list[str]:
-    """As given, or the device's defaults."""
+def chosen_providers(args: argparse.Namespace, case: Case) -> list[str]:
+    """As given, or the device's defaults for the case's operation: whoever names another's is told that it refuses."""
     where = torch.device(args.device)
-    if args.provider:
-        return [planted.known(name) for name in args.provider]
-    ours = dict.fromkeys(name for op in OPERATIONS.values() for name in op.runs(where) if name != REFERENCE)
-    return [*ours, REFERENCE]
+    ours = [name for name in operation(case.op).runs(where) if name != REFERENCE]
+    return [planted.known(name) for name in args.provider or (*ours, REFERENCE)]
 
 
 def watched(args: argparse.Namespace) -> str:

@@ -50,7 +50,7 @@ def _device(device: Device, compared: Sequence[Compared], program: str, share: i
     columns, made = _rows(shown, program)
     return {
         "name": device.name or "unknown device",
-        "run": names[shown[0].run],
+        "run": names[device.run],
         "runs": [
             {"id": r.id, "time": r.time, "commit": r.commit, "timer": r.timer, "env": environments[r.environment]}
             for r in (device.runs[name] for name in kept)
@@ -72,7 +72,7 @@ def _device(device: Device, compared: Sequence[Compared], program: str, share: i
 def _newest_runs(device: Device, share: int) -> tuple[list[str], list[str]]:
     """Ids of as many of the newest runs as there is room for, and of the shown one; and a sentence's part on what is left out."""
     sizes = Counter(run for values in device.points.values() for run in values)
-    kept, room = {device.shown[0].run}, POINTS // share - sizes[device.shown[0].run]
+    kept, room = {device.run}, POINTS // share - sizes[device.run]
     for name in reversed(device.runs):
         room -= 0 if name in kept else sizes[name]
         if room < 0 or len(kept) >= max(RUNS // share, 1):

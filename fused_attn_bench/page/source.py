@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fused_attn_bench.changes import Point, Series
-from fused_attn_bench.results import Result, ResultsError
+from fused_attn_bench.results import Compared, Result, ResultsError
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class Device:
         elif (result.time, result.run) > (newest.time, newest.run):
             self.shown = [result]
 
+    @property
+    def run(self) -> str:
+        """Id of the shown run; of a device with comparisons only the newest of those."""
+        return self.shown[0].run if self.shown else next(reversed(self.runs))
+
+    def compare(self, compared: Compared) -> None:
+        """Takes in the run of a comparison, of which there is no result."""
+        environment = tuple(sorted((name, value) for name, value in compared.environment.items() if name != "commit"))
+        commit = compared.environment.get("commit", "")
+        self.runs.setdefault(compared.run, Run(compared.run, compared.time, commit, compared.timer, environment))
+
     def history(self, runs: Sequence[str]) -> dict[Series, list[Point]]:
         """The points of these runs, in their order; series without any are left out."""
         kept = [self.runs[name] for name in runs]
@@ -69,16 +80,19 @@ class Device:
         return found
 
 
-def read(results: Iterable[Result], run: str | None = None, program: str = "fused-attn-bench") -> list[Device]:
-    """The devices of a history, first that of the run, by default the newest.
+def read(
+    results: Iterable[Result], run: str | None = None, program: str = "fused-attn-bench", compared: Sequence[Compared] = ()
+) -> list[Device]:
+    """The devices of a history, first that of the run, by default the newest; those with comparisons only come last.
 
     Args:
         results: oldest first; only those that are shown in full are kept in memory.
         run: the one to show; of the other devices it is the newest.
         program: how the command line is called, for the message.
+        compared: what comparisons found, which may be all that is known of a device.
 
     Raises:
-        ResultsError: there is no such run.
+        ResultsError: there is no such run, or nothing at all.
     """
     devices: dict[str, Device] = {}
     wanted: list[Result] = []
@@ -87,12 +101,19 @@ def read(results: Iterable[Result], run: str | None = None, program: str = "fuse
         devices.setdefault(name, Device(name)).add(result)
         if result.run == run:
             wanted.append(result)
+    measured = {*devices}
+    for one in compared:
+        name = one.environment.get("device", "")
+        if name not in measured:
+            devices.setdefault(name, Device(name)).compare(one)
     if wanted:
         devices[wanted[0].environment.get("device", "")].shown = wanted
-    elif run is not None or not devices:
+    elif not devices and run is None:
+        raise ResultsError(f"the history must hold results or comparisons; what is chosen of it holds none. Measure some: {program} run.")
+    elif run is not None:
         known = [name for device in devices.values() for name in device.runs][-5:]
         raise ResultsError(f"the run must be one of the history's; got {run!r}. It has {', '.join(known) or 'none yet'}: {program} run.")
     for device in devices.values():
         device.runs = dict(sorted(device.runs.items(), key=lambda item: (item[1].time, item[0])))
-    newest = sorted(devices.values(), key=lambda d: d.shown[0].time, reverse=True)
+    newest = sorted(devices.values(), key=lambda d: (bool(d.shown), d.runs[d.run].time), reverse=True)
     return sorted(newest, key=lambda d: bool(wanted) and d.shown is not wanted)

@@ -48,7 +48,7 @@ function verdicts() {
   table(byId("compared"), ["case", "A", "B", "B takes", "95 % interval", "could find", "verdict", "when"], decided.map((c) => ({
     className: c.verdict, cells: [
       c.case, c.a, c.b, c.effect === null ? "-" : [signed(c.effect), c.effect], c.low === null ? "-" : `${signed(c.low)} … ${signed(c.high)}`,
-      c.smallest === null ? "-" : [`± ${(100 * Math.expm1(c.smallest)).toFixed(1)} %`, c.smallest], c.reason ? `${c.verdict}: ${c.reason}` : c.verdict, date(c.time),
+      c.smallest === null ? "-" : [c.smallest > Math.LN2 ? "too few launches" : `± ${(100 * Math.expm1(c.smallest)).toFixed(1)} %`, c.smallest], c.reason ? `${c.verdict}: ${c.reason}` : c.verdict, date(c.time),
     ],
   })));
 }
