@@ -51,14 +51,22 @@ def compiled(title: str, call: LoweredPaged, chip: int) -> str:
     return json.dumps({"call": title, "kernels": kernels, "complaints": matrix.complaints(chip, kernels)})
 
 
-if __name__ == "__main__":
-    chip = int(sys.argv[1])
-    aot.target(chip)
+def calls() -> Iterator[tuple[str, LoweredPaged]]:
+    """Every call, with its title."""
     for dtype in (torch.bfloat16, torch.float32):
         for dim in config.HEAD_SIZES:
             for name, call in steps(dtype, dim):
-                print(compiled(f"{dtype} {dim} {name}", call, chip), flush=True)
+                yield f"{dtype} {dim} {name}", call
     q, k = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16), torch.zeros(1, 2, CAPACITY, 64, dtype=torch.bfloat16)
     additive = dict.fromkeys(("mask", "scale", "q_offset", "sinks", "dropout", "return_aux")) | {"score_mods": ()}
     lowered = AttentionProblem.check(q, k, k, additive | {"scoring": fa.Additive(torch.zeros(4, 64))}).lower()
-    print(compiled("additive", LoweredPaged(lowered.q, lowered.k, lowered.v, None, lowered.terms), chip), flush=True)
+    yield "additive", LoweredPaged(lowered.q, lowered.k, lowered.v, None, lowered.terms)
+
+
+if __name__ == "__main__":
+    # A second argument takes those with everything and leaves the plain ones, which have fewer registers to spill.
+    chip, heavy = int(sys.argv[1]), len(sys.argv) > 2
+    aot.target(chip)
+    for title, call in calls():
+        if not heavy or not title.endswith("plain"):
+            print(compiled(title, call, chip), flush=True)

@@ -164,15 +164,15 @@ def dying(rank: int, ranks: int) -> None:
 
 
 def main(rank: int, ranks: int, folder: Path, task: str = "trials") -> None:
-    """Joins the group and runs every trial, or one of the other tasks."""
+    """Joins the group, runs every trial and what is around them, or dies."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    if task != "trials":
-        {"around": around, "dying": dying}[task](rank, ranks)
-    else:
-        found = {trial.name: failures(trial) for trial in trials()}
-        if rank == 0:
-            (folder / "found.json").write_text(json.dumps(found))
+    if task == "dying":
+        dying(rank, ranks)
+    found = {trial.name: failures(trial) for trial in trials()}
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    around(rank, ranks)
     dist.destroy_process_group()
 
 

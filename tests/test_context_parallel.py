@@ -40,6 +40,7 @@ def together(count: int, folder: Path, *arguments: str) -> list[subprocess.Compl
 
 @pytest.fixture(scope="module", params=(2, 4))
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the ranks found; they also assert what ``ranks.around`` says of bytes, checkpoints, compilers and meshes."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     ends = together(request.param, folder)
     assert [end.returncode for end in ends] == [0] * request.param, "\n".join(end.stdout[-2000:] for end in ends)
@@ -51,14 +52,6 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_results_are_those_of_one_process(found: dict[str, list[str]]) -> None:
     assert found.keys() == {*TRIALS}
     assert {name: failures for name, failures in found.items() if failures} == {}
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("count", [2, 4])
-def test_bytes_checkpoints_and_compilers(count: int, tmp_path: Path) -> None:
-    """What ``ranks.around`` asserts; bytes are the model's, to the byte."""
-    ends = together(count, tmp_path, "around")
-    assert [end.returncode for end in ends] == [0] * count, "\n".join(end.stdout[-2000:] for end in ends)
 
 
 @pytest.mark.peers

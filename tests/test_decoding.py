@@ -525,12 +525,13 @@ def test_the_caches_of_transformers(implementation: str | None, reached: list[An
 @pytest.mark.parametrize("chip", [90, *(pytest.param(c, marks=pytest.mark.peers) for c in (80, 100, 120))])
 def test_compiles_without_spills(chip: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.decoding_aot", str(chip)]
+    heavy = [] if chip == 90 else ["heavy"]
+    command = [sys.executable, "-m", "tests.decoding_aot", str(chip), *heavy]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["kernel"] for report in reports for kernel in report["kernels"]} == {"_split_kernel", "_combine_kernel"}
-    assert len(reports) == 13
+    assert len(reports) == (7 if heavy else 13)
     for report in reports:
         assert report["complaints"] == [], report
         assert not any(kernel["HGMMA"] for kernel in report["kernels"]), "tiles of a warpgroup would want their operands in whole words"
