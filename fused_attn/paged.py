@@ -149,15 +149,9 @@ def _reach(call: LoweredPaged) -> Range:
     return (int(start[some].min()), int(end[some].max())) if bool(some.any()) else (0, 0)
 
 
-def beyond(call: LoweredPaged) -> Tensor | None:
-    """Rows whose keys end beyond those that there are, bool [batch|1, q_len|1]; None where nobody needs to ask."""
-    end = call.terms.mask.kv_end
-    return None if end is None else end > call.shape[3]
-
-
 def marked(call: LoweredPaged, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Fresh results with NaN in the rows of ``beyond``."""
-    where = beyond(call)
+    """Fresh results with NaN in the rows of ``LoweredPaged.beyond``."""
+    where = call.beyond
     if where is None:
         return out, lse
     return out.masked_fill_(where[:, None, :, None], torch.nan), lse.masked_fill_(where[:, None], torch.nan)

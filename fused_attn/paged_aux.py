@@ -128,10 +128,9 @@ def _picked(full: Tensor, places: tuple[Tensor | None, Tensor | None]) -> Tensor
 
 def _marked(call: LoweredPaged, result: AuxTensors, places: tuple[Tensor | None, Tensor | None]) -> AuxTensors:
     """NaN in rows whose keys end beyond those that there are."""
-    end = call.terms.mask.kv_end
-    if end is None:
+    if call.beyond is None:
         return result
-    beyond = (end > call.shape[3]).expand(-1, call.shape[2])
+    beyond = call.beyond.expand(-1, call.shape[2])
     rows = beyond if places[1] is None else beyond.index_select(1, places[1])
     for tensor, where in (
         (result.probs, rows[:, None, :, None]), (result.scores, rows[:, None, :, None]), (result.max_scores, beyond[:, None]),

@@ -54,6 +54,12 @@ class LoweredPaged:
     def grid(self) -> Grid:
         return Grid(self.shape, self.q.device, self.terms.q_offset)
 
+    @property
+    def beyond(self) -> Tensor | None:
+        """Rows whose keys end beyond those that there are, bool [batch|1, q_len|1]; None where nobody needs to ask."""
+        end = self.terms.mask.kv_end
+        return None if end is None else end > self.shape[3]
+
     def parts_of_keys(self, keys: Range, most: int = GATHERED) -> Iterator[Range]:
         """A range of keys in parts of whole pages, each of at most ``most`` elements of k or v per sequence, or of 128 keys.
 

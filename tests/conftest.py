@@ -151,3 +151,20 @@ def counting() -> Iterator[Counting]:
     backends.register(backend)
     yield backend
     backends.unregister("counting")
+
+
+@pytest.fixture
+def split_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of ``attention`` that Triton's split-key kernels run."""
+    from fused_attn.backends.triton.decoding import forward
+
+    calls, original = [], forward.attention_fwd
+    monkeypatch.setattr(forward, "attention_fwd", lambda call, shape: calls.append(call) or original(call, shape))
+    return calls
+
+
+@pytest.fixture
+def reached(split_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """``split_calls`` where two keys are many."""
+    monkeypatch.setattr("fused_attn.backends.triton.MANY_KEYS", 2)
+    return split_calls

@@ -456,31 +456,16 @@ def test_under_autocast_queries_take_the_caches_dtype(autocast: torch.dtype) -> 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_attention_of_few_queries_runs_on_the_same_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_few_queries_runs_on_the_same_kernels(dtype: torch.dtype, split_calls: list[Any]) -> None:
     """Whoever holds the cache: results, statistics and gradients are those of the flash kernels."""
-    from fused_attn.backends.triton.decoding import forward
     from fused_attn.testing import check_inputs
 
-    calls, original = [], forward.attention_fwd
-    monkeypatch.setattr(forward, "attention_fwd", lambda call, shape: calls.append(call) or original(call, shape))
     q, k, v = step((1, 4, 2, 2), (16, 16), 520, dtype)
     options = {"mask": fa.SlidingWindow(500, 0), "q_offset": 518, "score_mods": (fa.SoftCap(2.0), fa.Bias(torch.randn(4, 1, 520)))}
     check_inputs(inputs_of(q, k, v, **options, sinks=torch.randn(4)), "triton", ("out", "lse"), "few queries")
-    assert len(calls) == 1
+    assert len(split_calls) == 1
     fa.attention(q, k[:, :, :500], v[:, :, :500], backend="triton")
-    assert len(calls) == 1, "few keys are one program's work"
-
-
-@pytest.fixture
-def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls of ``attention`` that the split-key kernels ran, for which two keys are many here."""
-    from fused_attn.backends import triton
-    from fused_attn.backends.triton.decoding import forward
-
-    calls, original = [], forward.attention_fwd
-    monkeypatch.setattr(forward, "attention_fwd", lambda call, shape: calls.append(call) or original(call, shape))
-    monkeypatch.setattr(triton, "MANY_KEYS", 2)
-    return calls
+    assert len(split_calls) == 1, "few keys are one program's work"
 
 
 @pytest.mark.quick
