@@ -67,8 +67,11 @@ def described(value: object) -> str:
 
 def require_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], what: str, advice: str) -> Tensor:
     """A dense tensor of one of the dtypes; ``what`` and ``advice`` complete the message."""
-    if type(value) not in _PLAIN:
-        _require_own_data(name, value)
+    if is_causal_bias(value):
+        raise TypeError(
+            f"{name} must hold its values; got a CausalBias, which holds none. "
+            "Write Causal() and q_offset=, or pass it to scaled_dot_product_attention as attn_mask."
+        )
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{name} must be {what}; got {described(value)}. {advice}")
     if value.layout != torch.strided or value.is_nested:
@@ -94,16 +97,29 @@ def is_causal_bias(value: object) -> bool:
     return value is not None and type(value) not in _PLAIN and isinstance(value, _loaded("torch.nn.attention.bias", "CausalBias"))
 
 
-def _require_own_data(name: str, value: object) -> None:
-    """Refuses subclasses whose data is not, or not all of, what they stand for."""
-    if is_causal_bias(value):
+def is_sharded(value: object) -> bool:
+    """Whether this is a DTensor, of which a process holds a part.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return type(value) not in _PLAIN and isinstance(value, _loaded("torch.distributed.tensor", "DTensor"))
+
+
+def own_rows(tensor: Any) -> Tensor:
+    """The rows that a process can check: its own of a DTensor divided along the first dimension alone, all of them otherwise."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    rows: Tensor = tensor.to_local() if all(p.is_replicate() or p.is_shard(0) for p in tensor.placements) else tensor.full_tensor()
+    return rows
+
+
+def require_own_data(name: str, value: object) -> None:
+    """Refuses a DTensor where every tensor must be this process' own."""
+    if is_sharded(value):
         raise TypeError(
-            f"{name} must hold its values; got a CausalBias, which holds none. "
-            "Write Causal() and q_offset=, or pass it to scaled_dot_product_attention as attn_mask."
-        )
-    if isinstance(value, _loaded("torch.distributed.tensor", "DTensor")):
-        raise TypeError(
-            f"{name} must be a tensor of this process; got a DTensor. Pass .to_local(), or call torch's own function, which knows placements."
+            f"{name} must be a tensor of this process; got a DTensor. Pass .to_local(), or call attention with q, k and v that are DTensors too."
         )
 
 
@@ -142,6 +158,7 @@ def as_number(name: str, value: object, advice: str) -> float:
 
 def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """A tensor where the inputs are; a device without an index, as ``torch.device("cuda")``, stands for any of its type."""
+    require_own_data(name, tensor)
     if tensor.device != device and (device.index is not None or tensor.device.type != device.type):
         raise ValueError(f"{name} must be on the inputs' device {device}; got {tensor.device}. Move it with .to({str(device)!r}).")
 
@@ -174,9 +191,14 @@ def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...]
 
 def require_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str, device: torch.device) -> None:
     """A tensor that broadcasts to a shape without widening it, where the inputs are."""
+    require_broadcastable(name, tensor, shape, layout)
+    require_device(name, tensor, device)
+
+
+def require_broadcastable(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    """A tensor that broadcasts to a shape without widening it."""
     got = tuple(tensor.shape)
     if len(got) > len(shape) or any(not (n == 1 or n == full) for n, full in zip(reversed(got), reversed(shape), strict=False)):
         raise ValueError(
             f"{name} must broadcast to {layout} = {list(shape)}; got {list(got)}. Insert size-1 dimensions where it should repeat."
         )
-    require_device(name, tensor, device)

@@ -9,9 +9,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fused_attn import autograd, backends, composed, torch_sdpa
+from fused_attn import autograd, backends, composed, sharded, torch_sdpa
 from fused_attn.auxiliary import AuxOutput, AuxRequest
 from fused_attn.backends import Explanation, Target, eager
+from fused_attn.checks import is_sharded
 from fused_attn.dropout import Dropout
 from fused_attn.layout import laid_out_like, with_laid_out_gradients
 from fused_attn.masks import Mask
@@ -109,15 +110,17 @@ def attention(
     }
     if is_autocast(q):
         with torch.autocast(q.device.type, enabled=False):  # the products inside choose their own precision
-            q, k, v = _autocast(q, k, v)
-            out, aux = _attention(AttentionProblem.check(q, k, v, options), backend)
+            out, aux = _attention(_autocast(q, k, v), options, backend)
     else:
-        out, aux = _attention(AttentionProblem.check(q, k, v, options), backend)
+        out, aux = _attention((q, k, v), options, backend)
     return out if return_aux is None else (out, aux)
 
 
-def _attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, AuxOutput]:
-    return composed.attention(problem, backends.resolve(problem, backend), is_free=backend == "auto")
+def _attention(tensors: tuple[Any, Any, Any], options: dict[str, Any], backend: str) -> tuple[Tensor, AuxOutput]:
+    part = sharded.Part(tensors, options) if any(map(is_sharded, tensors)) else None
+    problem = AttentionProblem.check(*tensors, options) if part is None else part.problem
+    out, aux = composed.attention(problem, backends.resolve(problem, backend), is_free=backend == "auto")
+    return (out, aux) if part is None else part.whole(out, aux)
 
 
 def explain(
@@ -163,7 +166,9 @@ def explain(
         "return_aux": return_aux,
     }
     q, k, v = _autocast(q, k, v) if is_autocast(q) else (q, k, v)
-    return backends.explain(replace(AttentionProblem.check(q, k, v, options), target=as_target(on)))
+    is_part = any(map(is_sharded, (q, k, v)))
+    problem = sharded.Part((q, k, v), options).problem if is_part else AttentionProblem.check(q, k, v, options)
+    return backends.explain(replace(problem, target=as_target(on)))
 
 
 def is_autocast(tensor: Any) -> bool:
@@ -234,6 +239,9 @@ def masked_softmax(
         "empty_rows": empty_rows,
         "q_offset": q_offset,
     }
+    if is_sharded(scores):
+        part = sharded.SoftmaxPart(scores, options)
+        return part.whole(masked_softmax(part.scores, **part.options, backend=backend))
     problem = SoftmaxProblem.check(scores, options)
     name = backends.resolve(problem, backend)
     rows = eager.softmax(problem) if name == backends.EAGER else autograd.softmax(problem, name)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fused_attn.checks import INTS, captured, require_integer, require_shape, require_tensor, require_true
+from fused_attn.checks import INTS, captured, own_rows, require_integer, require_own_data, require_shape, require_tensor, require_true
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.mask_base import Mask
 
@@ -103,7 +103,7 @@ class Documents(Mask):
             "Documents ids must hold each document as one run of equal ids; got an id that comes back after another one. "
             "Use Dense(ids[..., :, None] == ids[..., None, :]) for scattered groups."
         )
-        rows = _matrix(ids)
+        rows = own_rows(_matrix(ids))
         object.__setattr__(self, "ids", require_true(_are_runs(rows, torch.ones_like(rows, dtype=torch.bool)), message, ids))
 
     @classmethod
@@ -177,6 +177,7 @@ class Documents(Mask):
 def _ids_of(name: str, cu_seqlens: object, total: object) -> Tensor:
     """The document of every element, [total], from cumulative lengths."""
     cu = require_tensor(name, cu_seqlens, INTS, "an int tensor [documents + 1]", _CU_ADVICE)
+    require_own_data(name, cu)
     if cu.dim() != 1 or cu.shape[0] < 2:
         raise ValueError(f"{name} must have shape [documents + 1]; got {list(cu.shape)}. {_CU_ADVICE}")
     if total is None:
@@ -225,7 +226,7 @@ class BidirectionalBlocks(Mask):
             "BidirectionalBlocks ids must hold each block as one run of equal ids; got an id >= 0 that comes back after another one. "
             "Give every block an id of its own, -1 to keys in none."
         )
-        rows = _matrix(ids)
+        rows = own_rows(_matrix(ids))
         object.__setattr__(self, "ids", require_true(_are_runs(rows, rows >= 0), message, ids))
 
     def keep(self, grid: Grid) -> Tensor:

@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fused_attn.checks import FLOATS, INTS, described, require_integer, require_shape, require_tensor, require_true
+from fused_attn.checks import FLOATS, INTS, described, own_rows, require_integer, require_shape, require_tensor, require_true
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn.mask_base import And, Dense, Mask, Not, Or, as_mask
 from fused_attn.mask_documents import BidirectionalBlocks, Documents
@@ -331,7 +331,7 @@ class PrefixLM(Mask):
         if isinstance(self.prefix, Tensor):
             prefix = require_tensor("PrefixLM prefix", self.prefix, INTS, "an int or an int tensor [batch]", "Count the open keys.")
             message = "PrefixLM prefix must be >= 0; got a negative element. Count the open keys, 0 for none."
-            object.__setattr__(self, "prefix", require_true((prefix >= 0).all(), message, prefix))
+            object.__setattr__(self, "prefix", require_true((own_rows(prefix) >= 0).all(), message, prefix))
         else:
             object.__setattr__(self, "prefix", require_integer("PrefixLM prefix", self.prefix, 0))
 

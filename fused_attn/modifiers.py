@@ -19,6 +19,7 @@ from fused_attn.checks import (
     described,
     is_traced,
     require_device,
+    require_own_data,
     require_shape,
     require_tensor,
     require_true,
@@ -95,6 +96,7 @@ def require_dropout(value: object, shape: tuple[int, int, int, int]) -> Dropout 
         raise TypeError(f"dropout must be a fused_attn.Dropout; got {described(value)}. Write Dropout(0.1) for a chance of removal of 0.1.")
     if value is not None:
         value.check(shape)
+        require_own_data("Dropout seed", value.seed)
     # A chance of 0 is no dropout: nothing may be drawn from torch's generator for it.
     return value if value is not None and value.p > 0 else None
 

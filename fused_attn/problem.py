@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.auxiliary import AuxRequest
-from fused_attn.checks import FLOATS, as_integer, described, require_device, require_tensor
+from fused_attn.checks import FLOATS, as_integer, described, require_device, require_own_data, require_tensor
 from fused_attn.layout import with_laid_out_gradients
 from fused_attn.lowering import Grid, LoweredAttention, LoweredSoftmax
 from fused_attn.masks import Mask
@@ -126,7 +126,7 @@ class AttentionProblem:
     def check(cls, q: Any, k: Any, v: Any, options: dict[str, Any]) -> AttentionProblem:
         """Validates a call; ``options`` are the keyword arguments of ``fused_attn.attention`` but for the backend."""
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            require_input(name, tensor)
+            require_own_data(name, require_input(name, tensor))
             if tensor.dim() != 4:
                 raise ValueError(
                     f"{name} must be 4-D [batch, heads, length, dim]; got {tensor.dim()}-D {list(tensor.shape)}. Insert the missing dimensions with unsqueeze."
@@ -240,7 +240,7 @@ class SoftmaxProblem:
     @classmethod
     def check(cls, scores: Any, options: dict[str, Any]) -> SoftmaxProblem:
         """Validates a call; ``options`` are the keyword arguments of ``fused_attn.masked_softmax`` but for the backend."""
-        require_input("scores", scores)
+        require_own_data("scores", require_input("scores", scores))
         dim = softmax_dim(scores, options["dim"])
         moved = scores.movedim(dim, -1)
         rows = as_rows(moved)

@@ -83,6 +83,10 @@ class Scoring(HoldsTensors):
         """q, k and the scoring as kernels take them where it does not lower: the same scores, by differentiable torch; by default as they are."""
         return q, k, self
 
+    def part(self, grid: Grid) -> Scoring | None:
+        """The scoring of some batches and heads, those of the grid's region; None for code of one's own, which wants the whole call."""
+        return None
+
     def to_kernel(self) -> KernelScore:
         """The normal form of a scoring that does not lower: its fields in order."""
         reason = unlowerable(self, SCORINGS)
@@ -158,6 +162,11 @@ def _in_four_dimensions(scale: Tensor) -> Tensor:
     return scale[(None,) * (4 - scale.dim())]
 
 
+def _scale_of(scale: Any, grid: Grid) -> Any:
+    """A scale's part for the grid's region."""
+    return grid.crop(_in_four_dimensions(scale)) if isinstance(scale, Tensor) else scale
+
+
 @dataclass(frozen=True, eq=False)
 class DotProduct(Scoring):
     """scale * q k^T, with a scale that may be learned.
@@ -181,6 +190,9 @@ class DotProduct(Scoring):
 
     def check(self, grid: Grid) -> None:
         _check_scale("DotProduct", self.scale, grid)
+
+    def part(self, grid: Grid) -> DotProduct:
+        return DotProduct(_scale_of(self.scale, grid))
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         return q @ k.mT * (_in_four_dimensions(self.scale) if isinstance(self.scale, Tensor) else self._number(q))
@@ -227,6 +239,9 @@ class NegativeL2(Scoring):
 
     def check(self, grid: Grid) -> None:
         _check_scale("NegativeL2", self.scale, grid)
+
+    def part(self, grid: Grid) -> NegativeL2:
+        return NegativeL2(_scale_of(self.scale, grid))
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         distances = _squares(q)[..., None] - 2 * (q @ k.mT) + _squares(k)[..., None, :]
@@ -296,6 +311,12 @@ class Additive(Scoring):
                 len(shape) < 2 or (len(shape) == 2 and shape[0] == heads) or (len(shape) == 4 and shape[:3] in ((1, 1, 1), (1, heads, 1)))
             ):
                 raise self._misfit(shape, heads, "head_dim")
+
+    def part(self, grid: Grid) -> Additive:
+        if not isinstance(self.weight, Tensor) or self.weight.dim() < 2:
+            return self
+        rows = self.weight[None, :, None] if self.weight.dim() == 2 else self.weight
+        return Additive(rows if rows.shape[1] == 1 else rows[:, slice(*grid.ranges[1])], self.scale)
 
     def _misfit(self, shape: tuple[int, ...], heads: int, head_dim: object) -> ValueError:
         return ValueError(

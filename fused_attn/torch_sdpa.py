@@ -7,7 +7,7 @@ from typing import Any
 from torch import Size, Tensor, broadcast_shapes
 from torch import bool as torch_bool
 
-from fused_attn.checks import as_number, described, is_causal_bias, require_broadcast, require_tensor
+from fused_attn.checks import as_number, described, is_causal_bias, is_sharded, require_broadcastable, require_device, require_tensor
 from fused_attn.dropout import Dropout
 from fused_attn.masks import Causal, Dense, Mask
 from fused_attn.problem import DTYPES, require_input
@@ -144,7 +144,9 @@ def _require_mask(attn_mask: object) -> Tensor:
 def _mask_as_4d(attn_mask: object, lead: Size, q: Tensor, k: Tensor) -> Tensor:
     """Any mask that broadcasts to [..., q_len, kv_len] as [batch|1, heads|1, q_len|1, kv_len|1]."""
     mask = _require_mask(attn_mask)
-    require_broadcast("attn_mask", mask, (*lead, q.shape[2], k.shape[2]), "[..., q_len, kv_len]", q.device)
+    require_broadcastable("attn_mask", mask, (*lead, q.shape[2], k.shape[2]), "[..., q_len, kv_len]")
+    if not is_sharded(q):
+        require_device("attn_mask", mask, q.device)
     mask = mask[(None,) * (max(len(lead), 2) + 2 - mask.dim())]
     outer = mask.shape[:-3]
     if len(outer) > 1 and outer != lead[:-1] and any(n != 1 for n in outer):

@@ -55,9 +55,9 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 LAYERS = {
     "build": 0, "build_cpu": 1, "checks": 0, "fingerprint": 0, "kernel_dropout": 0, "kernel_score": 0, "targets": 1, "allowed_products": 1, "mask_rules": 1, "pytrees": 1, "lowering": 2, "layout": 2, "batching": 2, "flops": 2,
     "mask_base": 3, "auxiliary": 3, "dropout": 3, "score_mods": 3, "mask_documents": 4, "mask_mod": 4, "masks": 5, "scoring": 5, "normalizers": 5, "selective": 5,
-    "parts": 3, "merging": 3, "paged_call": 3, "caches": 4, "modifiers": 6, "vocabulary": 7, "problem": 7,
+    "parts": 3, "merging": 3, "placements": 4, "paged_call": 3, "caches": 4, "modifiers": 6, "vocabulary": 7, "problem": 7,
     "backends.base": 8, "backends.eager": 9, "backends.cpu": 9, "backends.triton": 9, "backends.cuda": 9, "backends": 10, "statistics": 10, "picked": 10, "paged_aux": 10, "ops": 11, "torch_sdpa": 11,
-    "autograd": 12, "paged": 12, "query_blocks": 13, "composed": 14, "functional": 15, "decoding": 16, "integrations": 16, "nn": 16, "distributed": 16, "viz": 16, "testing": 16, "cli": 17, "__main__": 18, "__init__": 18,
+    "autograd": 12, "paged": 12, "query_blocks": 13, "sharded": 13, "composed": 14, "functional": 15, "decoding": 16, "integrations": 16, "nn": 16, "distributed": 16, "viz": 16, "testing": 16, "cli": 17, "__main__": 18, "__init__": 18,
 }  # fmt: skip
 BACKENDS = {"backends.eager", "backends.cpu", "backends.triton", "backends.cuda"}
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.backends import require_name
-from fused_attn.dropout import Dropout, dropped
+from fused_attn.dropout import Dropout
 from fused_attn.functional import attention
 from fused_attn.nn import torch_mha_masks
+from fused_attn.placements import drawn, dropped
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -129,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         p = self.dropout if self.training else 0.0
         dropout = None
         if p:
-            dropout = Dropout(p, torch.randint(2**63 - 1, (), device=q.device) if need_weights else None)
+            dropout = drawn(Dropout(p), q) if need_weights else Dropout(p)
         options: dict[str, Any] = {"mask": mask, "score_mods": mods, "dropout": dropout, "q_offset": 0, "backend": self.backend}
         if not need_weights:
             return attention(q, k, v, **options), None
