@@ -88,7 +88,7 @@ class Layout:
         held = [Shard(axes[d]) if d is not None and d in axes else Replicate() for d in self.divides]
         shares = [Partial() if d is not None and d not in axes else p for d, p in zip(self.divides, held, strict=True)]
         result: Tensor = tensor.redistribute(placements=held).to_local(grad_placements=shares)
-        return result
+        return _Defined.apply(result) if result.requires_grad else result  # type: ignore[no-untyped-call]
 
     def everywhere(self, value: Any) -> Any:
         """A value whose tensors, at any depth, are whole on this rank."""
@@ -103,6 +103,18 @@ class Layout:
             local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=_strides(shape, local)
         )
         return result
+
+
+class _Defined(torch.autograd.Function):
+    """The same tensor; where no gradient comes for it, zeros do: torch 2.13's ``redistribute`` fails on none."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _divided(along: int, q: Any, others: tuple[Any, ...]) -> int | None:
