@@ -10,17 +10,20 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import fused_attn as fa
@@ -119,7 +122,7 @@ def failures(trial: Trial) -> list[str]:
 
 
 def around(rank: int, ranks: int) -> None:
-    """Bytes sent, steps left out, activation checkpoints, compilers and meshes."""
+    """Bytes sent, steps left out, activation checkpoints, compilers, meshes and sharded parameters."""
     for method, kv_heads in itertools.product(METHODS, (2, 8)):
         q, k, v = (torch.randn(1, heads, 32, 16, requires_grad=True) for heads in (8, kv_heads, kv_heads))
         model = cost(Workload(1, 8, kv_heads, 16, 32 * ranks, 4, causal=False), ranks, method)
@@ -148,6 +151,48 @@ def around(rank: int, ranks: int) -> None:
     assert context_parallel_attention(q, k, v, mesh["cp"]).shape == q.shape  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="must have one dimension here; got 2"):
         context_parallel_attention(q, k, v, mesh)
+    for method, wrap in itertools.product(METHODS, (lambda block: block, checkpoint_wrapper)):
+        training(mesh, method, wrap)
+    training(mesh, "ring", compiled)
+    training(mesh, "ring", lambda block: compiled(checkpoint_wrapper(block)))
+
+
+class Block(nn.Module):
+    """Projections around attention; no bias, because a key's has no gradient to compare with."""
+
+    def __init__(self, attend: Callable[..., Any]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32, bias=False, dtype=torch.float64) for _ in range(4))
+        self.attend = attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (projection(x).unflatten(-1, (4, 8)).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        return x + self.out(self.attend(q, k, v, mask=fa.Causal()).transpose(1, 2).flatten(2))
+
+
+def compiled(block: nn.Module) -> nn.Module:
+    block.compile(backend="aot_eager")
+    return block
+
+
+def training(mesh: DeviceMesh, method: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A step of two blocks: samples shared by "dp", the sequence by "cp", parameters by both; its gradients are those of one process."""
+    attend = partial(context_parallel_attention, group=mesh["cp"], method=method, order="zigzag")
+    alone, shared = (nn.Sequential(Block(f), Block(f)) for f in (fa.attention, attend))
+    torch.manual_seed(0)
+    x = torch.randn(2 * mesh["dp"].size(), 16, 32, dtype=torch.float64)
+    for parameter, own in zip(alone.parameters(), shared.parameters(), strict=True):
+        own.data.copy_(nn.init.normal_(parameter, std=0.2))
+    alone(x).square().sum().backward()
+
+    everyone = mesh._flatten("dp_cp")
+    for number, block in enumerate(shared):
+        shared[number] = fully_shard(wrap(block), mesh=everyone)
+    fully_shard(shared, mesh=everyone)
+    x = x.chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
+    shared(Shards(mesh["cp"].size(), "zigzag", 16).of(x, mesh["cp"].get_local_rank(), dim=1)).square().sum().backward()
+    for parameter, own in zip(alone.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.full_tensor() * everyone.size(), parameter.grad)  # they come as the mean over the ranks
 
 
 def dying(rank: int, ranks: int) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,32 +14,17 @@ from fused_attn.distributed.cost import Workload, cost
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn_bench.text import table
 from tests import ranks
+from tests.processes import together
 
-ROOT = Path(__file__).parents[1]
-DOCS = (ROOT / "docs" / "scaling.md").read_text()
+DOCS = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
 TRIALS = list({trial.name: trial for trial in ranks.trials()})
-
-
-def together(count: int, folder: Path, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """What came of ``python -m tests.ranks`` on so many processes."""
-    commands = [[sys.executable, "-m", "tests.ranks", str(rank), str(count), str(folder), *arguments] for rank in range(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(c, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands
-    ]
-    try:
-        texts = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [subprocess.CompletedProcess(p.args, p.returncode, text) for p, text in zip(running, texts, strict=True)]
 
 
 @pytest.fixture(scope="module", params=(2, 4))
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What the ranks found; they also assert what ``ranks.around`` says of bytes, checkpoints, compilers and meshes."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    ends = together(request.param, folder)
+    ends = together(request.param, "tests.ranks", folder)
     assert [end.returncode for end in ends] == [0] * request.param, "\n".join(end.stdout[-2000:] for end in ends)
     result: dict[str, list[str]] = json.loads((folder / "found.json").read_text())
     return result
@@ -56,7 +38,7 @@ def test_results_are_those_of_one_process(found: dict[str, list[str]]) -> None:
 
 @pytest.mark.peers
 def test_a_rank_that_dies_is_an_error_of_the_others(tmp_path: Path) -> None:
-    *others, last = together(4, tmp_path, "dying")
+    *others, last = together(4, "tests.ranks", tmp_path, "dying")
     assert last.returncode == 9
     for rank, end in enumerate(others):
         assert end.returncode == 0, end.stdout[-2000:]

@@ -1,9 +1,12 @@
 """The patch: what is routed, what comes back, torch's modules under it."""
 
 import doctest
+import functools
 import re
 import threading
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -74,9 +77,50 @@ def test_another_patch_over_ours_is_left_alone(monkeypatch):
         monkeypatch.setattr(F, "scaled_dot_product_attention", theirs)
     assert F.scaled_dot_product_attention is theirs
     assert theirs(*qkv()).equal(ORIGINAL(*qkv()))
+    compiled = torch.compile(lambda q, k, v: F.relu(F.scaled_dot_product_attention(q, k, v)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*qkv()), ORIGINAL(*qkv()).relu())
     monkeypatch.undo()
-    F.scaled_dot_product_attention = ORIGINAL
-    sdpa._displaced.clear()
+    assert F.scaled_dot_product_attention is ORIGINAL, "what ends last puts nothing back that ended before"
+    assert type(F) is ModuleType
+
+
+def wrapper_of(inner):
+    return lambda *args, **options: inner(*args, **options)
+
+
+def test_another_patch_between_two_of_ours_is_gone_when_it_has_ended(counting):
+    with sdpa.patched():
+        theirs = wrapper_of(F.scaled_dot_product_attention)
+        with mock.patch.object(F, "scaled_dot_product_attention", theirs):
+            with sdpa.patched():
+                F.scaled_dot_product_attention(*qkv())
+                assert F.scaled_dot_product_attention is not theirs
+            assert F.scaled_dot_product_attention is theirs
+            F.scaled_dot_product_attention(*qkv())
+        F.scaled_dot_product_attention(*qkv())
+    assert counting.calls == 3
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_the_patch_below_another_may_end_first():
+    first = sdpa.patched()
+    first.__enter__()
+    with mock.patch.object(F, "scaled_dot_product_attention", wrapper_of(F.scaled_dot_product_attention)):
+        with sdpa.patched():
+            first.__exit__(None, None, None)
+        assert F.scaled_dot_product_attention(*qkv()).equal(ORIGINAL(*qkv()))
+    assert F.scaled_dot_product_attention is ORIGINAL
+    assert type(F) is ModuleType
+
+
+@pytest.mark.parametrize("dress", [lambda f: f, functools.wraps(ORIGINAL)], ids=["plain", "wraps"])
+def test_another_patch_below_ours_waits(dress, monkeypatch, counting):
+    theirs = dress(wrapper_of(ORIGINAL))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", theirs)
+    with sdpa.patched():
+        F.scaled_dot_product_attention(*qkv())
+    assert counting.calls == 1
+    assert F.scaled_dot_product_attention is theirs
 
 
 def test_threads_that_overlap_restore_the_original():

@@ -3,7 +3,8 @@
 Everything that reads the attribute when it calls (``F.scaled_dot_product_attention``, ``nn.MultiheadAttention``, most model code) is
 routed; a name bound by ``from torch.nn.functional import scaled_dot_product_attention`` beforehand is not, and neither are
 torch's fused inference paths (``torch.backends.mha``), which never call it. What goes to torch's own function all the same, and why,
-stands in docs/replacing-sdpa.md: tensor subclasses, meta tensors, ``torch.jit``, and calls for which torch's kernels are restricted.
+stands in docs/replacing-sdpa.md: tensor subclasses, meta tensors, ``torch.jit``, torch's ``context_parallel``, and calls for which torch's
+kernels are restricted.
 
 Example:
     >>> import torch.nn.functional as F
@@ -20,6 +21,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,14 +43,20 @@ _original = torch._C._nn.scaled_dot_product_attention
 _lock = threading.Lock()
 # Backends of the requests in force, the latest last; several threads may hold one at a time.
 _requests: list[_Request] = []
+# What the attribute held before, one entry each time that it was not the stand-in already.
 _displaced: list[object] = []
 
 
 class _Request:
-    """One ``patched`` or ``install`` in force; compared by identity."""
+    """One ``patched`` or ``install`` in force; compared by identity.
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    Args:
+        backend: its backend.
+        level: how many functions were displaced when it began; it needs the last of them to stay away.
+    """
+
+    def __init__(self, backend: str, level: int) -> None:
+        self.backend, self.level = backend, level
 
 
 _installed: list[_Request] = []
@@ -158,16 +166,39 @@ def _mark_caches() -> None:
         config.cache_key_tag = _MARK.sub("", config.cache_key_tag) + mark
 
 
+def _is_held() -> bool:
+    """Whether a request in force needs the function that was displaced last to stay away."""
+    return any(request.level == len(_displaced) for request in _requests)
+
+
+class _Outlived(ModuleType):
+    """``torch.nn.functional`` once a patch ended below somebody else's wrapper, which would put the ended patch back when it goes itself."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        is_ended = value is scaled_dot_product_attention and _displaced and not _is_held()
+        ModuleType.__setattr__(self, name, _displaced.pop() if is_ended else value)
+        if not _displaced:
+            self.__class__ = ModuleType  # type: ignore[assignment]
+
+
+def _distributes(function: Any) -> bool:
+    """Whether torch wrapped its function, as ``context_parallel`` does: without that wrapper a rank would attend to its own shard alone."""
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.")
+
+
 def _enter(backend: str) -> _Request:
-    request = _Request(backend)
     with _lock:
-        if torch.nn.functional.scaled_dot_product_attention is not scaled_dot_product_attention:
-            _displaced.append(torch.nn.functional.scaled_dot_product_attention)
+        current = torch.nn.functional.scaled_dot_product_attention
+        displaces = current is not scaled_dot_product_attention and not _distributes(current)
+        if displaces:
+            _displaced.append(current)
+        request = _Request(backend, len(_displaced))
+        _requests.append(request)
+        if displaces:
             torch.nn.functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
             # torch.jit.script compiles no keyword-only default; by this entry it takes the function for torch's own.
             _get_builtin_table()[id(scaled_dot_product_attention)] = "aten::scaled_dot_product_attention"
             CausalBias.__torch_function__ = classmethod(_recognising)  # type: ignore[method-assign,assignment]
-        _requests.append(request)
         _mark_caches()
     return request
 
@@ -176,13 +207,20 @@ def _leave(request: _Request) -> None:
     with _lock:
         _requests.remove(request)
         _mark_caches()
-        # Whoever patched over us meanwhile stays; what they kept of ours passes through to torch's own.
-        if not _requests and torch.nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:
-            torch.nn.functional.scaled_dot_product_attention = _displaced[-1]  # type: ignore[assignment]
-            _displaced.clear()
+        _restore()
         if not _requests:
             _get_builtin_table().pop(id(scaled_dot_product_attention), None)
             CausalBias.__torch_function__ = _of_bias  # type: ignore[method-assign]
+
+
+def _restore() -> None:
+    """Puts back what nobody needs away any more. Whoever patched over us meanwhile stays; what they kept of ours passes through to torch's own."""
+    functional = torch.nn.functional
+    while _displaced and not _is_held():
+        if functional.scaled_dot_product_attention is not scaled_dot_product_attention:
+            functional.__class__ = _Outlived
+            return
+        functional.scaled_dot_product_attention = _displaced.pop()  # type: ignore[assignment]
 
 
 @contextmanager
