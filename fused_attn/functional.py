@@ -63,7 +63,7 @@ def attention(
     Args:
         q: queries [batch, heads, q_len, head_dim]; float16, bfloat16, float32 or float64, any strides.
         k: keys [batch, kv_heads, kv_len, head_dim]; kv_heads divides heads, query head n uses key head n // (heads // kv_heads).
-        v: values [batch, kv_heads, kv_len, value_dim].
+        v: values [batch, kv_heads, kv_len, value_dim]. All three may be DTensors: each rank computes the batches, heads and queries of its own.
         mask: which keys a query may attend to: a mask, several combined with ``&``, ``|`` and ``~``, or a bool tensor (True may attend)
             that broadcasts to [batch, heads, q_len, kv_len]. A 2-D one is [q_len, kv_len], also where batch equals q_len; write
             ``KeyPadding`` for [batch, kv_len].
@@ -203,7 +203,7 @@ def masked_softmax(
     """softmax(scale * scores + bias) along ``dim`` over the allowed keys, in one pass over memory where a row fits (arXiv 1805.02867).
 
     Args:
-        scores: any rank >= 1, any strides. With ``dim`` moved last, the last two dimensions are (query, key) and, from rank 3 on,
+        scores: any rank >= 1, any strides, or a DTensor. With ``dim`` moved last, the last two dimensions are (query, key) and, from rank 3 on,
             the first is the batch, so that ``ValidLengths`` takes [batch] or [batch, q_len] for every rank.
         mask: a mask, several combined with ``&``, ``|`` and ``~``, or a bool tensor that broadcasts to the scores (True may attend).
         scale: factor of the scores.

@@ -123,7 +123,7 @@ def _encoder(mesh: DeviceMesh) -> None:
 
 
 def _refusals(mesh: DeviceMesh) -> None:
-    with pytest.raises(TypeError, match="HeadwiseParallel divides a nn.MultiheadAttention; got Linear"):
+    with pytest.raises(TypeError, match=r"HeadwiseParallel divides a nn\.MultiheadAttention; got Linear"):
         parallelize_module(nn.Linear(3, 3), mesh, HeadwiseParallel())
     with pytest.raises(ValueError, match=f"the ranks must divide num_heads; got 3 heads on {mesh.size()} ranks"):
         parallelize_module(nn.MultiheadAttention(6, 3), mesh, HeadwiseParallel())

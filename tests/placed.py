@@ -29,8 +29,9 @@ from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import ScoreMod
 from fused_attn.testing import Case, Inputs, evaluate, make_inputs, violations, vocabulary
 
+RANKS = 4
 B, H, Q, K, R = Shard(0), Shard(1), Shard(2), Shard(3), Replicate()
-# On a mesh of 2 x 2 ranks and on one of 4.
+# On a mesh of 2 x 2 ranks, or on one of 4.
 PLACEMENTS = ((B, H), (H, R), (Q, H), (H, H), (B, Q), (R, B), (B,), (H,), (Q,), (R,))
 _GRID = Grid((2, 4, 32, 32), torch.device("cpu"))
 MASKS = list(vocabulary(Mask, _GRID))
@@ -191,7 +192,7 @@ def _dropout(mesh: DeviceMesh) -> None:
     """A seed that is drawn is the same for those who compute the same."""
     torch.manual_seed(dist.get_rank())
     out = fa.attention(*(placed(t, mesh, (B, R)) for t in _inputs(*[(2, 4, 16, 8)] * 3)), dropout=fa.Dropout(0.5)).to_local()
-    parts = [torch.empty_like(out) for _ in range(4)]
+    parts = [torch.empty_like(out) for _ in range(RANKS)]
     dist.all_gather(parts, out.contiguous())
     assert torch.equal(parts[0], parts[1])
     assert torch.equal(parts[2], parts[3])
@@ -221,7 +222,7 @@ def _refusals(mesh: DeviceMesh) -> None:
     distributed = tuple([placed(t, mesh, (Q, H)) for t in (q, k, v)])
     with pytest.raises(TypeError, match="must all be DTensors, or none of them; got a DTensor, a plain tensor, a plain tensor"):
         fa.attention(distributed[0], k, v)
-    other = placed(k, init_device_mesh("cpu", (4,)), (B,))
+    other = placed(k, init_device_mesh("cpu", (RANKS,)), (B,))
     with pytest.raises(ValueError, match="q, k and v must be on one mesh"):
         fa.attention(distributed[0], other, other)
     for options, reason in (
@@ -247,7 +248,7 @@ def _refusals(mesh: DeviceMesh) -> None:
 
 def found() -> dict[str, list[str]]:
     """What failed in each trial; everything else is asserted."""
-    meshes = {1: init_device_mesh("cpu", (4,)), 2: init_device_mesh("cpu", (2, 2))}
+    meshes = {1: init_device_mesh("cpu", (RANKS,)), 2: init_device_mesh("cpu", (2, 2))}
     result = {trial.name: failures(trial, meshes[len(trial.placements)]) for trial in trials()}
     for check in (_softmax, _transfers, _attention, _dropout, _compiled, _refusals):
         check(meshes[2])

@@ -35,6 +35,7 @@ from fused_attn.masks import Mask
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import Bias, ScoreMod
 from fused_attn.testing import Case, Inputs, evaluate, input_names, make_inputs, violations, vocabulary
+from tests import parallel_layers, placed
 
 METHODS, ORDERS = ("ring", "gather", "heads"), ("contiguous", "zigzag")
 _GRID = Grid((2, 4, 32, 32), torch.device("cpu"))
@@ -215,9 +216,12 @@ def main(rank: int, ranks: int, folder: Path, task: str = "trials") -> None:
     if task == "dying":
         dying(rank, ranks)
     found = {trial.name: failures(trial) for trial in trials()}
+    if ranks == placed.RANKS:
+        found |= placed.found()
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     around(rank, ranks)
+    parallel_layers.check(ranks)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Attention over a sequence that processes share: every mask, modification, method and order on 2 and 4 real processes, by the error rule."""
+"""Attention that processes share, by its sequence or as DTensors: every mask, modification, method and placement on 2 and 4 real processes, by the error rule."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from fused_attn.distributed import Shards
 from fused_attn.distributed.cost import Workload, cost
 from fused_attn.lowering import Grid, KernelMask
 from fused_attn_bench.text import table
-from tests import ranks
+from tests import placed, ranks
 from tests.processes import together
 
 DOCS = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
-TRIALS = list({trial.name: trial for trial in ranks.trials()})
+TRIALS = {trial.name for trial in ranks.trials()}
+PLACED = {trial.name for trial in placed.trials()}
 
 
 @pytest.fixture(scope="module", params=(2, 4))
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the ranks found; they also assert what ``ranks.around`` says of bytes, checkpoints, compilers and meshes."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, list[str]]]:
+    """What the ranks found; they also assert what ``ranks.around``, ``placed.found`` and ``parallel_layers.check`` say."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     ends = together(request.param, "tests.ranks", folder)
     assert [end.returncode for end in ends] == [0] * request.param, "\n".join(end.stdout[-2000:] for end in ends)
-    result: dict[str, list[str]] = json.loads((folder / "found.json").read_text())
-    return result
+    return request.param, json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.peers
-def test_results_are_those_of_one_process(found: dict[str, list[str]]) -> None:
-    assert found.keys() == {*TRIALS}
-    assert {name: failures for name, failures in found.items() if failures} == {}
+def test_results_are_those_of_one_process(found: tuple[int, dict[str, list[str]]]) -> None:
+    count, failures = found
+    assert failures.keys() == (TRIALS | PLACED if count == placed.RANKS else TRIALS)
+    assert {name: reasons for name, reasons in failures.items() if reasons} == {}
 
 
 @pytest.mark.peers

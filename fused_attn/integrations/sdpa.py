@@ -21,7 +21,6 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -171,16 +170,6 @@ def _is_held() -> bool:
     return any(request.level == len(_displaced) for request in _requests)
 
 
-class _Outlived(ModuleType):
-    """``torch.nn.functional`` once a patch ended below somebody else's wrapper, which would put the ended patch back when it goes itself."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        is_ended = value is scaled_dot_product_attention and _displaced and not _is_held()
-        ModuleType.__setattr__(self, name, _displaced.pop() if is_ended else value)
-        if not _displaced:
-            self.__class__ = ModuleType  # type: ignore[assignment]
-
-
 def _distributes(function: Any) -> bool:
     """Whether torch wrapped its function, as ``context_parallel`` does: without that wrapper a rank would attend to its own shard alone."""
     return str(getattr(function, "__module__", "")).startswith("torch.distributed.")
@@ -207,20 +196,12 @@ def _leave(request: _Request) -> None:
     with _lock:
         _requests.remove(request)
         _mark_caches()
-        _restore()
-        if not _requests:
+        # Whoever patched over us meanwhile stays, and puts the stand-in back, which hands everything to torch's own until the next patch ends.
+        while _displaced and not _is_held() and torch.nn.functional.scaled_dot_product_attention is scaled_dot_product_attention:
+            torch.nn.functional.scaled_dot_product_attention = _displaced.pop()  # type: ignore[assignment]
+        if not _displaced:
             _get_builtin_table().pop(id(scaled_dot_product_attention), None)
             CausalBias.__torch_function__ = _of_bias  # type: ignore[method-assign]
-
-
-def _restore() -> None:
-    """Puts back what nobody needs away any more. Whoever patched over us meanwhile stays; what they kept of ours passes through to torch's own."""
-    functional = torch.nn.functional
-    while _displaced and not _is_held():
-        if functional.scaled_dot_product_attention is not scaled_dot_product_attention:
-            functional.__class__ = _Outlived
-            return
-        functional.scaled_dot_product_attention = _displaced.pop()  # type: ignore[assignment]
 
 
 @contextmanager
