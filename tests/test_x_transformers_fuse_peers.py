@@ -166,6 +166,17 @@ def test_decoding_with_a_cache_is_decoding_without() -> None:
     assert torch.equal(fused.generate(start, 9, temperature=0.0, cache_kv=False), want)
 
 
+def test_decoding_with_a_cache_runs_on_the_split_key_kernels(reached: list[Any]) -> None:
+    model = x_transformers.AutoregressiveWrapper(
+        x_transformers.TransformerWrapper(num_tokens=50, max_seq_len=32, attn_layers=decoder(attn_kv_heads=2, rotary_pos_emb=True))
+    ).eval()
+    start = torch.randint(0, 50, (2, 5))
+    want, fused = model.generate(start, 4, temperature=0.0), fuse(copy.deepcopy(model), backend="triton")
+    assert torch.equal(fused.generate(start, 4, temperature=0.0, cache_kv=True), want)
+    layers = sum(isinstance(m, Attend) for m in fused.modules())
+    assert sum(call.shape[2] == 1 for call in reached) == 3 * layers, "every step but the prompt's, in every layer"
+
+
 def test_selective_attention_takes_no_cache(x: Tensor) -> None:
     fused = fuse(decoder(attn_selective=True))
     _, hidden = fused(x, return_hiddens=True)
