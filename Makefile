@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c $(REQ)/runtime.tx
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers quick sanitize lint matrix hopper hopper-product table picture bench build clean distclean
+.PHONY: help demo test test-peers quick sanitize lint matrix decoding hopper hopper-product table picture bench build clean distclean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...] [ALLOW_CUDA=1]"
@@ -48,6 +48,9 @@ lint: $(DONE)/runtime $(DONE)/bench $(DONE)/lint  ## check style, format and typ
 
 matrix: $(DONE)/package $(CPU) $(DONE)/test  ## compile and test with every supported Triton, write docs/matrix.md (hours)
 	$(PY) -m tests.matrix $(ARGS)
+
+decoding: $(DONE)/package $(DONE)/test  ## compile the decoding kernels with every supported Triton for every chip, write docs/decoding.md (four minutes)
+	$(PY) -m tests.decoding_matrix $(ARGS)
 
 hopper: $(DONE)/package $(DONE)/test  ## count the Hopper kernels' instructions with every supported Triton, write docs/matrix.md and the model (half an hour)
 	$(PY) -m tests.hopper_matrix $(ARGS)

@@ -25,7 +25,7 @@ from fused_attn.masks import Mask
 from fused_attn.score_mods import ScoreMod
 from fused_attn.testing import EVERYTHING, inputs_of, violations, vocabulary
 from fused_attn_bench.judge import rounding
-from tests import native, simulated_cuda
+from tests import decoding_matrix, matrix, native, simulated_cuda
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ["eager", "cpu", "blocked", "triton"]
@@ -526,6 +526,15 @@ def test_compiles_without_spills(chip: int) -> None:
     for report in reports:
         assert report["complaints"] == [], report
         assert not any(kernel["HGMMA"] for kernel in report["kernels"]), "tiles of a warpgroup would want their operands in whole words"
+
+
+@pytest.mark.quick
+def test_the_record_of_all_versions_is_that_of_the_present_sources() -> None:
+    _, _, record = decoding_matrix.PAGE.read_text().partition(decoding_matrix.HEADING)
+    assert f"`{decoding_matrix.sources()}`" in record, "make decoding"
+    rows = [line.split(" | ") for line in record.splitlines() if ", sm_" in line]
+    assert len(rows) == 13 * len(decoding_matrix.CHIPS) and {len(row) for row in rows} == {1 + len(matrix.VERSIONS)}
+    assert "FAILS" not in record.partition("\n\n|")[2]
 
 
 @pytest.mark.slow
