@@ -27,6 +27,7 @@ class Normalizer(HoldsTensors):
     Attributes:
         name: what kernel backends resolve; empty for the dense path.
         mixes_heads: whether a head's values may get weights of other heads.
+        draws: whether the weights are random, drawn from torch's generator.
 
     Example:
         >>> @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Normalizer(HoldsTensors):
 
     name: ClassVar[str] = ""
     mixes_heads: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         register(cls)
@@ -192,6 +194,7 @@ class Gumbel(Normalizer):
 
     temperature: float = 1.0
     hard: bool = False
+    draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if as_number("Gumbel temperature", self.temperature, "Pass a positive float.") <= 0:
@@ -225,6 +228,10 @@ class TalkingHeads(Normalizer):
     weight: Tensor
     normalizer: Normalizer | None = None
     mixes_heads: ClassVar[bool] = True
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.normalizer is not None and self.normalizer.draws
 
     def __post_init__(self) -> None:
         require_tensor("TalkingHeads weight", self.weight, FLOATS, "a floating-point tensor [heads, heads]", "Use torch.eye(heads).")

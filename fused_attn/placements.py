@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -134,11 +135,14 @@ def sharded_dim(placement: Any) -> int | None:
 
 
 def _strides(shape: tuple[int, ...], local: Tensor) -> tuple[int, ...]:
-    """Strides of a whole tensor whose dimensions lie in memory as those of a part."""
-    strides, step = [0] * len(shape), 1
-    for dim in sorted(range(len(shape)), key=lambda d: (local.stride(d), -d)):
-        strides[dim], step = step, step * max(1, shape[dim])
-    return tuple(strides)
+    """Strides of a whole tensor whose dimensions lie in memory as those of a part; sizes and strides may be symbols, which no sort takes."""
+
+    def is_within(inner: int, outer: int) -> bool:
+        a, b = local.stride(inner), local.stride(outer)
+        return bool(a < b) or (bool(a == b) and inner > outer)
+
+    dims = range(len(shape))
+    return tuple([prod([max(1, shape[inner]) for inner in dims if is_within(inner, outer)]) for outer in dims])
 
 
 def drawn(dropout: Dropout | None, like: Any) -> Dropout | None:
@@ -152,9 +156,13 @@ def drawn(dropout: Dropout | None, like: Any) -> Dropout | None:
         return dropout
     seed: Any = dropout.lower(like.device).seed
     if is_sharded(like):
-        from torch.distributed.tensor import Replicate, distribute_tensor
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        seed = distribute_tensor(seed, like.device_mesh, [Replicate()] * like.device_mesh.ndim).to_local()
+        mesh = like.device_mesh
+        # A sum to which one rank adds: compilers follow it, and distribute_tensor they do not.
+        share = seed if not any(mesh.get_coordinate()) else torch.zeros_like(seed)
+        summed = DTensor.from_local(share, mesh, [Partial()] * mesh.ndim, run_check=False)
+        seed = summed.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return replace(dropout, seed=seed)
 
 

@@ -102,8 +102,11 @@ class Part:
         apart = [name for name in divided if name != "batch"]
         if apart and is_selective(modifiers.score_mods):
             reasons.append("Selective needs head 0 and all earlier queries")
-        if "heads" in divided and modifiers.normalizer is not None and modifiers.normalizer.mixes_heads:
-            reasons.append(f"{type(modifiers.normalizer).__name__} mixes heads")
+        normalizer = modifiers.normalizer
+        if normalizer is not None and "heads" in divided and normalizer.mixes_heads:
+            reasons.append(f"{type(normalizer).__name__} mixes heads")
+        if normalizer is not None and normalizer.draws and self.layout.mesh.size() > 1:
+            reasons.append(f"{type(normalizer).__name__} draws from each rank's own generator")
         authored = [*[m for m in modifiers.score_mods if is_authored(m)], *[modifiers.scoring] * (not _is_divisible(problem))]
         reasons += [f"{type(m).__name__} has code of its own, which wants the whole call" for m in authored if divided]
         if request is not None:
@@ -111,7 +114,7 @@ class Part:
             reasons += [f"probabilities of some {name} are asked for" for name in apart if picked[name]]
         if reasons:
             raise UnsupportedError(
-                f"each rank must be able to compute its own {' and '.join(divided)}; got a call where {'; '.join(reasons)}. "
+                f"each rank must be able to compute its own {' and '.join(divided) or 'copy'}; got a call where {'; '.join(reasons)}. "
                 "Redistribute q, k and v along another dimension."
             )
 

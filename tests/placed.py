@@ -24,7 +24,7 @@ from fused_attn.auxiliary import SWITCHES, AuxOutput
 from fused_attn.distributed import context_parallel_attention
 from fused_attn.lowering import Grid
 from fused_attn.masks import Mask
-from fused_attn.normalizers import Hard, Sigmoid, TalkingHeads, TopK
+from fused_attn.normalizers import Gumbel, Hard, Sigmoid, TalkingHeads, TopK
 from fused_attn.problem import AttentionProblem
 from fused_attn.score_mods import ScoreMod
 from fused_attn.testing import Case, Inputs, evaluate, make_inputs, violations, vocabulary
@@ -213,6 +213,10 @@ def _compiled(mesh: DeviceMesh) -> None:
     plain = gradients(attend, create_graph=True)
     compiled = gradients(torch.compile(attend, backend="aot_eager", fullgraph=True))
     assert_close([g.to_local() for g in compiled], [g.to_local() for g in plain])
+    random = torch.compile(lambda x: fa.attention(x, x, x, dropout=fa.Dropout(0.5)).to_local(), backend="aot_eager", fullgraph=True)
+    for length in (16, 24, 40):  # the second makes lengths symbols
+        (x,) = _inputs((2, 4, length, 8))
+        assert random(placed(x, mesh, (B, H))).shape == (1, 2, length, 8)
     twice = torch.autograd.grad(sum(g.to_local().square().sum() for g in plain), tensors)
     assert all(bool(g.to_local().isfinite().all()) for g in twice)
 
@@ -228,6 +232,10 @@ def _refusals(mesh: DeviceMesh) -> None:
     for options, reason in (
         ({"return_aux": fa.AuxRequest(probs=True, rows=torch.tensor([0]))}, "probabilities of some queries are asked for"),
         ({"normalizer": TalkingHeads(torch.eye(8))}, "TalkingHeads mixes heads"),
+        (
+            {"normalizer": TalkingHeads(torch.eye(8), Gumbel())},
+            "TalkingHeads mixes heads; TalkingHeads draws from each rank's own generator",
+        ),
         ({"score_mods": (fa.Selective(),)}, "Selective needs head 0 and all earlier queries"),
     ):
         with pytest.raises(fa.UnsupportedError, match=f"compute its own heads and queries; got a call where {reason}"):
