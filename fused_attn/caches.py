@@ -127,6 +127,10 @@ class PagedKV:
 
     def __post_init__(self) -> None:
         _require_pair(self.k, self.v, "[pages, kv_heads, page_size, head_dim]")
+        if not self.k.shape[2]:
+            raise ValueError(
+                f"a page must have room for a token; got pages {list(self.k.shape)}. Give page_size, the third size, at least 1."
+            )
         _require_counts("block_table", self.block_table, self.k)
         _require_counts("seqused_k", self.seqused_k, self.k)
         if self.block_table.dim() != 2:

@@ -115,12 +115,28 @@ def own_rows(tensor: Any) -> Tensor:
     return rows
 
 
+def _agreed(holds: Tensor, like: Any) -> Tensor:
+    """Whether something holds on all ranks of a DTensor, so that all of them raise, or none."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = like.device_mesh
+    votes = DTensor.from_local(holds.to(torch.int32), mesh, [Partial("min")] * mesh.ndim, run_check=False)
+    return votes.redistribute(placements=[Replicate()] * mesh.ndim).to_local() == 1
+
+
 def require_own_data(name: str, value: object) -> None:
     """Refuses a DTensor where every tensor must be this process' own."""
-    if is_sharded(value):
-        raise TypeError(
-            f"{name} must be a tensor of this process; got a DTensor. Pass .to_local(), or call attention with q, k and v that are DTensors too."
+    inner: Any = value
+    if torch._C._are_functorch_transforms_active() and isinstance(value, Tensor):
+        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            inner = torch._C._functorch.get_unwrapped(inner)
+    if is_sharded(inner):
+        within, instead = (
+            ("", "call attention with q, k and v that are DTensors too")
+            if inner is value
+            else (" within a torch.func transform", "transform a function of local tensors")
         )
+        raise TypeError(f"{name} must be a tensor of this process; got a DTensor{within}. Pass .to_local(), or {instead}.")
 
 
 def require_integer(name: str, value: object, minimum: int) -> int:
@@ -165,6 +181,8 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def require_true(holds: Tensor, message: str, subject: Tensor) -> Tensor:
     """``subject``, where ``holds`` is True; where values cannot be looked at yet, the device checks it when it gets there."""
+    if is_sharded(subject):
+        holds = _agreed(holds.all(), subject)
     if torch.compiler.is_compiling():
         if not torch._C._are_functorch_transforms_active():  # eager runs what a transform sees, and needs no such promise
             torch._assert_async(holds, message)
@@ -183,7 +201,8 @@ def require_true(holds: Tensor, message: str, subject: Tensor) -> Tensor:
 
 def require_shape(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
     """A tensor of one of the shapes, where the inputs are."""
-    if tuple(tensor.shape) not in shapes:
+    # Size by size: under a compiler with symbols for sizes, one tuple is not "in" others.
+    if not any(len(shape) == tensor.dim() and all(a == b for a, b in zip(tensor.shape, shape, strict=True)) for shape in shapes):
         wanted = " or ".join(dict.fromkeys(str(list(s)) for s in shapes))
         raise ValueError(f"{name} must have shape {wanted} for these inputs; got {list(tensor.shape)}. Reshape or expand it.")
     require_device(name, tensor, device)

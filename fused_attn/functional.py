@@ -110,7 +110,7 @@ def attention(
     }
     if is_autocast(q):
         with torch.autocast(q.device.type, enabled=False):  # the products inside choose their own precision
-            out, aux = _attention(_autocast(q, k, v), options, backend)
+            out, aux = _attention(in_autocast_dtype(q, k, v), options, backend)
     else:
         out, aux = _attention((q, k, v), options, backend)
     return out if return_aux is None else (out, aux)
@@ -165,7 +165,7 @@ def explain(
         "empty_rows": empty_rows,
         "return_aux": return_aux,
     }
-    q, k, v = _autocast(q, k, v) if is_autocast(q) else (q, k, v)
+    q, k, v = in_autocast_dtype(q, k, v) if is_autocast(q) else (q, k, v)
     is_part = any(map(is_sharded, (q, k, v)))
     problem = sharded.Part((q, k, v), options).problem if is_part else AttentionProblem.check(q, k, v, options)
     return backends.explain(replace(problem, target=as_target(on)))
@@ -181,7 +181,7 @@ def is_autocast(tensor: Any) -> bool:
     )
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
     """Inputs in autocast's dtype, as torch's own attention takes them; float64 stays."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -54,12 +54,14 @@ class Layout:
         return cls(q.device_mesh, tuple([_divided(i, q, others) for i in range(q.device_mesh.ndim)]))
 
     def range_of(self, dim: int, size: int) -> Range:
-        """What this rank has of a dimension of the call, in chunks as torch.chunk makes them."""
-        start, end = 0, size
+        """What this rank has of a dimension of the call, in chunks as torch.chunk makes them; nothing outside of the mesh."""
+        start, end, coordinate = 0, size, self.mesh.get_coordinate()
+        if coordinate is None:
+            return 0, 0 if dim in self.divides else size
         for along, divided in enumerate(self.divides):
             if divided == dim:
                 chunk = -(-(end - start) // self.mesh.size(along))
-                first = min(start + chunk * self.mesh.get_coordinate()[along], end)
+                first = min(start + chunk * coordinate[along], end)
                 start, end = first, min(first + chunk, end)
         return start, end
 
@@ -86,6 +88,10 @@ class Layout:
             tensor = DTensor.from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         if tensor.device_mesh != self.mesh:
             raise ValueError(f"a DTensor of the call must be on q's mesh {self.mesh}; got {tensor.device_mesh}. Distribute it there.")
+        if self.mesh.get_coordinate() is None:
+            divided = [axis for dim, axis in axes.items() if dim in self.divides]
+            sizes = [0 if axis in divided else n for axis, n in enumerate(tensor.shape)]
+            return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
         held = [Shard(axes[d]) if d is not None and d in axes else Replicate() for d in self.divides]
         shares = [Partial() if d is not None and d not in axes else p for d, p in zip(self.divides, held, strict=True)]
         result: Tensor = tensor.redistribute(placements=held).to_local(grad_placements=shares)
@@ -155,12 +161,13 @@ def drawn(dropout: Dropout | None, like: Any) -> Dropout | None:
     if dropout is None or dropout.seed is not None:
         return dropout
     seed: Any = dropout.lower(like.device).seed
-    if is_sharded(like):
+    place = like.device_mesh.get_coordinate() if is_sharded(like) else None
+    if place is not None:
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         mesh = like.device_mesh
         # A sum to which one rank adds: compilers follow it, and distribute_tensor they do not.
-        share = seed if not any(mesh.get_coordinate()) else torch.zeros_like(seed)
+        share = seed if not any(place) else torch.zeros_like(seed)
         summed = DTensor.from_local(share, mesh, [Partial()] * mesh.ndim, run_check=False)
         seed = summed.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return replace(dropout, seed=seed)

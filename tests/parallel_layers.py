@@ -122,11 +122,27 @@ def _encoder(mesh: DeviceMesh) -> None:
     divided.load_state_dict(divided.state_dict())
 
 
+def _nested(mesh: DeviceMesh) -> None:
+    """What torch's encoder makes of a padded batch in evaluation."""
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, 64, batch_first=True, dtype=torch.float64), 1).eval()
+    replicated(plain)
+    divided = copy.deepcopy(plain)
+    parallelize_module(divided.layers[0], mesh, {"self_attn": HeadwiseParallel()})
+    padding = torch.arange(6)[None] >= torch.tensor([[6], [3], [4]])
+    with torch.no_grad():
+        assert_close(divided(X, src_key_padding_mask=padding), plain(X, src_key_padding_mask=padding))
+
+
 def _refusals(mesh: DeviceMesh) -> None:
     with pytest.raises(TypeError, match=r"HeadwiseParallel divides a nn\.MultiheadAttention; got Linear"):
         parallelize_module(nn.Linear(3, 3), mesh, HeadwiseParallel())
     with pytest.raises(ValueError, match=f"the ranks must divide num_heads; got 3 heads on {mesh.size()} ranks"):
         parallelize_module(nn.MultiheadAttention(6, 3), mesh, HeadwiseParallel())
+    layer = parallelize_module(nn.MultiheadAttention(DIM, HEADS), mesh, HeadwiseParallel())
+    with pytest.raises(ValueError, match="must be divided once"):
+        parallelize_module(layer, mesh, HeadwiseParallel())
+    with pytest.raises(ValueError, match="a mesh must have one dimension here; got 2"):
+        parallelize_module(nn.MultiheadAttention(DIM, HEADS), init_device_mesh("cpu", (1, mesh.size())), HeadwiseParallel())
 
 
 def check(ranks: int) -> None:
@@ -134,5 +150,5 @@ def check(ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     for number, name in enumerate(CASES):
         _compared((nn.MultiheadAttention, MultiheadAttention)[number % 2], name, mesh)
-    for part in (_sequence_parallel, _transfers, _dropout, _encoder, _refusals):
+    for part in (_sequence_parallel, _transfers, _dropout, _encoder, _nested, _refusals):
         part(mesh)

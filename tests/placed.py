@@ -252,6 +252,24 @@ def _refusals(mesh: DeviceMesh) -> None:
             fa.attention(q, k, v, **options)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="q must be a tensor of this process; got a DTensor"):
         context_parallel_attention(*distributed)
+    with pytest.raises(TypeError, match=r"got a DTensor within a torch\.func transform"):
+        torch.func.grad(lambda x: fa.attention(x, x, x).sum().to_local())(distributed[0])
+    # What one rank finds wrong is wrong for all of them.
+    for wrong, message in ((lambda t: fa.PrefixLM(t[:, 0]), r"must be >= 0"), (fa.Documents, "one run of equal ids")):
+        rows = torch.zeros(4, 16, dtype=torch.int64)
+        rows[3, ::2] = -1
+        with pytest.raises(ValueError, match=message):
+            wrong(placed(rows, mesh, (B, R)))
+
+
+def _outside(some: DeviceMesh) -> None:
+    """Ranks that a mesh leaves out have nothing, and wait for nobody."""
+    q, scores = (placed(t, some, (H,)) for t in _inputs((2, 4, 16, 8), (2, 4, 16, 16)))
+    whole, _ = _inputs((2, 4, 16, 8), (2, 4, 16, 16))
+    out, weights = fa.attention(q, q, q, mask=fa.Causal(), dropout=fa.Dropout(0.5)), fa.masked_softmax(scores, fa.Causal())
+    assert out.shape == whole.shape and weights.shape == scores.shape
+    inside = some.get_coordinate() is not None
+    assert out.to_local().numel() == (whole.numel() // 2 if inside else 0)
 
 
 def found() -> dict[str, list[str]]:
@@ -260,4 +278,5 @@ def found() -> dict[str, list[str]]:
     result = {trial.name: failures(trial, meshes[len(trial.placements)]) for trial in trials()}
     for check in (_softmax, _transfers, _attention, _dropout, _compiled, _refusals):
         check(meshes[2])
+    _outside(DeviceMesh("cpu", [0, 1]))
     return result

@@ -196,6 +196,27 @@ def training(mesh: DeviceMesh, method: str, wrap: Callable[[nn.Module], nn.Modul
         torch.testing.assert_close(own.grad.full_tensor() * everyone.size(), parameter.grad)  # they come as the mean over the ranks
 
 
+def edges() -> None:
+    """Sequences of nothing; autocast's dtype, as ``attention`` takes it."""
+    for method, order in itertools.product(METHODS, ORDERS):
+        x = torch.randn(1, 4, 0, 16, requires_grad=True)
+        out: Any = context_parallel_attention(x, x, x, method=method, order=order, mask=fa.Causal())  # type: ignore[arg-type]
+        assert out.shape == x.shape == torch.autograd.grad(out.sum(), x)[0].shape
+    x = torch.randn(1, 4, 8, 16)
+    for method in METHODS:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = context_parallel_attention(x.bfloat16(), x, x, method=method)  # type: ignore[arg-type]
+        assert out.dtype == torch.bfloat16
+
+
+def uneven(rank: int) -> None:
+    """Other sizes elsewhere are an error of every rank."""
+    x = torch.randn(1, 2, 8 + rank, 16)
+    for method in METHODS:
+        with pytest.raises(ValueError, match=r"every rank must hold q, k and v of the same shapes and dtype; got \[\[\[1, 2, 8, 16\]"):
+            context_parallel_attention(x, x, x, method=method)  # type: ignore[arg-type]
+
+
 def dying(rank: int, ranks: int) -> None:
     """The last rank ends without a word; the others print what they are told."""
     q = torch.randn(1, 2, 32, 16)
@@ -221,6 +242,8 @@ def main(rank: int, ranks: int, folder: Path, task: str = "trials") -> None:
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     around(rank, ranks)
+    edges()
+    uneven(rank)
     parallel_layers.check(ranks)
     dist.destroy_process_group()
 

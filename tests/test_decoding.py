@@ -335,11 +335,12 @@ def _graph_arguments() -> dict[Any, tuple[Tensor, ...]]:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("function", [decode, decode_pages], ids=lambda f: f.__name__)
-def test_compiled_without_graph_breaks(function: Any) -> None:
+def test_compiled_without_graph_breaks(function: Any, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     arguments = _graph_arguments()[function]
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for got, want in zip(compiled(*arguments), function(*arguments), strict=True):
         assert torch.equal(got, want), "the same operators on the same numbers"
 
@@ -427,6 +428,8 @@ def test_refusals() -> None:
         KVCache(k, v, torch.tensor([4.0]))
     with pytest.raises(TypeError, match="must share one dtype"):
         KVCache(k, v.half(), cache.seqused_k)
+    with pytest.raises(ValueError, match="a page must have room for a token"):
+        PagedKV(torch.zeros(2, 1, 0, 8), torch.zeros(2, 1, 0, 8), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"block_table must be \[batch, most pages\]"):
         PagedKV(k, v, torch.zeros(3, dtype=torch.int32), cache.seqused_k)
     with pytest.raises(ValueError, match=r"k must be \[batch, kv_heads, n, dim\] = \[1, 1, 2, 8\]; got \[1, 2, 2, 8\]"):

@@ -18,6 +18,7 @@ from fused_attn.distributed.plan import Plan
 from fused_attn.distributed.shards import Order, Shards
 from fused_attn.distributed.traffic import Traffic, counted
 from fused_attn.dropout import Dropout
+from fused_attn.functional import in_autocast_dtype, is_autocast
 from fused_attn.masks import Mask
 from fused_attn.normalizers import Normalizer
 from fused_attn.score_mods import ScoreMod
@@ -89,10 +90,18 @@ def context_parallel_attention(
         "mask": mask, "scale": scale, "q_offset": None, "score_mods": score_mods, "sinks": sinks, "dropout": dropout, "normalizer": normalizer,
         "return_aux": return_aux,
     }  # fmt: skip
-    plan = Plan.of((q, k, v), group, order, options, backend)
-    if method == "ring" and (return_aux is None or not return_aux.needs_pass):
-        out, lse = ring.attention(plan, q, k, v)
-        aux = AuxOutput(lse=lse if return_aux is not None and return_aux.lse else None)
+    if is_autocast(q):
+        with torch.autocast(q.device.type, enabled=False):
+            out, aux = _attention(in_autocast_dtype(q, k, v), (group, method, order), options, backend)
     else:
-        out, aux = _EXCHANGES["gather" if method == "ring" else method](plan, q, k, v)
+        out, aux = _attention((q, k, v), (group, method, order), options, backend)
     return out if return_aux is None else (out, aux)
+
+
+def _attention(tensors: tuple[Any, ...], shared: tuple[Any, str, Order], options: dict[str, Any], backend: str) -> tuple[Tensor, AuxOutput]:
+    (q, k, v), (group, method, order), request = tensors, shared, options["return_aux"]
+    plan = Plan.of((q, k, v), group, order, options, backend)
+    if method != "ring" or (request is not None and request.needs_pass):
+        return _EXCHANGES["gather" if method == "ring" else method](plan, q, k, v)
+    out, lse = ring.attention(plan, q, k, v)
+    return out, AuxOutput(lse=lse if request is not None and request.lse else None)

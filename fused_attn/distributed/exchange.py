@@ -57,7 +57,7 @@ def gather_attention(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
     """Own queries against all keys, which are gathered first."""
     k, v = _whole(plan, k), _whole(plan, v)
     parts = []
-    for rows, terms in zip(q.split(plan.shards.size, 2), plan.chunk_terms, strict=True):
+    for rows, terms in zip(q.tensor_split(len(plan.chunk_terms), 2), plan.chunk_terms, strict=True):
         out, aux = _attended(plan, LoweredAttention(rows, k, v, terms))
         parts.append([out, *(getattr(aux, f.name) for f in fields(aux))])
     return query_blocks.joined(parts, q)

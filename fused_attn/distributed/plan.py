@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_attn import backends
 from fused_attn.auxiliary import AuxRequest
 from fused_attn.distributed.shards import Order, Shards
-from fused_attn.distributed.traffic import as_group
+from fused_attn.distributed.traffic import as_group, told
 from fused_attn.kernel_score import KernelScore
 from fused_attn.lowering import Grid, LoweredAttention, Range, Terms
 from fused_attn.parts import terms_of
@@ -56,6 +56,8 @@ class Plan:
                 f"q, k and v must be this rank's rows of one sequence, [batch, heads, length / ranks, dim]; got {[list(getattr(t, 'shape', ())) for t in tensors]}. "
                 "Shard all three alike."
             )
+        if q.device.type == "cpu":  # a GPU would have to be waited for; gloo ends the process where sizes differ
+            _require_same(group, tensors)
         shards, local = Shards(ranks, order, ranks * q.shape[2]), q.shape[2]
         # Views of the whole problem's shape that take no memory: whatever is checked and lowered is that of the whole.
         whole = [t[:, :, :1].expand(-1, -1, shards.length, -1) for t in tensors]
@@ -114,6 +116,17 @@ class Plan:
         grid = Grid((batch, heads, self.shards.size, length), q.device, terms.q_offset)
         cut = terms_of(replace(terms, sinks=None), grid, ((0, batch), (0, heads), (0, self.shards.size), reach))
         return LoweredAttention(q, *keys, cut)
+
+
+def _require_same(group: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Raises on every rank where ranks hold other sizes."""
+    everyone = told(group, [n for t in tensors for n in (*t.shape, t.element_size())])
+    if any(numbers != everyone[0] for numbers in everyone):
+        shapes = [[numbers[i : i + 4] for i in (0, 5, 10)] for numbers in everyone]
+        raise ValueError(
+            f"every rank must hold q, k and v of the same shapes and dtype; got {shapes[:8]} on ranks 0, 1, .... "
+            "Pad the sequence to a multiple of the ranks, and mask the padding."
+        )
 
 
 def _with_whole_rows(mods: Any, local: int, length: int) -> tuple[tuple[ScoreMod, ...], tuple[Tensor | None, ...]]:

@@ -99,8 +99,8 @@ def _parts(
     plan: Plan, tensors: tuple[Tensor, Tensor, Tensor], chunk_terms: list[Terms], step: int
 ) -> Iterator[tuple[int, LoweredAttention, int, Range]]:
     """Each chunk of own queries with each chunk of a step's keys that it meets: the places of both, and the keys' range."""
-    size, owner = plan.shards.size, (plan.rank - step) % plan.shards.ranks
-    q, k, v = ([t.narrow(2, i * size, size) for i in range(t.shape[2] // size)] for t in tensors)
+    owner = (plan.rank - step) % plan.shards.ranks
+    q, k, v = (t.tensor_split(len(chunk_terms), 2) for t in tensors)
     for i, j, reach in plan.pairs(owner):
         yield i, ops.fitted(plan.part(q[i], (k[j], v[j]), chunk_terms[i], reach), plan.backend), j, reach
 

@@ -80,7 +80,9 @@ class Shards:
             [0, 1, 2, 3, 4, 5, 6, 7]
         """
         placed = {
-            n: piece for rank, part in enumerate(parts) for n, piece in zip(self.numbers(rank), part.split(self.size, dim), strict=True)
+            n: piece
+            for rank, part in enumerate(parts)
+            for n, piece in zip(self.numbers(rank), part.tensor_split(len(self.numbers(rank)), dim), strict=True)
         }
         return torch.cat([placed[n] for n in range(self.count)], dim)
 
@@ -89,6 +91,8 @@ class Shards:
 
         Windows alone are answered by arithmetic on the host; intervals that lie on a device are brought over once.
         """
+        if not self.size:
+            return [[False] * self.count for _ in range(self.count)]
         host = torch.device("cpu")
         limits = {name: None if (t := getattr(mask, name)) is None else t.to(host) for name in ("kv_start", "kv_end")}
         offset: Any = grid.q_offset.to(host) if isinstance(grid.q_offset, Tensor) else grid.q_offset

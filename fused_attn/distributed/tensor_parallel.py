@@ -27,7 +27,7 @@ class HeadwiseParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is no ``nn.MultiheadAttention``.
-        ValueError: the ranks do not divide its heads.
+        ValueError: the ranks do not divide its heads, the mesh has several dimensions, or the layer is divided already.
 
     Example:
         >>> import tempfile, torch, torch.distributed as dist
@@ -54,6 +54,10 @@ class HeadwiseParallel(ParallelStyle):
             replace_multihead_attention(module)
         if not isinstance(module, MultiheadAttention):
             raise TypeError(f"HeadwiseParallel divides a nn.MultiheadAttention; got {type(module).__name__}. Name that layer in the plan.")
+        if device_mesh.ndim != 1:
+            raise ValueError(f"a mesh must have one dimension here; got {device_mesh.ndim}. Pass one of them, as mesh['tp'].")
+        if isinstance(module.out_proj.weight, DTensor):
+            raise ValueError("a layer must be divided once; got one whose parameters are DTensors. Apply the plan before FSDP2, and once.")
         if module.num_heads % device_mesh.size():
             raise ValueError(
                 f"the ranks must divide num_heads; got {module.num_heads} heads on {device_mesh.size()} ranks. Take a mesh that divides them."
@@ -81,10 +85,15 @@ class HeadwiseParallel(ParallelStyle):
                     setattr(owner, name, nn.Parameter(placed, parameter.requires_grad))
 
     def _placed(self, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Query, key and value as DTensors that are whole on every rank; one tensor passed twice stays one."""
+        """Query, key and value as DTensors that are whole on every rank; one tensor passed twice stays one.
+
+        Nested ones stay: the layer calls itself on padded ones for them.
+        """
         known: dict[int, Any] = {}
 
         def placed(tensor: Any) -> Any:
+            if tensor.is_nested:
+                return tensor
             if id(tensor) not in known:
                 given = tensor if isinstance(tensor, DTensor) else DTensor.from_local(tensor, mesh, [self.input_layouts], run_check=False)
                 known[id(tensor)] = given.redistribute(placements=[Replicate()])
@@ -95,6 +104,8 @@ class HeadwiseParallel(ParallelStyle):
 
     def _given_out(self, results: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
         out, weights = results
+        if out.is_nested:
+            return out, weights
         out = out.redistribute(placements=[self.output_layouts])
         weights = None if weights is None else weights.redistribute(placements=[Replicate()])
         if not self.use_local_output:

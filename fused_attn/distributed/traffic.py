@@ -141,6 +141,16 @@ def post(group: Any, to: tuple[int, Sequence[Tensor]] | None, source: tuple[int,
     return Exchange(works, received, sent, who)
 
 
+def told(group: Any, numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers of all ranks, which each is told on the host; not counted."""
+    rank, sending = dist.get_rank(group), torch.tensor(numbers)
+    received = [torch.empty_like(sending) for _ in range(dist.get_world_size(group))]
+    with _named(f"rank {rank} with all ranks"):
+        dist.all_gather(received, sending, group=group)
+    result: list[list[int]] = torch.stack(received).tolist()
+    return result
+
+
 def all_to_all(group: Any, parts: Sequence[Tensor]) -> list[Tensor]:
     """The i-th part to rank i; what each rank has for this one, all parts of one shape and dtype."""
     rank = dist.get_rank(group)
