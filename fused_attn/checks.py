@@ -127,7 +127,7 @@ def _agreed(holds: Tensor, like: Any) -> Tensor:
 def require_own_data(name: str, value: object) -> None:
     """Refuses a DTensor where every tensor must be this process' own."""
     inner: Any = value
-    if torch._C._are_functorch_transforms_active() and isinstance(value, Tensor):
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling() and isinstance(value, Tensor):
         while torch._C._functorch.is_functorch_wrapped_tensor(inner):
             inner = torch._C._functorch.get_unwrapped(inner)
     if is_sharded(inner):
