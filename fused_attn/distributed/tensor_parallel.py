@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -21,7 +21,8 @@ class HeadwiseParallel(ParallelStyle):
     packed ``in_proj_weight`` becomes torch's three separate ones, whose rows are heads, so load checkpoints of the plain layer before.
 
     Args:
-        input_layouts: where query, key and value lie: ``Replicate()``, or ``Shard(dim)`` for sequence parallelism, which is gathered.
+        input_layouts: where query, key and value lie: ``Replicate()``, or ``Shard(dim)`` for sequence parallelism, which is gathered. Masks
+            are those of the whole sequence, the same on every rank.
         output_layouts: where the output shall lie: ``Replicate()``, or ``Shard(dim)``, which scatters while it adds up.
         use_local_output: whether the output is a plain tensor instead of a DTensor. Returned weights are the same on every rank.
 
@@ -50,9 +51,7 @@ class HeadwiseParallel(ParallelStyle):
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        if type(module) is nn.MultiheadAttention:
-            replace_multihead_attention(module)
-        if not isinstance(module, MultiheadAttention):
+        if type(module) is not nn.MultiheadAttention and not isinstance(module, MultiheadAttention):
             raise TypeError(f"HeadwiseParallel divides a nn.MultiheadAttention; got {type(module).__name__}. Name that layer in the plan.")
         if device_mesh.ndim != 1:
             raise ValueError(f"a mesh must have one dimension here; got {device_mesh.ndim}. Pass one of them, as mesh['tp'].")
@@ -62,7 +61,8 @@ class HeadwiseParallel(ParallelStyle):
             raise ValueError(
                 f"the ranks must divide num_heads; got {module.num_heads} heads on {device_mesh.size()} ranks. Take a mesh that divides them."
             )
-        self._distribute(module, device_mesh)
+        replace_multihead_attention(module, backend=getattr(module, "backend", "auto"))
+        self._distribute(cast(MultiheadAttention, module), device_mesh)
         module.register_forward_pre_hook(lambda _, args, kwargs: self._placed(args, kwargs, device_mesh), with_kwargs=True)
         module.register_forward_hook(lambda *call: self._given_out(call[-1]))
         return module
