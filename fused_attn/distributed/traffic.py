@@ -143,7 +143,7 @@ def post(group: Any, to: tuple[int, Sequence[Tensor]] | None, source: tuple[int,
 
 def told(group: Any, numbers: Sequence[int]) -> list[list[int]]:
     """The numbers of all ranks, which each is told on the host; not counted."""
-    rank, sending = dist.get_rank(group), torch.tensor(numbers)
+    rank, sending = dist.get_rank(group), torch.tensor(numbers, device="cpu")
     received = [torch.empty_like(sending) for _ in range(dist.get_world_size(group))]
     with _named(f"rank {rank} with all ranks"):
         dist.all_gather(received, sending, group=group)
