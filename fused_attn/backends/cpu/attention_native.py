@@ -70,7 +70,7 @@ def takes_problem(problem: AttentionProblem) -> bool:
         _takes_sizes(problem.q, problem.v)
         and _takes_owners(scoring, modifiers.normalizer)
         and len(kernels) < MAX_MODS
-        and set(kernels) <= KINDS.keys()
+        and all(name in KINDS for name in kernels)
     )
 
 
