@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,16 @@ class AuxOutput:
     max_scores: Tensor | None = None
     column_sums: Tensor | None = None
     entropy: Tensor | None = None
+
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> AuxOutput:
+        """What a function makes of the name and the tensor of each output that was asked for.
+
+        Example:
+            >>> AuxOutput(lse=torch.zeros(2)).mapped(lambda name, tensor: tensor + 1).lse
+            tensor([1., 1.])
+        """
+        found = [(name, getattr(self, name)) for name in SWITCHES]
+        return AuxOutput(**{name: None if t is None else function(name, t) for name, t in found})
 
 
 register(AuxOutput)

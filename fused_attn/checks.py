@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -115,13 +115,12 @@ def own_rows(tensor: Any) -> Tensor:
     return rows
 
 
-def _agreed(holds: Tensor, like: Any) -> Tensor:
-    """Whether something holds on all ranks of a DTensor, so that all of them raise, or none."""
+def reduced(tensor: Tensor, mesh: Any, operation: str) -> Tensor:
+    """The "sum" or "min" of what all ranks of a mesh have; compilers follow it."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    mesh = like.device_mesh
-    votes = DTensor.from_local(holds.to(torch.int32), mesh, [Partial("min")] * mesh.ndim, run_check=False)
-    return votes.redistribute(placements=[Replicate()] * mesh.ndim).to_local() == 1
+    shares = DTensor.from_local(tensor, mesh, [Partial(operation)] * mesh.ndim, run_check=False)
+    return shares.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
 
 
 def require_own_data(name: str, value: object) -> None:
@@ -182,7 +181,8 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
 def require_true(holds: Tensor, message: str, subject: Tensor) -> Tensor:
     """``subject``, where ``holds`` is True; where values cannot be looked at yet, the device checks it when it gets there."""
     if is_sharded(subject):
-        holds = _agreed(holds.all(), subject)
+        # All ranks raise, or none.
+        holds = reduced(holds.all().to(torch.int32), cast(Any, subject).device_mesh, "min") == 1
     if torch.compiler.is_compiling():
         if not torch._C._are_functorch_transforms_active():  # eager runs what a transform sees, and needs no such promise
             torch._assert_async(holds, message)

@@ -278,9 +278,7 @@ def _marked(cache: KVCache | PagedKV, out: Tensor, aux: AuxOutput) -> tuple[Tens
         return out, aux
     over = cache.seqused_k > cache.capacity
 
-    def marked(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.masked_fill(over.view(-1, *[1] * (tensor.dim() - 1)), torch.nan)
+    def marked(tensor: Tensor) -> Tensor:
+        return tensor.masked_fill(over.view(-1, *[1] * (tensor.dim() - 1)), torch.nan)
 
-    return marked(out), AuxOutput(
-        *[marked(getattr(aux, name)) for name in ("probs", "scores", "lse", "max_scores", "column_sums", "entropy")]
-    )
+    return marked(out), aux.mapped(lambda _, t: marked(t))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fused_attn import dropout as plain
-from fused_attn.checks import is_sharded
+from fused_attn.checks import is_sharded, reduced
 from fused_attn.dropout import Dropout
 from fused_attn.lowering import Range
 
@@ -163,13 +163,8 @@ def drawn(dropout: Dropout | None, like: Any) -> Dropout | None:
     seed: Any = dropout.lower(like.device).seed
     place = like.device_mesh.get_coordinate() if is_sharded(like) else None
     if place is not None:
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        mesh = like.device_mesh
         # A sum to which one rank adds: compilers follow it, and distribute_tensor they do not.
-        share = seed if not any(place) else torch.zeros_like(seed)
-        summed = DTensor.from_local(share, mesh, [Partial()] * mesh.ndim, run_check=False)
-        seed = summed.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+        seed = reduced(torch.zeros_like(seed) if any(place) else seed, like.device_mesh, "sum")
     return replace(dropout, seed=seed)
 
 

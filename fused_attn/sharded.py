@@ -6,7 +6,7 @@ where it is divided alike. Keys are whole on every rank, and so is what the plai
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -166,9 +166,7 @@ class Part:
 
     def whole(self, out: Tensor, aux: AuxOutput) -> tuple[Tensor, AuxOutput]:
         """The results of all ranks' parts as DTensors."""
-        found = {f.name: getattr(aux, f.name) for f in fields(aux)}
-        results = {name: None if t is None else self._result(t, 2 if name == "column_sums" else 3) for name, t in found.items()}
-        return self._result(out, 3), AuxOutput(**results)
+        return self._result(out, 3), aux.mapped(lambda name, t: self._result(t, 2 if name == "column_sums" else 3))
 
     def _result(self, local: Tensor, dims: int) -> Tensor:
         """A result whose first dimensions are those of the call."""

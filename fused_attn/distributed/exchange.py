@@ -94,9 +94,7 @@ def heads_attention(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
     mods = [replace(m, tensors=tuple([_whole(plan, t) if next(kept) else t for t in m.tensors])) for m in plan.terms.mods]
     terms = terms_of(replace(plan.terms, mods=tuple(mods)), plan.grid, ((0, batch), mine, (0, length), (0, length)))
     out, aux = _attended(plan, LoweredAttention(_to_heads(plan, q), _to_heads(plan, k), _to_heads(plan, v), terms))
-    found = {f.name: getattr(aux, f.name) for f in fields(aux)}
-    back = {name: None if t is None else _to_rows(plan, t) for name, t in found.items()}
-    return laid_out_like(_to_rows(plan, out), q), AuxOutput(**back)
+    return laid_out_like(_to_rows(plan, out), q), aux.mapped(lambda _, t: _to_rows(plan, t))
 
 
 def _to_heads(plan: Plan, tensor: Tensor) -> Tensor:

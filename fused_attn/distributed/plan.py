@@ -64,7 +64,7 @@ class Plan:
         mods, own = _with_whole_rows(options["score_mods"], local, shards.length)
         problem = AttentionProblem.check(whole[0], whole[1], whole[2], options | {"score_mods": mods})
         _refuse(problem)
-        lowered = problem.lower()
+        lowered = replace(problem, modifiers=replace(problem.modifiers, score_mods=())).lower()
         parts = [(score, rows) for mod, rows in zip(mods, own, strict=True) for score in mod.lower(lowered.grid)]
         scores = [score if rows is None else KernelScore(score.name, score.scalars, (rows,)) for score, rows in parts]
         terms = replace(lowered.terms, mods=tuple(scores))

@@ -23,8 +23,8 @@ _EXCEPTIONS: dict[tuple[int, int, int], TileConfig] = {}
 _BY_COLUMNS = TileConfig(16, 32, 4, 1)
 # Keys of a part at least: K and V of 256 keys of 128 columns are 128 KB in 16 bits, what a part of 16 rows leaves 8 KB. Estimated.
 KEYS = 256
-# Parts at most, chosen and asked for. Eight key heads make 512 programs of 64 parts, some four per multiprocessor of the largest chips.
-PARTS, MOST_PARTS = 64, 256
+# Parts at most. Eight key heads make 512 programs of 64 parts, some four per multiprocessor of the largest chips.
+PARTS = 64
 
 
 def lookup(chip: int, dtype: torch.dtype, head_size: int, by_columns: bool) -> TileConfig:
